@@ -1,0 +1,67 @@
+"""Image augmentation on the device, differentiable in the images.
+
+A random resized crop and a flip are linear in the image and separable: each is `rows @ image @ columns^T` with two
+small matrices of bilinear weights. Randomness comes from explicit keys, one for each image.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+PROPOSALS = 10
+
+
+def crop_box(key: Array, size: int, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[Array, ...]:
+    """Top, left, height, width (whole numbers, float32 scalars) of a random crop of a square image.
+
+    As in torchvision: the first of ten proposals (area uniform in `scale`, log aspect uniform in `ratio`) that fits, else
+    the whole image.
+    """
+    area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
+    area = size**2 * jax.random.uniform(area_key, (PROPOSALS,), minval=scale[0], maxval=scale[1])
+    log_ratio = jnp.log(jnp.asarray(ratio))
+    aspect = jnp.exp(jax.random.uniform(ratio_key, (PROPOSALS,), minval=log_ratio[0], maxval=log_ratio[1]))
+    width, height = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
+    fits = (width >= 1) & (width <= size) & (height >= 1) & (height <= size)
+    first = jnp.argmax(fits)
+    width = jnp.where(fits.any(), width[first], size)
+    height = jnp.where(fits.any(), height[first], size)
+    top = jnp.floor(jax.random.uniform(top_key) * (size - height + 1))
+    left = jnp.floor(jax.random.uniform(left_key) * (size - width + 1))
+    return top, left, height, width
+
+
+def resize_matrix(start: Array, length: Array, size: int) -> Array:
+    """Matrix [size, size] that resizes pixels start ... start + length - 1 of a line to the whole line, bilinearly.
+
+    Pixel centres are at half coordinates and the crop's edge pixels are repeated beyond it, as in PyTorch with
+    `align_corners=False`.
+    """
+    target = jnp.arange(size)
+    source = start + jnp.clip((target + 0.5) * length / size - 0.5, 0, length - 1)
+    return jnp.maximum(0, 1 - jnp.abs(source[:, None] - target[None, :]))
+
+
+def random_resized_crop_and_flip(
+    key: Array, images: Array, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> Array:
+    """Crop, resize back and flip (probability 1/2) square images [batch, size, size, channels].
+
+    key: one key for the whole batch, which then shares its crop, or [batch] keys, one for each image.
+    """
+    if key.ndim == 0:
+        rows, columns = (matrix[None] for matrix in _matrices(key, images.shape[1], scale, ratio))
+    else:
+        rows, columns = jax.vmap(lambda k: _matrices(k, images.shape[1], scale, ratio))(key)
+    shape = (images.shape[0], *rows.shape[1:])
+    rows, columns = (jnp.broadcast_to(matrix, shape).astype(images.dtype) for matrix in (rows, columns))
+    return jnp.einsum("biy,byxc,bjx->bijc", rows, images, columns)
+
+
+def _matrices(key: Array, size: int, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[Array, Array]:
+    box_key, flip_key = jax.random.split(key)
+    top, left, height, width = crop_box(box_key, size, scale, ratio)
+    columns = resize_matrix(left, width, size)
+    flip = jax.random.bernoulli(flip_key)
+    return resize_matrix(top, height, size), jnp.where(flip, columns[::-1], columns)

@@ -1,0 +1,75 @@
+"""The only room that knows Orbax: saving a tree of arrays by step, and restoring the newest that is whole."""
+
+import logging
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from hast_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """Checkpoints of one kind in a folder, the newest `keep` of them."""
+
+    def __init__(self, folder: Path, keep: int):
+        policy = ocp.training.preservation_policies.LatestN(keep)
+        self._folder = folder
+        self._checkpointer = ocp.training.Checkpointer(
+            folder.absolute(), preservation_policy=policy, cleanup_tmp_directories=True
+        )
+
+    def save(self, step: int, tree: Any) -> None:
+        """Save `tree` (arrays on the host or one device) under `step`, over what may be there. It is on disk on return."""
+        tree = jax.tree.map(np.asarray, tree)
+        metadata = {"crc32": _checksum(tree)}
+        self._checkpointer.save(step, tree, force=True, overwrite=True, custom_metadata=metadata)
+
+    def restore(self, like: Any) -> Any | None:
+        """The newest whole tree with the structure, shapes and dtypes of `like`, as NumPy arrays; None where there is none.
+
+        A checkpoint that cannot be read, or is not what was saved, is passed over with a warning for the one before it.
+        Raises UserError where there are checkpoints and none is whole.
+        """
+        steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+        for step in steps:
+            try:
+                return self._restore(step, like)
+            except Exception as error:  # Orbax and TensorStore raise many kinds on damaged files
+                log.warning("checkpoint %s/%s is damaged and passed over: %s", self._folder, step, _first_line(error))
+        if steps:
+            raise UserError(f"every checkpoint in {self._folder} is damaged: delete that folder to start this stage anew.")
+        return None
+
+    def _restore(self, step: int, like: Any) -> Any:
+        abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+        tree = jax.tree.map(np.asarray, self._checkpointer.load(step, abstract))
+        saved = self._checkpointer.metadata(step).custom_metadata
+        if saved is None or _checksum(tree) != saved["crc32"]:
+            raise ValueError("its arrays are not those that were saved")
+        return tree
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._checkpointer.close()
+
+
+def _checksum(tree: Any) -> int:
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
+    return total
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

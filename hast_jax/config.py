@@ -1,0 +1,194 @@
+"""The config: its fields with the paper's values, and the checks that refuse an impossible one before any work.
+
+A config file in `configs/` calls `default()` and changes what its experiment needs. Fields not named there are the
+settings of HAST for CIFAR-100.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hast_jax import losses, promote, quant
+from hast_jax.data import DATASETS
+from hast_jax.errors import UserError
+from hast_jax.models import ARCHITECTURES
+
+SCHEDULES = ("step", "cosine")
+
+# Fields that say where and how fast, not what: a run may go on with others.
+FREE_FIELDS = ("devices", "steps_per_call", "log_every", "eval.data_dir", "eval.batch", "synthesis.save_every")
+
+
+def default() -> ConfigDict:
+    """Every field of a config, with the paper's values for CIFAR-100 (supplement, and the authors' config files)."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "devices": 0,  # local devices used; 0: all accelerators, or one CPU device a core
+            "steps_per_call": 0,  # steps in one XLA call; 0: 1 on a CPU, 50 on an accelerator
+            "log_every": 50,  # steps between two looks at the metrics
+            "bits": {"weights": 3, "activations": 3},
+            "teacher": {
+                "network": "resnet20",
+                "weights": "cifar100",  # a built-in teacher, or the path of a .safetensors, .npz or .pth file
+                "classes": 100,
+                "image": (32, 32, 3),  # height, width, channels
+                "mean": (0.4914, 0.4822, 0.4465),  # of images in [0, 1], for each channel
+                "std": (0.2023, 0.1994, 0.2010),
+            },
+            "synthesis": {
+                "source": "",  # folder of a synthetic set to use instead of making one
+                "images": 5120,
+                "batch": 256,  # images optimised together: BN statistics are of one batch
+                "iterations": 1000,
+                "beta": 10.0,  # weight of the hard-sample loss
+                "gamma": 2.0,  # exponent of the difficulty, Eq. 8
+                "lr": 0.5,  # Adam
+                "patience": 50,  # iterations without improvement before the rate drops ...
+                "threshold": 1e-4,  # ... by less than this fraction
+                "factor": 0.1,
+                "min_lr": 1e-4,
+                "crop_probability": 0.0,  # of seeing the batch through a random resized crop and flip
+                "crop_scale": 0.4,  # smallest area of that crop
+                "save_every": 250,  # iterations between two checkpoints within a batch
+            },
+            "calibration": {"batches": 800, "batch": 16, "range": "minmax"},
+            "finetune": {
+                "epochs": 147,
+                "steps_per_epoch": 200,
+                "batch": 256,  # over all devices
+                "lr": 1e-5,
+                "schedule": "step",  # or cosine, to zero at the last step
+                "lr_drops": (16, 36, 56),  # epochs after which the rate is divided by ten
+                "momentum": 0.9,
+                "weight_decay": 1e-4,
+                "temperature": 20.0,
+                "alpha": 20.0,
+                "lam": 2000.0,  # weight of the feature alignment, Eq. 12
+                "alignment": "rfa",  # relaxed; dfa: direct
+                "eps": 0.02,  # size of the promotion, Eq. 10
+                "direction": "kl+fa",  # loss whose gradient promotes: kl, fa or kl+fa
+                "a": 1.0,  # weight of the loss on clean images
+                "b": 1.0,  # weight of the loss on promoted images; 0: no promotion
+                "augment": True,
+                "crop_scale": 0.5,  # smallest area of the random resized crop
+            },
+            "eval": {
+                "dataset": "cifar100",  # none: run without real images
+                "split": "test",
+                "data_dir": "",  # folder of TFDS; empty: its default, ~/tensorflow_datasets
+                "batch": 500,
+                "every": 10,  # epochs between two evaluations
+            },
+        }
+    )
+
+
+def variant(config: ConfigDict, argument: str, variants: dict[str, Any]) -> ConfigDict:
+    """Apply a config file's argument such as "w4a4,small": bits, and the names in `variants`.
+
+    variants: name -> fields to change, as a flat {"finetune.lr": value}. Raises UserError for a name that is none.
+    """
+    for word in filter(None, argument.split(",")):
+        if word in variants:
+            config.update_from_flattened_dict(variants[word])
+        elif len(word) == 4 and word[0] == "w" and word[2] == "a" and word[1].isdigit() and word[3].isdigit():
+            config.bits.weights, config.bits.activations = int(word[1]), int(word[3])
+        else:
+            known = ", ".join(["w4a4 (any bits)", *variants])
+            raise UserError(f"the config has no variant {word!r}: choose from {known}.")
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Raise UserError, in one sentence, for the first impossible value."""
+    for path, wrong, wanted in _faults(config):
+        if wrong:
+            value = config
+            for name in path.split("."):
+                value = value[name]
+            raise UserError(f"config.{path} is {value!r}: it must be {wanted}.")
+
+
+def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
+    """(field, is it impossible, what it must be), field by field."""
+    synthesis, calibration, finetune, teacher = config.synthesis, config.calibration, config.finetune, config.teacher
+    bits = f"between {quant.MIN_BITS} and {quant.MAX_BITS}"
+    for name in ("weights", "activations"):
+        yield f"bits.{name}", not quant.MIN_BITS <= config.bits[name] <= quant.MAX_BITS, bits
+    choices = {
+        "teacher.network": (teacher.network, ARCHITECTURES),
+        "calibration.range": (calibration.range, quant.RANGE_RULES),
+        "finetune.schedule": (finetune.schedule, SCHEDULES),
+        "finetune.alignment": (finetune.alignment, losses.ALIGNMENTS),
+        "finetune.direction": (finetune.direction, promote.DIRECTIONS),
+        "eval.dataset": (config.eval.dataset, DATASETS),
+    }
+    for path, (value, known) in choices.items():
+        close = difflib.get_close_matches(str(value), known, 1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        yield path, value not in known, "one of " + ", ".join(known) + hint
+    positive = {
+        "log_every": config,
+        "teacher.classes": teacher,
+        **{f"synthesis.{n}": synthesis for n in ("images", "batch", "iterations", "lr", "save_every", "min_lr")},
+        **{f"calibration.{n}": calibration for n in ("batches", "batch")},
+        **{f"finetune.{n}": finetune for n in ("epochs", "steps_per_epoch", "batch", "lr", "temperature", "alpha")},
+        "eval.batch": config.eval,
+        "eval.every": config.eval,
+    }
+    for path, section in positive.items():
+        yield path, not section[path.split(".")[-1]] > 0, "positive"
+    not_negative = {
+        "devices": config,
+        "steps_per_call": config,
+        **{f"synthesis.{n}": synthesis for n in ("beta", "gamma", "patience", "threshold")},
+        **{f"finetune.{n}": finetune for n in ("lam", "eps", "a", "b", "weight_decay", "momentum")},
+    }
+    for path, section in not_negative.items():
+        yield path, not section[path.split(".")[-1]] >= 0, "zero or positive"
+    yield "finetune.a", finetune.a == finetune.b == 0, "positive where finetune.b is 0, or nothing is learned"
+    yield "finetune.momentum", not finetune.momentum < 1, "below 1"
+    yield "synthesis.crop_probability", not 0 <= synthesis.crop_probability <= 1, "between 0 and 1"
+    for path, section in {"synthesis": synthesis, "finetune": finetune}.items():
+        yield f"{path}.crop_scale", not 0 < section.crop_scale <= 1, "above 0 and at most 1"
+    yield "synthesis.factor", not 0 < synthesis.factor < 1, "between 0 and 1"
+    image = teacher.image
+    yield "teacher.image", len(image) != 3 or image[0] != image[1] or min(image) < 1, "(size, size, channels)"
+    for name in ("mean", "std"):
+        yield f"teacher.{name}", len(teacher[name]) != image[2], f"one number for each of the {image[2]} channels"
+    yield "teacher.std", not min(teacher.std) > 0, "positive for each channel"
+    if not synthesis.source:
+        yield "synthesis.batch", synthesis.batch > synthesis.images, f"at most synthesis.images, {synthesis.images}"
+        yield "synthesis.images", synthesis.images % synthesis.batch != 0, f"a multiple of the batch, {synthesis.batch}"
+        for name, section in {"calibration": calibration, "finetune": finetune}.items():
+            most = f"at most synthesis.images, {synthesis.images}"
+            yield f"{name}.batch", section.batch > synthesis.images, most
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines "field: old -> new" for each field that differs, but for `FREE_FIELDS`."""
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        path, a, b = prefix + name, old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += difference(a, b, path + ".")
+        elif a != b and path not in FREE_FIELDS:
+            lines.append(f"{path}: {a!r} -> {b!r}")
+    return lines
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """A config from what `to_dict` gave."""
+    config = default()
+    tuples = lambda v: {k: tuples(x) for k, x in v.items()} if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v
+    config.update(tuples(values))
+    return config

@@ -1,0 +1,56 @@
+"""The loop around a pmapped step: it dispatches ahead of the device and looks at the metrics rarely."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from hast_jax.errors import UserError
+
+Metrics = dict[str, float]
+
+
+def drive(
+    step: Callable[..., tuple[Any, Any]],
+    state: Any,
+    constants: tuple[Any, ...],
+    *,
+    start: int,
+    stop: int,
+    steps_per_call: int,
+    every: int,
+    what: str,
+) -> Iterator[tuple[int, Any, Metrics]]:
+    """Call `step(state, *constants)` from `start` to `stop`; every `every` steps yield (steps done, state, metrics).
+
+    The metrics are those of the step just done, averaged over devices; fetching them is the only wait for the device.
+    `steps_per_call` must divide `every`, and `every` need not divide `stop`. The yielded state is donated to the next
+    call: use it before going on.
+
+    Raises UserError where a metric is not finite.
+    """
+    done = start
+    while done < stop:
+        state, metrics = step(state, *constants)
+        done += steps_per_call
+        if done % every == 0 or done >= stop:
+            values = {name: float(np.mean(value)) for name, value in jax.device_get(metrics).items()}
+            _check_finite(values, what, done)
+            yield done, state, values
+
+
+def call_length(requested: int, *intervals: int) -> int:
+    """The largest number of steps a call, at most `requested`, that divides every interval."""
+    common = math.gcd(*intervals)
+    return max(d for d in range(1, min(requested, common) + 1) if common % d == 0)
+
+
+def _check_finite(values: Metrics, what: str, done: int) -> None:
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"{what} diverged: {', '.join(bad)} not finite at step {done}; "
+            f"lower config.{what}.lr and run the same command in a new folder."
+        )

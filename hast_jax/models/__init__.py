@@ -1,0 +1,22 @@
+"""Networks by name. Every network is a Linen module that returns `(logits, Taps)`."""
+
+from functools import partial
+
+import flax.linen as nn
+
+from hast_jax.models.layers import BatchNormTap, Precision, Taps
+from hast_jax.models.resnet import ResNet
+
+ARCHITECTURES = {
+    "resnet8": partial(ResNet, widths=(16, 32, 64), units=(1, 1, 1)),
+    "resnet20": partial(ResNet, widths=(16, 32, 64), units=(3, 3, 3)),
+    "resnet18": partial(ResNet, widths=(64, 128, 256, 512), units=(2, 2, 2, 2), imagenet_stem=True),
+}
+
+
+def create(name: str, classes: int, precision: Precision = Precision()) -> nn.Module:
+    """The network called `name` in `ARCHITECTURES`: the teacher by default, a student with a `precision`."""
+    return ARCHITECTURES[name](classes=classes, precision=precision)
+
+
+__all__ = ["ARCHITECTURES", "BatchNormTap", "Precision", "ResNet", "Taps", "create"]

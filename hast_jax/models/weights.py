@@ -1,0 +1,159 @@
+"""Weights of networks as files: pytorchcv state dicts read and written by an explicit name map.
+
+A state dict is a flat `{name: array}` in PyTorch's layout (convolutions OIHW, linear layers [out, in]). It is read from
+`.safetensors`, `.npz`, or, where torch is installed, `.pth`; it is written as `.safetensors`, which can hold no code.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from hast_jax.errors import UserError
+
+Variables = Mapping[str, Any]
+StateDict = dict[str, np.ndarray]
+
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+BUILT_IN = ("digits", "cifar10", "cifar100")
+
+
+class Metadata(NamedTuple):
+    """What a weight file says of itself; None where it says nothing. `mean`, `std` are of images in [0, 1]."""
+
+    dataset: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    top1: float | None = None
+
+
+def pytorchcv_name(path: tuple[str, ...], imagenet_stem: bool = False) -> str:
+    """The state dict's name of one of our variables.
+
+    path: collection, then the names of modules, then the leaf, as in
+    ("params", "stage2_unit1", "conv1", "bn", "scale") -> "features.stage2.unit1.body.conv1.bn.weight".
+    """
+    _, block, *inner, leaf = path
+    if block == "output":
+        modules = [block]
+    elif block == "init_block":
+        modules = ["features", block, *(["conv"] if imagenet_stem else []), *inner]
+    else:
+        body = [] if inner[0] == "identity_conv" else ["body"]
+        modules = ["features", *block.split("_"), *body, *inner]
+    return ".".join([*modules, LEAVES[leaf]])
+
+
+def name_map(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """State dict name -> path of our variable, for each weight and running statistic of `model`."""
+    return {pytorchcv_name(path, model.imagenet_stem): path for path in flatten_dict(abstract_variables(model))}
+
+
+def abstract_variables(model: nn.Module, channels: int = 3) -> Variables:
+    """Shapes and dtypes of the `params` and `batch_stats` of `model`, without computing anything."""
+    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    return {name: variables[name] for name in ("params", "batch_stats")}
+
+
+def to_torch_layout(array: np.ndarray) -> np.ndarray:
+    """HWIO -> OIHW, [in, out] -> [out, in], vectors as they are."""
+    return np.transpose(array, {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[array.ndim])
+
+
+def to_our_layout(array: np.ndarray) -> np.ndarray:
+    """OIHW -> HWIO, [out, in] -> [in, out], vectors as they are."""
+    return np.transpose(array, {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[array.ndim])
+
+
+def from_state_dict(model: nn.Module, state: Mapping[str, np.ndarray], channels: int = 3) -> Variables:
+    """`params` and `batch_stats` of `model` from a state dict.
+
+    Raises UserError that names each tensor that is missing, unknown or of the wrong shape.
+    """
+    state = {name: array for name, array in state.items() if not name.endswith("num_batches_tracked")}
+    names = name_map(model)
+    expected = flatten_dict(abstract_variables(model, channels))
+    faults = [f"{name} is missing" for name in sorted(names.keys() - state.keys())]
+    faults += [f"{name} is unknown" for name in sorted(state.keys() - names.keys())]
+    variables = {}
+    for name in sorted(names.keys() & state.keys()):
+        path, array = names[name], np.asarray(state[name])
+        ours = to_our_layout(array) if array.ndim in (1, 2, 4) else array
+        if ours.shape != expected[path].shape:
+            wanted = to_torch_layout(np.empty(expected[path].shape, np.bool_)).shape
+            faults.append(f"{name} has the shape {array.shape} instead of {wanted}")
+        variables[path] = jnp.asarray(ours)
+    if faults:
+        shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+        raise UserError(f"the weights do not fit the network: {shown}.")
+    return unflatten_dict(variables)
+
+
+def to_state_dict(model: nn.Module, variables: Variables) -> StateDict:
+    """The inverse of `from_state_dict`, as contiguous NumPy arrays."""
+    flat = flatten_dict({name: variables[name] for name in ("params", "batch_stats")})
+    return {
+        pytorchcv_name(path, model.imagenet_stem): np.ascontiguousarray(to_torch_layout(np.asarray(array)))
+        for path, array in flat.items()
+    }
+
+
+def locate(name: str) -> Path:
+    """The file of a built-in teacher (`BUILT_IN`) or the path itself. Raises UserError where there is no file."""
+    path = Path(str(resources.files("hast_jax") / "teachers" / f"{name}.safetensors")) if name in BUILT_IN else Path(name)
+    if not path.is_file():
+        known = ", ".join(BUILT_IN)
+        raise UserError(f"there is no weight file {path}: give the path of one, or one of the built-in teachers: {known}.")
+    return path
+
+
+def read(path: Path) -> tuple[StateDict, Metadata]:
+    """State dict and metadata of a weight file. Raises UserError where it cannot be read."""
+    readers = {".safetensors": _read_safetensors, ".npz": _read_npz, ".pth": _read_torch}
+    if path.suffix not in readers:
+        raise UserError(f"{path} ends in {path.suffix!r}: weights are read from .safetensors, .npz or .pth files.")
+    try:
+        return readers[path.suffix](path)
+    except (UserError, ImportError):
+        raise
+    except Exception as error:  # each library raises its own on a damaged file
+        raise UserError(f"{path} cannot be read as {path.suffix}: {error}; copy or download it again.") from error
+
+
+def write(path: Path, state: StateDict, metadata: Mapping[str, str]) -> None:
+    """Write a state dict as `.safetensors` with text metadata."""
+    safetensors.numpy.save_file(state, path, dict(metadata))
+
+
+def _read_safetensors(path: Path) -> tuple[StateDict, Metadata]:
+    with safetensors.safe_open(path, "np") as file:
+        raw = file.metadata() or {}
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    numbers = lambda key: tuple(json.loads(raw[key])) if key in raw else None
+    top1 = float(raw["test_top1"]) if "test_top1" in raw else None
+    return state, Metadata(raw.get("dataset"), numbers("mean"), numbers("std"), top1)
+
+
+def _read_npz(path: Path) -> tuple[StateDict, Metadata]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file), Metadata()
+
+
+def _read_torch(path: Path) -> tuple[StateDict, Metadata]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"reading {path} needs PyTorch: pip install 'hast_jax[torch]', or save the weights as .safetensors."
+        ) from error
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: tensor.numpy() for name, tensor in state.items()}, Metadata()

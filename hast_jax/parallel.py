@@ -1,0 +1,107 @@
+"""The only room that knows devices: how many there are, what is replicated, what runs on each.
+
+Steps are `pmap`ped over the axis `AXIS`. An argument that belongs to one device carries a leading axis of that length;
+the replicated state does too.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import flax.jax_utils
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hast_jax.errors import UserError
+
+AXIS = "devices"
+MAX_DEFAULT_CPU_DEVICES = 8
+CPU_STEPS_PER_CALL, ACCELERATOR_STEPS_PER_CALL = 1, 50
+
+
+def setup(devices: int, batch: int) -> int:
+    """Make the local devices ready and return how many are used; call it before any other JAX computation.
+
+    devices: 0 for the default, which is all local accelerators, or on a CPU as many devices as cores (up to 8) that
+    divide `batch`. Raises UserError where `devices` are not there or do not divide `batch`.
+    """
+    cores = min(os.cpu_count() or 1, MAX_DEFAULT_CPU_DEVICES)
+    on_cpu = devices or max(d for d in range(1, cores + 1) if batch % d == 0)
+    try:
+        jax.config.update("jax_num_cpu_devices", on_cpu)
+    except RuntimeError:  # the backend is up already (in a test, or a second stage in one process): use what it has
+        pass
+    found = jax.local_device_count()
+    used = devices or (min(on_cpu, found) if jax.default_backend() == "cpu" else found)
+    if used > found:
+        raise UserError(f"config.devices is {devices}, but there are {found} local devices: lower it.")
+    if batch % used:
+        raise UserError(f"config.finetune.batch {batch} is not divisible by the {used} devices: change one of them.")
+    return used
+
+
+def devices(count: int) -> list[jax.Device]:
+    """The first `count` local devices."""
+    return jax.local_devices()[:count]
+
+
+def replicate(tree: Any, count: int) -> Any:
+    """A copy of `tree` on each of `count` devices: each leaf gains a leading axis of that length."""
+    return flax.jax_utils.replicate(tree, devices(count))
+
+
+def shard(tree: Any, count: int) -> Any:
+    """A tree whose leaves have a leading axis of `count` devices, each device holding its part."""
+    return jax.tree.map(lambda x: jax.device_put_sharded(list(x), devices(count)), tree)
+
+
+def unreplicate(tree: Any) -> Any:
+    """The first device's copy of a replicated tree, without the leading axis."""
+    return flax.jax_utils.unreplicate(tree)
+
+
+def steps_per_call(requested: int) -> int:
+    """How many steps run in one call: `requested`, or by default 1 on a CPU and 50 on an accelerator.
+
+    A loop inside XLA hides the host's latency on an accelerator; on a CPU, XLA runs convolutions inside a loop body on
+    one thread (jax issue 12868).
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    return requested or (CPU_STEPS_PER_CALL if on_cpu else ACCELERATOR_STEPS_PER_CALL)
+
+
+def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1) -> Callable[..., tuple[Any, Any]]:
+    """`step(state, *constants) -> (state, metrics)` run `steps` times on each of `count` devices in one call.
+
+    All arguments carry the devices' axis; the state is donated. Returns the new state and the last step's metrics.
+    """
+
+    def run(state: Any, *constants: Any) -> tuple[Any, Any]:
+        if steps == 1:
+            return step(state, *constants)
+        state, metrics = lax.scan(lambda s, _: step(s, *constants), state, length=steps)
+        return state, jax.tree.map(lambda m: m[-1], metrics)
+
+    return jax.pmap(run, axis_name=AXIS, devices=devices(count), donate_argnums=0)
+
+
+def pmap(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """`function` on each of `count` devices; all arguments and results carry the devices' axis."""
+    return jax.pmap(function, axis_name=AXIS, devices=devices(count))
+
+
+def mean(tree: Any) -> Any:
+    """The mean over all devices, inside a pmapped step."""
+    return lax.pmean(tree, AXIS)
+
+
+def own_share(batch: jax.Array, count: int) -> jax.Array:
+    """This device's rows of a batch that all devices know, inside a step pmapped over `count` devices."""
+    rows = batch.shape[0] // count
+    return lax.dynamic_slice_in_dim(batch, lax.axis_index(AXIS) * rows, rows)
+
+
+def split(batch: Any, count: int) -> Any:
+    """Reshape [batch, ...] into [count, batch / count, ...] for a pmapped function."""
+    return jax.tree.map(lambda x: jnp.reshape(x, (count, -1, *x.shape[1:])), batch)

@@ -1,0 +1,67 @@
+"""The folder of one run: its config, and where each stage leaves what it made."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hast_jax import config as config_lib
+from hast_jax.errors import UserError
+from hast_jax.files import write_json
+
+
+class RunFolder:
+    """Paths in a run folder.
+
+    config.json, synthetic/ (see synthetic_set.py), ranges.json, checkpoints/{synthesis,latest,best}, metrics.jsonl,
+    tensorboard/, evaluations.json, result.json, synthetic.png.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.json"
+        self.synthetic = path / "synthetic"
+        self.ranges = path / "ranges.json"
+        self.evaluations = path / "evaluations.json"
+        self.result = path / "result.json"
+        self.picture = path / "synthetic.png"
+
+    def checkpoints(self, name: str) -> Path:
+        """Folder of the checkpoints called `name`: synthesis, latest or best."""
+        return self.path / "checkpoints" / name
+
+
+def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
+    """Make the folder, or go on in one made with the same config.
+
+    Raises UserError where it cannot be written or was made with another config, whose differences are shown.
+    """
+    folder, values = RunFolder(path), config_lib.to_dict(config)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if folder.config.exists():
+            lines = config_lib.difference(_read_config(folder.config), values)
+            if lines:
+                raise UserError(
+                    f"{path} was made with another config: {'; '.join(lines)}; use another --workdir, or the old config."
+                )
+        write_json(folder.config, values)
+    except OSError as error:
+        raise UserError(f"the run folder {path} cannot be written: {error.strerror}; choose another --workdir.") from error
+    return folder
+
+
+def open_for_reading(path: Path) -> tuple[RunFolder, ConfigDict]:
+    """A run folder and the config that it was made with. Raises UserError where it is none."""
+    folder = RunFolder(path)
+    if not folder.config.exists():
+        raise UserError(f"{path} is no run folder: it has no config.json; give the --workdir of a run.")
+    return folder, config_lib.from_dict(_read_config(folder.config))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): use another --workdir.") from error

@@ -1,0 +1,149 @@
+"""Stage 1, hard-sample synthesis: images optimised from noise against the teacher's own batch-norm statistics."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from hast_jax import augment, losses, parallel
+from hast_jax.checkpoint import Checkpoints
+from hast_jax.loop import call_length, drive
+from hast_jax.report import Reporter
+from hast_jax.synthetic_set import SyntheticSet
+
+Array = jax.Array
+Variables = Mapping[str, Any]
+
+
+class Plateau(NamedTuple):
+    """Learning rate of PyTorch's ReduceLROnPlateau with what it remembers; scalars."""
+
+    lr: Array
+    best: Array
+    bad: Array
+
+
+class State(NamedTuple):
+    """One batch under optimisation: images [batch, height, width, channels], labels [batch], its number and iteration."""
+
+    images: Array
+    labels: Array
+    adam: Any
+    plateau: Plateau
+    batch: Array
+    iteration: Array
+
+
+def plateau_update(plateau: Plateau, loss: Array, config: ConfigDict) -> Plateau:
+    """Multiply the rate by `factor` once the loss has not improved by `threshold` (relative) for `patience` iterations."""
+    better = loss < plateau.best * (1 - config.threshold)
+    bad = jnp.where(better, 0, plateau.bad + 1)
+    drop = bad > config.patience
+    lower = jnp.maximum(plateau.lr * config.factor, config.min_lr)
+    # PyTorch ignores a drop of the rate by less than 1e-8.
+    lr = jnp.where(drop & (plateau.lr - lower > 1e-8), lower, plateau.lr)
+    return Plateau(lr, jnp.where(better, loss, plateau.best), jnp.where(drop, 0, bad))
+
+
+def objective(
+    images: Array, labels: Array, teacher: nn.Module, variables: Variables, beta: float, gamma: float
+) -> tuple[Array, dict[str, Array]]:
+    """L_syn = L_BNS + beta * L_HIL of one batch, and its parts."""
+    logits, taps = teacher.apply(variables, images)
+    mean_loss, var_loss = losses.bn_statistics(taps.batch_norms)
+    hard = losses.hard_sample(logits, labels, gamma)
+    loss = mean_loss + var_loss + beta * hard
+    accuracy = jnp.mean(jnp.argmax(logits, 1) == labels)
+    return loss, {"loss": loss, "bn_mean": mean_loss, "bn_var": var_loss, "hard": hard, "accuracy": accuracy}
+
+
+def init(batch_index: Array, key: Array, shape: tuple[int, ...], classes: int, lr: float) -> State:
+    """Noise N(0, 1) and uniformly random labels for batch number `batch_index`, whatever the number of devices."""
+    image_key, label_key = jax.random.split(jax.random.fold_in(key, batch_index))
+    images = jax.random.normal(image_key, shape)
+    labels = jax.random.randint(label_key, shape[:1], 0, classes)
+    plateau = Plateau(jnp.asarray(lr, images.dtype), jnp.asarray(jnp.inf, images.dtype), jnp.zeros((), jnp.int32))
+    return State(images, labels, optax.scale_by_adam().init(images), plateau, batch_index, jnp.zeros((), jnp.int32))
+
+
+def step(
+    state: State, variables: Variables, teacher: nn.Module, key: Array, config: ConfigDict
+) -> tuple[State, dict[str, Array]]:
+    """One Adam step on the images. config: `config.synthesis`."""
+
+    def loss_fn(images: Array) -> tuple[Array, dict[str, Array]]:
+        if config.crop_probability > 0:
+            step_key = jax.random.fold_in(jax.random.fold_in(key, state.batch), state.iteration)
+            images = _see_through_crop(images, step_key, config)
+        return objective(images, state.labels, teacher, variables, config.beta, config.gamma)
+
+    gradient, metrics = jax.grad(loss_fn, has_aux=True)(state.images)
+    update, adam = optax.scale_by_adam().update(gradient, state.adam)
+    images = state.images - state.plateau.lr * update
+    plateau = plateau_update(state.plateau, metrics["loss"], config)
+    metrics = {**metrics, "lr": state.plateau.lr}
+    return State(images, state.labels, adam, plateau, state.batch, state.iteration + 1), metrics
+
+
+def _see_through_crop(images: Array, key: Array, config: ConfigDict) -> Array:
+    crop_key, choice_key = jax.random.split(key)
+    cropped = augment.random_resized_crop_and_flip(crop_key, images, (config.crop_scale, 1.0))
+    return jnp.where(jax.random.bernoulli(choice_key, config.crop_probability), cropped, images)
+
+
+def run(
+    teacher: nn.Module,
+    variables: Variables,
+    config: ConfigDict,
+    devices: int,
+    store: SyntheticSet,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+) -> None:
+    """Fill `store` with every batch that it still lacks, as many at a time as there are devices.
+
+    Each device optimises a batch of its own, without communication: BN statistics are those of one batch. A batch's
+    images depend on the seed and its number alone.
+    """
+    cfg = config.synthesis
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    shape, classes = (cfg.batch, *config.teacher.image), config.teacher.classes
+    pending = store.pending()
+    done = (store.batches - len(pending)) * cfg.iterations
+    calls = call_length(parallel.steps_per_call(config.steps_per_call), cfg.iterations, config.log_every, cfg.save_every)
+    with reporter.stage("synthesis", store.batches * cfg.iterations, done) as progress:
+        for first in range(0, len(pending), devices):
+            batches = pending[first : first + devices]
+            count = len(batches)
+            start = parallel.pmap(lambda batch: init(batch, key, shape, classes, cfg.lr), count)
+            iteration, state = _resume(checkpoints, start(jnp.asarray(batches)), count)
+            loop = drive(
+                parallel.pmap_steps(lambda s, v: step(s, v, teacher, key, cfg), count, calls),
+                state,
+                (parallel.replicate(variables, count),),
+                start=iteration,
+                stop=cfg.iterations,
+                steps_per_call=calls,
+                every=config.log_every,
+                what="synthesis",
+            )
+            for iteration, state, metrics in loop:
+                progress.update(done + iteration * count, metrics)
+                if iteration % cfg.save_every == 0 and iteration < cfg.iterations:
+                    checkpoints.save(done + iteration * count, state)
+            for i, batch in enumerate(batches):
+                store.write(batch, np.asarray(state.images[i]), np.asarray(state.labels[i]))
+            done += count * cfg.iterations
+
+
+def _resume(checkpoints: Checkpoints, fresh: State, count: int) -> tuple[int, State]:
+    """Iteration and state saved in the middle of just the batches of `fresh`; else 0 and `fresh`."""
+    saved = checkpoints.restore(fresh)
+    if saved is None or not np.array_equal(saved.batch, fresh.batch):
+        return 0, fresh
+    return int(saved.iteration[0]), parallel.shard(saved, count)

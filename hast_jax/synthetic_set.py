@@ -1,0 +1,119 @@
+"""The synthetic set on disk, readable with NumPy alone.
+
+    synthetic/images.npy    float32 [n, height, width, channels], in the teacher's normalised space
+    synthetic/labels.npy    int32 [n]
+    synthetic/index.json    {"batch": b, "done": {"0": crc32 of images and labels of rows 0 ... b - 1, ...}}
+
+The arrays have their full size from the start; `index.json` is replaced only after a batch's rows are on disk, so that a
+batch named there is whole.
+"""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from hast_jax.errors import UserError
+from hast_jax.files import write_json
+
+
+class SyntheticSet:
+    """Batches of synthetic images in a folder. `batches`: how many there are, done or not."""
+
+    def __init__(self, folder: Path, images: int, batch: int, shape: tuple[int, int, int]):
+        """Open or create the set of `images` images of `shape` in `folder`. Raises UserError where it is damaged."""
+        self.folder, self.batch, self.batches = folder, batch, images // batch
+        folder.mkdir(parents=True, exist_ok=True)
+        self._index_path = folder / "index.json"
+        new = not self._index_path.exists()
+        self._done = {} if new else _read_index(self._index_path, batch)
+        self._images = _open(folder / "images.npy", (images, *shape), np.dtype(np.float32), new)
+        self._labels = _open(folder / "labels.npy", (images,), np.dtype(np.int32), new)
+        if new:
+            self._write_index()
+
+    def pending(self) -> list[int]:
+        """Numbers of the batches not yet written."""
+        return [b for b in range(self.batches) if b not in self._done]
+
+    def write(self, batch: int, images: np.ndarray, labels: np.ndarray) -> None:
+        """Write one batch to disk, then mark it as done."""
+        rows = self._rows(batch)
+        self._images[rows], self._labels[rows] = images, labels
+        self._images.flush()
+        self._labels.flush()
+        self._done[batch] = self._checksum(batch)
+        self._write_index()
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels, memory-mapped. Raises UserError where a batch is missing or not what was written."""
+        if self.pending():
+            raise UserError(f"{self.folder} lacks {len(self.pending())} of {self.batches} batches: let synthesis finish.")
+        bad = [b for b, checksum in self._done.items() if self._checksum(b) != checksum]
+        if bad:
+            raise UserError(
+                f"{self.folder} is damaged: batch {bad[0]} is not what was written; "
+                f"delete that folder and run the command again to make the images anew."
+            )
+        return self._images, self._labels
+
+    def _rows(self, batch: int) -> slice:
+        return slice(batch * self.batch, (batch + 1) * self.batch)
+
+    def _checksum(self, batch: int) -> int:
+        rows = self._rows(batch)
+        return zlib.crc32(self._labels[rows].tobytes(), zlib.crc32(self._images[rows].tobytes()))
+
+    def _write_index(self) -> None:
+        write_json(self._index_path, {"batch": self.batch, "done": {str(b): c for b, c in self._done.items()}})
+
+
+def load(folder: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a finished set that another run or tool made, whatever their number.
+
+    A folder without `index.json` is taken as it is. Raises UserError where files are missing, damaged or misshapen.
+    """
+    images_path, labels_path, index_path = (folder / name for name in ("images.npy", "labels.npy", "index.json"))
+    try:
+        images, labels = np.load(images_path, mmap_mode="r"), np.load(labels_path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no synthetic set ({error}): it needs images.npy and labels.npy.") from error
+    if images.shape[1:] != shape or images.dtype != np.float32 or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{folder} holds images {images.dtype} {images.shape} and labels {labels.shape}; "
+            f"the network needs float32 images [n, {', '.join(map(str, shape))}] and labels [n]."
+        )
+    if index_path.exists():
+        batch = json.loads(index_path.read_text())["batch"]
+        return SyntheticSet(folder, len(images), batch, shape).read()
+    return images, labels
+
+
+def _read_index(path: Path, batch: int) -> dict[int, int]:
+    try:
+        index = json.loads(path.read_text())
+        done = {int(b): int(c) for b, c in index["done"].items()}
+        made = int(index["batch"])
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again.") from error
+    if made != batch:
+        raise UserError(f"{path.parent} was made in batches of {made}, not {batch}: use another folder.")
+    return done
+
+
+def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, new: bool) -> np.ndarray:
+    if new:
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        # A sparse file would fail with a bus error, far from any message, when the disk fills: reserve it now.
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        return array
+    try:
+        array = np.load(path, mmap_mode="r+", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again.") from error
+    if array.shape != shape or array.dtype != dtype:
+        raise UserError(f"{path} holds {array.dtype} {array.shape}, not {dtype} {shape}: use another folder.")
+    return array
