@@ -39,6 +39,13 @@ def default() -> ConfigDict:
                 "mean": (0.4914, 0.4822, 0.4465),  # of images in [0, 1], for each channel
                 "std": (0.2023, 0.1994, 0.2010),
             },
+            "pretrain": {  # only for python -m hast_jax.pretrain
+                "epochs": 60,
+                "batch": 64,
+                "lr": 0.1,
+                "weight_decay": 5e-4,
+                "shift": 1,  # pixels by which training images are moved at random
+            },
             "synthesis": {
                 "source": "",  # folder of a synthetic set to use instead of making one
                 "images": 5120,

@@ -23,7 +23,7 @@ def make_evaluator(
     network: nn.Module, dataset: Dataset, config: ConfigDict, devices: int
 ) -> Callable[[Variables], float]:
     """A function from the network's variables to its top-1 accuracy (%) on `dataset`, computed on all devices."""
-    batch = config.eval.batch
+    batch = config.eval.batch + -config.eval.batch % devices
     n = len(dataset.labels)
     padding = -n % batch
     images = np.pad(dataset.images, ((0, padding), (0, 0), (0, 0), (0, 0)))

@@ -12,6 +12,7 @@ import flax.jax_utils
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from hast_jax.errors import UserError
 
@@ -26,8 +27,14 @@ def setup(devices: int, batch: int) -> int:
     devices: 0 for the default, which is all local accelerators, or on a CPU as many devices as cores (up to 8) that
     divide `batch`. Raises UserError where `devices` are not there or do not divide `batch`.
     """
-    cores = min(os.cpu_count() or 1, MAX_DEFAULT_CPU_DEVICES)
-    on_cpu = devices or max(d for d in range(1, cores + 1) if batch % d == 0)
+    cores = os.cpu_count() or 1
+    most = min(cores, MAX_DEFAULT_CPU_DEVICES)
+    on_cpu = devices or max(d for d in range(1, most + 1) if batch % d == 0)
+    # A CPU device that waits for the others in a collective blocks a thread of the pool that all devices share; with one
+    # thread a core, XLA's default, the others' convolutions can then wait for a thread for ever.
+    os.environ.setdefault("PJRT_NPROC", str(cores + on_cpu))
+    # This pass would remove the optimization barriers of models/conv.py; only the CPU's compiler has it.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_disable_hlo_passes=cse_barrier_expander"
     try:
         jax.config.update("jax_num_cpu_devices", on_cpu)
     except RuntimeError:  # the backend is up already (in a test, or a second stage in one process): use what it has
@@ -92,8 +99,13 @@ def pmap(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 
 
 def mean(tree: Any) -> Any:
-    """The mean over all devices, inside a pmapped step."""
-    return lax.pmean(tree, AXIS)
+    """The mean over all devices of a tree of floating point arrays, inside a pmapped step.
+
+    One collective for the whole tree: several that are independent of each other can block all threads of a small CPU
+    while their partners on another device wait for one, a deadlock.
+    """
+    flat, unravel = ravel_pytree(tree)
+    return unravel(lax.pmean(flat, AXIS))
 
 
 def own_share(batch: jax.Array, count: int) -> jax.Array:

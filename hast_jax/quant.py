@@ -42,12 +42,16 @@ def fake_quantize(x: Array, low: Array, high: Array, bits: int) -> Array:
 
     `low` and `high` broadcast against `x` (scalars, or size one on every axis but the channel axis).
     """
+    return _round_trip(x, low, high, bits)
+
+
+def _round_trip(x: Array, low: Array, high: Array, bits: int) -> Array:
     scale, zero_point = scale_and_zero_point(low, high, bits)
     return dequantize(quantize(x, scale, zero_point, bits), scale, zero_point)
 
 
 def _fake_quantize_fwd(x: Array, low: Array, high: Array, bits: int) -> tuple[Array, tuple[Array, Array]]:
-    return fake_quantize(x, low, high, bits), (low, high)
+    return _round_trip(x, low, high, bits), (low, high)
 
 
 def _fake_quantize_bwd(bits: int, limits: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:

@@ -1,9 +1,21 @@
-"""The convolution of every network."""
+"""The convolution of every network, in the form that is fastest where it runs.
+
+On a CPU, XLA's convolutions come near the rate of its matrix products with 32 output channels or more and reach less than
+half of it below. A narrow convolution of stride 1 therefore computes `pack` neighbouring pixels of a row at once, as
+`pack * out` channels of one convolution with stride (1, pack); its result reshapes to the wanted one without moving a
+byte. The gradient of the image is such a convolution too. The added taps are zeros: the result is the same. See
+docs/performance.md for what it gains.
+"""
+
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 Array = jax.Array
+
+FULL_SPEED_CHANNELS = 32
 
 
 def conv(x: Array, kernel: Array, stride: int = 1) -> Array:
@@ -11,7 +23,44 @@ def conv(x: Array, kernel: Array, stride: int = 1) -> Array:
 
     The padding is explicit, as in PyTorch: XLA's "SAME" pads stride-2 layers on one side only.
     """
-    pad = kernel.shape[0] // 2
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    if jax.default_backend() == "cpu" and stride == 1 and kernel.shape[0] > 1:
+        return _packed_conv(x, kernel)
+    return _direct(x, kernel, (stride, stride))
+
+
+def _direct(x: Array, kernel: Array, strides: tuple[int, int]) -> Array:
+    pad = kernel.shape[0] // 2  # its height: packing changes its width
+    names = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, strides, ((pad, pad), (pad, pad)), dimension_numbers=names)
+
+
+def _packed(x: Array, kernel: Array) -> Array:
+    """The convolution of stride 1 with several pixels of a row as channels."""
+    channels_in, channels_out = kernel.shape[2:]
+    pack = 4 if min(channels_in, channels_out) < 16 else 2 if channels_out < FULL_SPEED_CHANNELS else 1
+    if x.shape[2] % pack:
+        pack = 1
+    shifted = [jnp.pad(kernel, ((0, 0), (i, pack - 1 - i), (0, 0), (0, 0))) for i in range(pack)]
+    y = _direct(x, jnp.concatenate(shifted, -1), (1, pack))
+    return y.reshape(*x.shape[:3], channels_out)
+
+
+@jax.custom_vjp
+def _packed_conv(x: Array, kernel: Array) -> Array:
+    return _packed(x, kernel)
+
+
+def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    # The barriers keep XLA from computing whole residual chains again inside the weight gradient's transposes.
+    x = lax.optimization_barrier(x)
+    return _packed(x, kernel), (x, kernel)
+
+
+def _backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    gradient = lax.optimization_barrier(gradient)
+    (kernel_gradient,) = jax.linear_transpose(partial(_direct, x, strides=(1, 1)), kernel)(gradient)
+    return _packed(gradient, kernel[::-1, ::-1].swapaxes(2, 3)), kernel_gradient
+
+
+_packed_conv.defvjp(_forward, _backward)

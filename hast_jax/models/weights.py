@@ -59,7 +59,7 @@ def name_map(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def abstract_variables(model: nn.Module, channels: int = 3) -> Variables:
     """Shapes and dtypes of the `params` and `batch_stats` of `model`, without computing anything."""
-    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.zeros(()).dtype)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     return {name: variables[name] for name in ("params", "batch_stats")}
 

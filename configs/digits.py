@@ -1,0 +1,29 @@
+"""A small ResNet on scikit-learn's handwritten digits: everything is built in, nothing is downloaded.
+
+    python -m hast_jax.main --config=configs/digits.py --workdir=runs/digits
+"""
+
+from ml_collections import ConfigDict
+
+from hast_jax import config as config_lib
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """argument: bits such as w4a4."""
+    config = config_lib.default()
+    config.teacher.network = "resnet8"
+    config.teacher.weights = "digits"
+    config.teacher.classes = 10
+    config.teacher.image = (8, 8, 1)
+    config.teacher.mean = (0.3053,)
+    config.teacher.std = (0.3762,)
+    config.synthesis.images = 1024
+    config.synthesis.iterations = 300
+    config.calibration.batches = 100
+    config.finetune.batch = 64
+    config.finetune.epochs = 10
+    config.finetune.steps_per_epoch = 100
+    config.eval.dataset = "digits"
+    config.eval.batch = 240
+    config.eval.every = 2
+    return config_lib.variant(config, argument, {})

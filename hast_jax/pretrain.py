@@ -1,0 +1,109 @@
+"""Train a full-precision teacher on real images: how the built-in one for the digits was made.
+
+    python -m hast_jax.pretrain --config=configs/digits.py --output=digits.safetensors
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from rich.console import Console
+
+from hast_jax import cli, config as config_lib, data, evaluate, models, parallel
+from hast_jax.models import weights
+
+Array = jax.Array
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
+OUTPUT = flags.DEFINE_string("output", None, "The .safetensors file to write.")
+
+
+class State(NamedTuple):
+    """Training state; `step` is a scalar."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    step: Array
+
+
+def shift(images: Array, key: Array, pixels: int) -> Array:
+    """Each image moved by up to `pixels` in each direction, zeros moving in."""
+    if pixels == 0:
+        return images
+    padded = jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
+    corners = jax.random.randint(key, (len(images), 2), 0, 2 * pixels + 1)
+    crop = lambda image, corner: jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:])
+    return jax.vmap(crop)(padded, corners)
+
+
+def train(model: nn.Module, dataset: data.Dataset, config: ConfigDict, console: Console) -> Mapping[str, Any]:
+    """`params` and `batch_stats` after SGD with Nesterov momentum and a cosine schedule. config: the whole config."""
+    cfg, teacher = config.pretrain, config.teacher
+    images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
+    steps = cfg.epochs * (len(labels) // cfg.batch)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, cfg.lr, max(1, steps // 10), steps)
+    transform = optax.chain(optax.add_decayed_weights(cfg.weight_decay), optax.sgd(schedule, 0.9, nesterov=True))
+    key = jax.random.key(config.seed)
+
+    @jax.jit
+    def step(state: State) -> tuple[State, Array]:
+        draw_key, shift_key = jax.random.split(jax.random.fold_in(key, state.step))
+        chosen = jax.random.choice(draw_key, len(labels), (cfg.batch,), replace=False)
+        batch = shift(data.normalise(images[chosen], teacher.mean, teacher.std), shift_key, cfg.shift)
+
+        def loss_fn(params: Any) -> tuple[Array, Any]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            (logits, _), updated = model.apply(variables, batch, train=True, mutable=["batch_stats"])
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
+            return loss, updated["batch_stats"]
+
+        (loss, batch_stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = transform.update(gradient, state.opt_state, state.params)
+        return State(optax.apply_updates(state.params, updates), batch_stats, opt_state, state.step + 1), loss
+
+    variables = model.init(jax.random.fold_in(key, 2**31 - 1), jnp.zeros((1, *teacher.image)))
+    params = variables["params"]
+    state = State(params, variables["batch_stats"], transform.init(params), jnp.zeros((), jnp.int32))
+    for epoch in range(cfg.epochs):
+        for _ in range(steps // cfg.epochs):
+            state, loss = step(state)
+        if (epoch + 1) % 10 == 0 or epoch + 1 == cfg.epochs:
+            console.print(f"epoch {epoch + 1}: loss {float(loss):.4f}")
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def main(_: list[str]) -> None:
+    """Train, evaluate, write."""
+    with cli.user_errors():
+        config, console = CONFIG.value, Console()
+        config_lib.validate(config)
+        devices = parallel.setup(config.devices, config.finetune.batch)
+        model = models.create(config.teacher.network, config.teacher.classes)
+        train_set = data.load(config.eval.dataset, "train", config.eval.data_dir)
+        test_set = data.load(config.eval.dataset, config.eval.split, config.eval.data_dir)
+        variables = train(model, train_set, config, console)
+        top1 = evaluate.make_evaluator(model, test_set, config, devices)(variables)
+        recipe = ", ".join(f"{name} {value}" for name, value in config.pretrain.items())
+        metadata = {
+            "architecture": f"{config.teacher.network} (pytorchcv names, OIHW)",
+            "dataset": config.eval.dataset,
+            "num_classes": str(config.teacher.classes),
+            "mean": str(list(config.teacher.mean)),
+            "std": str(list(config.teacher.std)),
+            "test_top1": f"{top1:.2f}",
+            "training": f"SGD nesterov, cosine, {recipe}, {len(train_set.labels)} images, seed {config.seed}",
+        }
+        weights.write(Path(OUTPUT.value), weights.to_state_dict(model, variables), metadata)
+        console.print(f"{OUTPUT.value}: top-1 {top1:.2f} % on {len(test_set.labels)} held-out images")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "output"])
+    cli.run(main)

@@ -1,0 +1,55 @@
+"""Strict JAX for every test: 4 CPU devices, no silent promotion of ranks; and the folder of golden values."""
+
+import functools
+import os
+
+os.environ.setdefault("PJRT_NPROC", "8")  # as parallel.setup does: more threads than devices
+
+from pathlib import Path
+
+import jax
+import pytest
+from golden_data import Golden, files
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden", default=str(GOLDEN), help="Folder of golden values; file names may begin with heldout_.")
+
+
+@pytest.fixture
+def x64():
+    """Double precision within one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long tests run only when asked for by mark: `pytest -m slow`."""
+    if not config.getoption("-m"):
+        skip = pytest.mark.skip(reason="slow: run with -m slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with a `golden` argument runs once for each file of its module's `KIND` in the folder."""
+    if "golden" in metafunc.fixturenames:
+        paths = files(metafunc.config.getoption("--golden"), metafunc.module.KIND)
+        metafunc.parametrize("golden", paths, indirect=True, ids=lambda path: path.stem)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """One file of golden values."""
+    return _read(request.param)
+
+
+@functools.cache
+def _read(path: Path) -> Golden:
+    return Golden(path)
