@@ -1,6 +1,10 @@
-"""A small ResNet on scikit-learn's handwritten digits: everything is built in, nothing is downloaded.
+"""A small ResNet on scikit-learn's 1,797 handwritten digits: everything is built in, nothing is downloaded.
 
     python -m hast_jax.main --config=configs/digits.py --workdir=runs/digits
+
+Under three minutes on two cores. The teacher (99.58 % of 719 held-out digits) ships with the package; it was trained by
+
+    python -m hast_jax.pretrain --config=configs/digits.py --output=digits.safetensors
 """
 
 from ml_collections import ConfigDict
@@ -9,7 +13,7 @@ from hast_jax import config as config_lib
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """argument: bits such as w4a4."""
+    """argument: bits such as w4a4, `small` (half a minute, for trying things out), joined by commas."""
     config = config_lib.default()
     config.teacher.network = "resnet8"
     config.teacher.weights = "digits"
@@ -26,4 +30,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.eval.dataset = "digits"
     config.eval.batch = 240
     config.eval.every = 2
-    return config_lib.variant(config, argument, {})
+    small = {"synthesis.images": 256, "synthesis.iterations": 100, "finetune.epochs": 2}
+    return config_lib.variant(config, argument, {"small": small})

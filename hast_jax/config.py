@@ -18,6 +18,24 @@ from hast_jax.models import ARCHITECTURES
 
 SCHEDULES = ("step", "cosine")
 
+# Variants of the CIFAR configs. `small`: a budget for a CPU. `tuned`: see the README's results.
+VARIANTS = {
+    "small": {
+        "synthesis.images": 1536,
+        "synthesis.iterations": 500,
+        "finetune.batch": 64,
+        "finetune.epochs": 20,
+        "eval.every": 4,
+    },
+    "tuned": {
+        "calibration.range": "mse",
+        "calibration.batches": 100,
+        "calibration.batch": 64,
+        "finetune.lr": 1e-4,
+        "finetune.schedule": "cosine",
+    },
+}
+
 # Fields that say where and how fast, not what: a run may go on with others.
 FREE_FIELDS = ("devices", "steps_per_call", "log_every", "eval.data_dir", "eval.batch", "synthesis.save_every")
 
@@ -94,10 +112,10 @@ def default() -> ConfigDict:
     )
 
 
-def variant(config: ConfigDict, argument: str, variants: dict[str, Any]) -> ConfigDict:
+def variant(config: ConfigDict, argument: str, variants: dict[str, Any] = VARIANTS) -> ConfigDict:
     """Apply a config file's argument such as "w4a4,small": bits, and the names in `variants`.
 
-    variants: name -> fields to change, as a flat {"finetune.lr": value}. Raises UserError for a name that is none.
+    variants: name -> fields to change, as a flat {"finetune.lr": value}. Raises UserError for an unknown word.
     """
     for word in filter(None, argument.split(",")):
         if word in variants:
@@ -126,7 +144,7 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
     bits = f"between {quant.MIN_BITS} and {quant.MAX_BITS}"
     for name in ("weights", "activations"):
         yield f"bits.{name}", not quant.MIN_BITS <= config.bits[name] <= quant.MAX_BITS, bits
-    choices = {
+    choices: dict[str, tuple[str, Any]] = {
         "teacher.network": (teacher.network, ARCHITECTURES),
         "calibration.range": (calibration.range, quant.RANGE_RULES),
         "finetune.schedule": (finetune.schedule, SCHEDULES),
@@ -196,6 +214,11 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> ConfigDict:
     """A config from what `to_dict` gave."""
     config = default()
-    tuples = lambda v: {k: tuples(x) for k, x in v.items()} if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v
-    config.update(tuples(values))
+    config.update(_with_tuples(values))
     return config
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_tuples(v) for name, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value

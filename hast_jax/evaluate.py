@@ -1,46 +1,68 @@
-"""Stage 4, evaluation: top-1 accuracy on real images of the teacher and of the student in a run folder.
+"""Stage 4, evaluation of a run folder: top-1 of the teacher and of the student, on real images.
 
-    python -m hast_jax.evaluate --workdir=runs/c100-w3a3
+python -m hast_jax.evaluate --workdir=runs/c100-w3a3
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
 
-from hast_jax import parallel
-from hast_jax.data import Dataset, normalise
+from hast_jax import accuracy, cli, data, finetune, networks, parallel, run_folder
+from hast_jax.checkpoint import Checkpoints
+from hast_jax.errors import UserError
+from hast_jax.models.weights import Variables
 
-Array = jax.Array
-Variables = Mapping[str, Any]
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
+CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which student: best was selected on test data.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of TFDS, where it is not the run's.")
+DEVICES = flags.DEFINE_integer("devices", 0, "Local devices used; 0: all.", lower_bound=0)
 
 
-def make_evaluator(
-    network: nn.Module, dataset: Dataset, config: ConfigDict, devices: int
-) -> Callable[[Variables], float]:
-    """A function from the network's variables to its top-1 accuracy (%) on `dataset`, computed on all devices."""
-    batch = config.eval.batch + -config.eval.batch % devices
-    n = len(dataset.labels)
-    padding = -n % batch
-    images = np.pad(dataset.images, ((0, padding), (0, 0), (0, 0), (0, 0)))
-    labels = np.pad(dataset.labels, (0, padding), constant_values=-1)  # no logit has this index
+def restore_student(
+    folder: run_folder.RunFolder, variables: Variables, config: ConfigDict, checkpoint: str
+) -> tuple[Variables, int]:
+    """Variables of the student saved in a run folder, ranges included, and the number of steps it was trained.
 
-    def correct(variables: Variables, images: Array, labels: Array) -> Array:
-        logits, _ = network.apply(variables, normalise(images, config.teacher.mean, config.teacher.std))
-        return jnp.sum(jnp.argmax(logits, 1) == labels)
+    variables: the teacher's. checkpoint: "latest" or "best". Raises UserError where there is none that is whole.
+    """
+    with Checkpoints(folder.checkpoints(checkpoint), keep=2) as checkpoints:
+        state = checkpoints.restore(finetune.init(variables["params"], config.finetune))
+    if state is None:
+        raise UserError(f"{folder.path} holds no {checkpoint} student yet: let its run reach the end of an epoch.")
+    return {**variables, "params": state.params, "ranges": folder.read_ranges()}, int(state.step)
 
-    count_correct = parallel.pmap(correct, devices)
 
-    def evaluate(variables: Variables) -> float:
-        replicated = parallel.replicate(variables, devices)
-        counts = []
-        for start in range(0, n + padding, batch):
-            rows = slice(start, start + batch)
-            counts.append(count_correct(replicated, *parallel.split((images[rows], labels[rows]), devices)))
-        return 100 * int(np.sum(jax.device_get(counts))) / n
+def run(workdir: Path, checkpoint: str, devices: int, data_dir: str | None, console: Console) -> dict[str, float]:
+    """Print and return the top-1 (%) of teacher and student of a run folder. Raises UserError."""
+    folder, config = run_folder.open_for_reading(workdir)
+    count = parallel.setup(devices, config.eval.batch)
+    name, split = config.eval.dataset, config.eval.split
+    dataset = data.load(name, split, config.eval.data_dir if data_dir is None else data_dir)
+    if dataset is None:
+        raise UserError(f"{workdir} was run with config.eval.dataset none: there is nothing to evaluate on.")
+    teacher, variables = networks.teacher(config)
+    student_variables, steps = restore_student(folder, variables, config, checkpoint)
+    top1 = {
+        "teacher": accuracy.make_evaluator(teacher, dataset, config, count)(variables),
+        "student": accuracy.make_evaluator(networks.student(config), dataset, config, count)(student_variables),
+    }
+    bits = f"W{config.bits.weights}A{config.bits.activations}"
+    table = Table("", "top-1 %", "drop", title=f"{config.teacher.network} on {len(dataset.labels)} images, {name} {split}")
+    table.add_row("full precision (teacher)", f"{top1['teacher']:.2f}", "")
+    drop = f"{top1['teacher'] - top1['student']:.2f}"
+    table.add_row(f"{bits} student, {checkpoint}, after {steps} steps", f"{top1['student']:.2f}", drop)
+    console.print(table)
+    return top1
 
-    return evaluate
+
+def main(_: list[str]) -> None:
+    """Evaluate a run folder."""
+    with cli.user_errors():
+        run(Path(WORKDIR.value), CHECKPOINT.value, DEVICES.value, DATA_DIR.value, Console())
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from hast_jax import augment, losses, parallel
+from hast_jax import augment, losses, models, parallel
 from hast_jax.promote import Distances, promote
 
 Array = jax.Array
@@ -42,20 +42,16 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
 
 def optimizer(schedule: optax.ScalarOrSchedule, momentum: float, weight_decay: float) -> optax.GradientTransformation:
     """PyTorch's SGD with Nesterov momentum; weight decay on every parameter enters before the momentum."""
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum, nesterov=True)
-    )
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum, nesterov=True))
 
 
-def distances(
-    teacher: nn.Module, student: nn.Module, frozen: Frozen, config: ConfigDict
-) -> Distances:
+def distances(teacher: nn.Module, student: nn.Module, frozen: Frozen, config: ConfigDict) -> Distances:
     """(params, images) -> (L_KL, L_FA) between the teacher and the student with these `params`."""
 
     def between(params: Any, images: Array) -> tuple[Array, Array]:
-        target, teacher_taps = teacher.apply(frozen.teacher, images)
+        target, teacher_taps = models.apply(teacher, frozen.teacher, images)
         variables = {"params": params, "batch_stats": frozen.teacher["batch_stats"], "ranges": frozen.ranges}
-        logits, taps = student.apply(variables, images)
+        logits, taps = models.apply(student, variables, images)
         kl = losses.distillation(target, logits, config.temperature, config.alpha)
         fa = config.lam * losses.ALIGNMENTS[config.alignment](teacher_taps.branches, taps.branches)
         return kl, fa
@@ -63,14 +59,13 @@ def distances(
     return between
 
 
-def loss_and_gradient(
-    between: Distances, params: Any, images: Array, config: ConfigDict
-) -> tuple[dict[str, Array], Any]:
+def loss_and_gradient(between: Distances, params: Any, images: Array, config: ConfigDict) -> tuple[dict[str, Array], Any]:
     """L = a * [L_KL(x) + L_FA(x)] + b * [L_KL(x') + L_FA(x')] on images x and promoted images x', with its gradient."""
     (kl, fa), clean_gradient, hard_images = promote(between, params, images, config.eps, config.direction)
     metrics = {"kl": kl, "fa": fa}
     loss, gradient = config.a * (kl + fa), jax.tree.map(lambda g: config.a * g, clean_gradient)
     if config.b > 0:
+
         def hard_loss(p: Any) -> tuple[Array, tuple[Array, Array]]:
             parts = between(p, hard_images)
             return config.b * (parts[0] + parts[1]), parts

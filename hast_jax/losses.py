@@ -30,7 +30,7 @@ def bn_statistics(taps: Sequence[BatchNormTap]) -> tuple[Array, Array]:
         variance = spread - jnp.square(mean - tap.mean)
         means.append(jnp.mean(jnp.square(mean - tap.mean)))
         variances.append(jnp.mean(jnp.square(variance - tap.var)))
-    return sum(means) / len(taps), sum(variances) / len(taps)
+    return jnp.mean(jnp.stack(means)), jnp.mean(jnp.stack(variances))
 
 
 def hard_sample(logits: Array, labels: Array, gamma: float) -> Array:

@@ -7,14 +7,14 @@ The same command goes on where a killed run was.
 
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
 from hast_jax import cli, pipeline
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone on in.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone on in.", required=True)
 
 
 def main(_: list[str]) -> None:
@@ -24,5 +24,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(["config"])
     cli.run(main)

@@ -4,6 +4,7 @@ Steps are `pmap`ped over the axis `AXIS`. An argument that belongs to one device
 the replicated state does too.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -35,10 +36,8 @@ def setup(devices: int, batch: int) -> int:
     os.environ.setdefault("PJRT_NPROC", str(cores + on_cpu))
     # This pass would remove the optimization barriers of models/conv.py; only the CPU's compiler has it.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_disable_hlo_passes=cse_barrier_expander"
-    try:
+    with contextlib.suppress(RuntimeError):  # the backend is up already, in a test: its devices are used
         jax.config.update("jax_num_cpu_devices", on_cpu)
-    except RuntimeError:  # the backend is up already (in a test, or a second stage in one process): use what it has
-        pass
     found = jax.local_device_count()
     used = devices or (min(on_cpu, found) if jax.default_backend() == "cpu" else found)
     if used > found:

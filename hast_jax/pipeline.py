@@ -9,13 +9,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from hast_jax import calibrate, config as config_lib, data, evaluate, finetune, models, parallel, quant, run_folder
-from hast_jax import synthesize, synthetic_set
+from hast_jax import calibrate, data, finetune, networks, parallel, run_folder, synthesize, synthetic_set
+from hast_jax import config as config_lib
+from hast_jax.accuracy import make_evaluator
 from hast_jax.checkpoint import Checkpoints
 from hast_jax.errors import UserError
 from hast_jax.files import write_json
@@ -35,16 +34,16 @@ def run(config: ConfigDict, workdir: Path, console: Console) -> dict[str, Any]:
     """
     config_lib.validate(config)
     devices = parallel.setup(config.devices, config.finetune.batch)
-    teacher, variables = load_teacher(config)
-    student = models.create(config.teacher.network, config.teacher.classes, precision(config))
+    teacher, variables = networks.teacher(config)
+    student = networks.student(config)
     dataset = data.load(config.eval.dataset, config.eval.split, config.eval.data_dir)
     folder = run_folder.open_for_run(workdir, config)
     reporter = Reporter(folder.path, console)
     accuracy: Evaluator | None = None
     teacher_accuracy = None
     if dataset is not None:
-        teacher_accuracy = evaluate.make_evaluator(teacher, dataset, config, devices)(variables)
-        accuracy = evaluate.make_evaluator(student, dataset, config, devices)
+        teacher_accuracy = make_evaluator(teacher, dataset, config, devices)(variables)
+        accuracy = make_evaluator(student, dataset, config, devices)
     images = synthetic_images(teacher, variables, config, devices, folder, reporter)
     ranges = activation_ranges(student, variables, images, config, folder, reporter)
     evaluations = fine_tune(teacher, student, variables, ranges, images, config, devices, folder, reporter, accuracy)
@@ -53,23 +52,6 @@ def run(config: ConfigDict, workdir: Path, console: Console) -> dict[str, Any]:
     show_result(console, result)
     reporter.close()
     return result
-
-
-def precision(config: ConfigDict) -> models.Precision:
-    """The student's `Precision`."""
-    return models.Precision(config.bits.weights, config.bits.activations, quant.RANGE_RULES[config.calibration.range])
-
-
-def load_teacher(config: ConfigDict) -> tuple[nn.Module, weights.Variables]:
-    """The full-precision network and its variables. Raises UserError where the file does not fit the config."""
-    model = models.create(config.teacher.network, config.teacher.classes)
-    path = weights.locate(config.teacher.weights)
-    state, metadata = weights.read(path)
-    for name in ("mean", "std"):
-        said = getattr(metadata, name)
-        if said is not None and not np.allclose(said, config.teacher[name], atol=1e-3):
-            raise UserError(f"{path} was trained with {name} {said}, not config.teacher.{name} {config.teacher[name]}.")
-    return model, weights.from_state_dict(model, state, config.teacher.image[-1])
 
 
 def synthetic_images(
@@ -106,14 +88,8 @@ def activation_ranges(
 ) -> weights.Variables:
     """Stage 2: the ranges of the activations, read from `ranges.json` where it exists."""
     if not folder.ranges.exists():
-        ranges = calibrate.run(student, variables, images, config, reporter)
-        flat = flatten_dict(jax.device_get(ranges), sep="/")
-        write_json(folder.ranges, {name: float(value) for name, value in flat.items()})
-    try:
-        flat = json.loads(folder.ranges.read_text())
-        return unflatten_dict({name: jnp.float32(value) for name, value in flat.items()}, sep="/")
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{folder.ranges} is damaged ({error}): delete it to calibrate again.") from error
+        folder.write_ranges(calibrate.run(student, variables, images, config, reporter))
+    return folder.read_ranges()
 
 
 def fine_tune(

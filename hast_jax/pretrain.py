@@ -1,6 +1,6 @@
 """Train a full-precision teacher on real images: how the built-in one for the digits was made.
 
-    python -m hast_jax.pretrain --config=configs/digits.py --output=digits.safetensors
+python -m hast_jax.pretrain --config=configs/digits.py --output=digits.safetensors
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,15 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from hast_jax import cli, config as config_lib, data, evaluate, models, parallel
+from hast_jax import accuracy, cli, data, models, parallel
+from hast_jax import config as config_lib
+from hast_jax.errors import UserError
 from hast_jax.models import weights
 
 Array = jax.Array
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
-OUTPUT = flags.DEFINE_string("output", None, "The .safetensors file to write.")
+OUTPUT = flags.DEFINE_string("output", None, "The .safetensors file to write.", required=True)
 
 
 class State(NamedTuple):
@@ -88,8 +90,10 @@ def main(_: list[str]) -> None:
         model = models.create(config.teacher.network, config.teacher.classes)
         train_set = data.load(config.eval.dataset, "train", config.eval.data_dir)
         test_set = data.load(config.eval.dataset, config.eval.split, config.eval.data_dir)
+        if train_set is None or test_set is None:
+            raise UserError("a teacher needs real images: config.eval.dataset is none.")
         variables = train(model, train_set, config, console)
-        top1 = evaluate.make_evaluator(model, test_set, config, devices)(variables)
+        top1 = accuracy.make_evaluator(model, test_set, config, devices)(variables)
         recipe = ", ".join(f"{name} {value}" for name, value in config.pretrain.items())
         metadata = {
             "architecture": f"{config.teacher.network} (pytorchcv names, OIHW)",
@@ -105,5 +109,5 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "output"])
+    flags.mark_flags_as_required(["config"])
     cli.run(main)

@@ -128,7 +128,9 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
     else:
         console.print(f"{title}: no evaluation data (config.eval.dataset is none)")
     times = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in result["seconds"].items())
-    console.print(f"{result['images']} images x {result['iterations']} iterations, {result['steps']} steps of {result['batch']}")
+    console.print(
+        f"{result['images']} images x {result['iterations']} iterations, {result['steps']} steps of {result['batch']}"
+    )
     console.print(f"{times}; {result['hardware']}")
 
 

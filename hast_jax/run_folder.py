@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
 from hast_jax.errors import UserError
 from hast_jax.files import write_json
+from hast_jax.models.weights import Variables
 
 
 class RunFolder:
@@ -30,6 +34,19 @@ class RunFolder:
     def checkpoints(self, name: str) -> Path:
         """Folder of the checkpoints called `name`: synthesis, latest or best."""
         return self.path / "checkpoints" / name
+
+    def write_ranges(self, ranges: Variables) -> None:
+        """Write the activation ranges as {"layer/low": number, "layer/high": number, ...}."""
+        flat = flatten_dict(jax.device_get(ranges), sep="/")
+        write_json(self.ranges, {name: float(value) for name, value in flat.items()})
+
+    def read_ranges(self) -> Variables:
+        """The activation ranges. Raises UserError where they are damaged."""
+        try:
+            flat = json.loads(self.ranges.read_text())
+            return unflatten_dict({name: jnp.float32(value) for name, value in flat.items()}, sep="/")
+        except (ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"{self.ranges} is damaged ({error}): delete it to calibrate again.") from error
 
 
 def open_for_run(path: Path, config: ConfigDict) -> RunFolder:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from hast_jax import augment, losses, parallel
+from hast_jax import augment, losses, models, parallel
 from hast_jax.checkpoint import Checkpoints
 from hast_jax.loop import call_length, drive
 from hast_jax.report import Reporter
@@ -54,7 +54,7 @@ def objective(
     images: Array, labels: Array, teacher: nn.Module, variables: Variables, beta: float, gamma: float
 ) -> tuple[Array, dict[str, Array]]:
     """L_syn = L_BNS + beta * L_HIL of one batch, and its parts."""
-    logits, taps = teacher.apply(variables, images)
+    logits, taps = models.apply(teacher, variables, images)
     mean_loss, var_loss = losses.bn_statistics(taps.batch_norms)
     hard = losses.hard_sample(logits, labels, gamma)
     loss = mean_loss + var_loss + beta * hard

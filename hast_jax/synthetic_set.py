@@ -103,7 +103,7 @@ def _read_index(path: Path, batch: int) -> dict[int, int]:
     return done
 
 
-def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, new: bool) -> np.ndarray:
+def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, new: bool) -> np.memmap:
     if new:
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         # A sparse file would fail with a bus error, far from any message, when the disk fills: reserve it now.

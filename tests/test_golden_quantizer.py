@@ -124,7 +124,10 @@ def test_frozen_activation_quantization_agrees(golden: Golden, sign: str) -> Non
                 low, high = max(low, 0), max(high, 0)
             step = max(high - low, 1e-8) / (2**bits - 1)
             y = quant.fake_quantize(activation(x_eval), jnp.float32(low), jnp.float32(high), bits)
-            assert np.mean(np.abs(np.asarray(y) - expected) > 1e-5 * step + 1e-6 * np.abs(expected)) <= 1e-4, (bits, name)
+            assert np.mean(np.abs(np.asarray(y) - expected) > 1e-5 * step + 1e-6 * np.abs(expected)) <= 1e-4, (
+                bits,
+                name,
+            )
 
 
 def test_the_settled_range_is_a_running_average_with_decay_09(golden: Golden) -> None:

@@ -1,10 +1,12 @@
 """Networks by name. Every network is a Linen module that returns `(logits, Taps)`."""
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
+import jax
 
-from hast_jax.models.layers import BatchNormTap, Precision, Taps
+from hast_jax.models.layers import FULL_PRECISION, BatchNormTap, Precision, Taps
 from hast_jax.models.resnet import ResNet
 
 ARCHITECTURES = {
@@ -14,9 +16,15 @@ ARCHITECTURES = {
 }
 
 
-def create(name: str, classes: int, precision: Precision = Precision()) -> nn.Module:
+def create(name: str, classes: int, precision: Precision = FULL_PRECISION) -> nn.Module:
     """The network called `name` in `ARCHITECTURES`: the teacher by default, a student with a `precision`."""
     return ARCHITECTURES[name](classes=classes, precision=precision)
 
 
-__all__ = ["ARCHITECTURES", "BatchNormTap", "Precision", "ResNet", "Taps", "create"]
+def apply(model: nn.Module, variables: Any, images: jax.Array) -> tuple[jax.Array, Taps]:
+    """Logits [batch, classes] and taps of normalised images [batch, height, width, channels], nothing updated."""
+    outputs: Any = model.apply(variables, images)
+    return outputs
+
+
+__all__ = ["ARCHITECTURES", "BatchNormTap", "Precision", "ResNet", "Taps", "apply", "create"]

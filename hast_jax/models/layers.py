@@ -43,6 +43,9 @@ class Precision(NamedTuple):
     range_rule: RangeRule = quant.minmax_range
 
 
+FULL_PRECISION = Precision()
+
+
 class Conv(nn.Module):
     """Convolution without bias, its kernel [height, width, in, out] fake-quantized for each output channel."""
 
@@ -53,6 +56,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """[batch, height, width, in] -> [batch, height / stride, width / stride, features]."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.variance_scaling(2.0, "fan_out", "normal"), shape)
         if self.bits is not None:
@@ -68,6 +72,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """[batch, in] -> [batch, features]."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         if self.bits is not None:
@@ -85,11 +90,10 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, BatchNormTap]:
+        """As `Conv`; `train` normalises with the moments of the batch."""
         x = Conv(self.features, self.size, self.stride, self.bits, name="conv")(x)
         # PyTorch's conventions: momentum 0.1 there is 0.9 here, and the variance is not computed as E[x^2] - E[x]^2.
-        norm = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, name="bn"
-        )
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, name="bn")
         y = norm(x)
         moments: Any = norm.variables["batch_stats"]
         return y, BatchNormTap(x, moments["mean"], moments["var"])
@@ -108,6 +112,7 @@ class Activation(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Any shape, kept."""
         x = nn.relu(x)
         if self.bits is None:
             return x

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
-from hast_jax.models.layers import Activation, BatchNormTap, ConvNorm, Dense, Precision, Taps
+from hast_jax.models.layers import FULL_PRECISION, Activation, BatchNormTap, ConvNorm, Dense, Precision, Taps
 
 Array = jax.Array
 
@@ -23,6 +23,7 @@ class ResUnit(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> tuple[Array, list[BatchNormTap], Array]:
+        """[batch, height, width, in] -> [batch, height / stride, width / stride, features]."""
         bits, taps = self.precision.weights, []
         activation = lambda name: Activation(self.precision.activations, self.precision.range_rule, name=name)
         shortcut = x
@@ -47,7 +48,7 @@ class ResNet(nn.Module):
     widths: Sequence[int]
     units: Sequence[int]
     imagenet_stem: bool = False
-    precision: Precision = Precision()
+    precision: Precision = FULL_PRECISION
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, Taps]:

@@ -1,0 +1,28 @@
+"""The networks that a config names: the teacher with its weights, and the student."""
+
+import flax.linen as nn
+import numpy as np
+from ml_collections import ConfigDict
+
+from hast_jax import models, quant
+from hast_jax.errors import UserError
+from hast_jax.models import weights
+
+
+def teacher(config: ConfigDict) -> tuple[nn.Module, weights.Variables]:
+    """The full-precision network and its variables. Raises UserError where the file does not fit the config."""
+    model = models.create(config.teacher.network, config.teacher.classes)
+    path = weights.locate(config.teacher.weights)
+    state, metadata = weights.read(path)
+    for name in ("mean", "std"):
+        said, ours = getattr(metadata, name), config.teacher[name]
+        if said is not None and not (len(said) == len(ours) and np.allclose(said, ours, atol=1e-3)):
+            raise UserError(f"{path} was trained with {name} {said}, not config.teacher.{name} {ours}: change the config.")
+    return model, weights.from_state_dict(model, state, config.teacher.image[-1])
+
+
+def student(config: ConfigDict) -> nn.Module:
+    """The same network with quantized weights and activations."""
+    rule = quant.RANGE_RULES[config.calibration.range]
+    precision = models.Precision(config.bits.weights, config.bits.activations, rule)
+    return models.create(config.teacher.network, config.teacher.classes, precision)
