@@ -103,9 +103,9 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         metrics |= {
             "lr": jnp.asarray(schedule(state.step)),
-            "gradient_norm": optax.global_norm(gradient),
-            "params_norm": optax.global_norm(params),
-            "update_norm": optax.global_norm(updates),
+            "gradient_norm": optax.tree.norm(gradient),
+            "params_norm": optax.tree.norm(params),
+            "update_norm": optax.tree.norm(updates),
         }
         return State(params, opt_state, state.step + 1), metrics
 

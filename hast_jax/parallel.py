@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import flax.jax_utils
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
@@ -19,6 +19,7 @@ from hast_jax.errors import UserError
 
 AXIS = "devices"
 MAX_DEFAULT_CPU_DEVICES = 8
+COMPILATION_CACHE = "~/.cache/hast_jax"
 CPU_STEPS_PER_CALL, ACCELERATOR_STEPS_PER_CALL = 1, 50
 
 
@@ -38,6 +39,7 @@ def setup(devices: int, batch: int) -> int:
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_disable_hlo_passes=cse_barrier_expander"
     with contextlib.suppress(RuntimeError):  # the backend is up already, in a test: its devices are used
         jax.config.update("jax_num_cpu_devices", on_cpu)
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(os.environ.get("HAST_JAX_CACHE", COMPILATION_CACHE)))
     found = jax.local_device_count()
     used = devices or (min(on_cpu, found) if jax.default_backend() == "cpu" else found)
     if used > found:
@@ -52,19 +54,20 @@ def devices(count: int) -> list[jax.Device]:
     return jax.local_devices()[:count]
 
 
-def replicate(tree: Any, count: int) -> Any:
-    """A copy of `tree` on each of `count` devices: each leaf gains a leading axis of that length."""
-    return flax.jax_utils.replicate(tree, devices(count))
-
-
 def shard(tree: Any, count: int) -> Any:
-    """A tree whose leaves have a leading axis of `count` devices, each device holding its part."""
-    return jax.tree.map(lambda x: jax.device_put_sharded(list(x), devices(count)), tree)
+    """A tree whose leaves have a leading axis of `count`, each of the first `count` devices holding its row."""
+    mesh = jax.sharding.Mesh(devices(count), (AXIS,))
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)))
+
+
+def replicate(tree: Any, count: int) -> Any:
+    """A copy of `tree` on each of the first `count` devices: each leaf gains a leading axis of that length."""
+    return shard(jax.tree.map(lambda x: np.broadcast_to(np.asarray(x)[None], (count, *np.shape(x))), tree), count)
 
 
 def unreplicate(tree: Any) -> Any:
     """The first device's copy of a replicated tree, without the leading axis."""
-    return flax.jax_utils.unreplicate(tree)
+    return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
 
 def steps_per_call(requested: int) -> int:

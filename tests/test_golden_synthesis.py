@@ -97,7 +97,7 @@ def first_steps(golden: Golden, name: str, count: int, scaled: bool):
 
 
 def test_the_first_adam_step_gives_the_authors_images(golden: Golden) -> None:
-    for name in golden["configs"]:
+    for name in (name for name in golden["configs"] if f"{name}/x1" in golden):
         ((state, _),) = first_steps(golden, name, 1, scaled=False)
         assert np.mean(np.abs(nchw(state.images) - golden[f"{name}/x1"]) > 1e-3) <= 4e-3
 

@@ -1,12 +1,12 @@
 """ResNet-20 agrees with the authors' network: logits, moments of every BN input, attention of every residual branch."""
 
-import jax
 import numpy as np
 import pytest
 from golden_data import Golden, nhwc, recipe_weights
 from jax import numpy as jnp
 
 from hast_jax import losses, models
+from hast_jax.models import weights
 
 pytestmark = pytest.mark.golden
 KIND = r"resnet20_\w+_teacher"
@@ -17,8 +17,6 @@ def network(golden: Golden) -> models.ResNet:
 
 
 def test_the_recipe_fills_the_weights_that_the_file_holds(golden: Golden) -> None:
-    from hast_jax.models import weights
-
     model = network(golden)
     state = weights.to_state_dict(model, recipe_weights(model, int(golden["weight_seed"])))
     stored = golden.under("w")
@@ -46,6 +44,7 @@ def test_logits_agree_in_double_precision(golden: Golden, x64: None) -> None:
 def test_the_taps_are_the_inputs_of_the_batch_norms_in_order_of_execution(golden: Golden) -> None:
     model = network(golden)
     variables = recipe_weights(model, int(golden["weight_seed"]))
+    state = weights.to_state_dict(model, variables)
     _, taps = model.apply(variables, nhwc(golden["x"]))
     names = golden["bn_names"][golden["bn_exec_order"]]
     assert len(taps.batch_norms) == len(names)
@@ -53,18 +52,8 @@ def test_the_taps_are_the_inputs_of_the_batch_norms_in_order_of_execution(golden
         mean, var = golden[f"bn_mean/{name}"], golden[f"bn_var/{name}"]
         np.testing.assert_allclose(tap.inputs.mean((0, 1, 2)), mean, rtol=1e-4, atol=1e-5 * np.sqrt(var.max()))
         np.testing.assert_allclose(tap.inputs.var((0, 1, 2)), var, rtol=1e-4)
-        np.testing.assert_array_equal(tap.mean, recipe(golden, f"{name}.running_mean"))
-        np.testing.assert_array_equal(tap.var, recipe(golden, f"{name}.running_var"))
-
-
-def recipe(golden: Golden, name: str) -> jax.Array:
-    from flax.traverse_util import flatten_dict
-
-    from hast_jax.models import weights
-
-    model = network(golden)
-    variables = flatten_dict(recipe_weights(model, int(golden["weight_seed"])))
-    return variables[weights.name_map(model)[name]]
+        np.testing.assert_array_equal(tap.mean, state[f"{name}.running_mean"])
+        np.testing.assert_array_equal(tap.var, state[f"{name}.running_var"])
 
 
 def test_channel_attention_agrees(golden: Golden) -> None:

@@ -1,0 +1,82 @@
+"""One device and four give the same synthetic images and the same fine-tuning trajectory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from hast_jax import finetune, networks, parallel
+
+
+def test_the_synthetic_images_are_the_same_on_one_and_on_four_devices(tmp_path) -> None:
+    images = {}
+    for devices in (1, 4):
+        workdir = tmp_path / str(devices)
+        tiny.run(workdir, devices=devices, synthesis__iterations=10, finetune__epochs=1, finetune__steps_per_epoch=5)
+        images[devices] = np.load(workdir / "synthetic" / "images.npy")
+    np.testing.assert_allclose(images[1], images[4], rtol=1e-4, atol=1e-4)
+
+
+def trajectory(devices: int, steps: int, **changes) -> list[dict[str, float]]:
+    """Metrics of the first steps on random images."""
+    config = tiny.config(**changes)
+    teacher, variables = networks.teacher(config)
+    student = networks.student(config)
+    images = jax.random.normal(jax.random.key(1), (64, 8, 8, 1))
+    _, updated = student.apply(variables, images, mutable=["ranges"])
+    frozen = parallel.replicate(finetune.Frozen(variables, updated["ranges"], images), devices)
+    state = parallel.replicate(finetune.init(variables["params"], config.finetune), devices)
+    step = finetune.make_step(teacher, student, jax.random.key(0), devices, config.finetune)
+    run = parallel.pmap_steps(step, devices)
+    found = []
+    for _ in range(steps):
+        state, metrics = run(state, frozen)
+        found.append({name: float(np.mean(value)) for name, value in metrics.items()})
+    return found
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_the_fine_tuning_trajectory_is_the_same_on_several_devices(devices: int) -> None:
+    for one, several in zip(trajectory(1, 4), trajectory(devices, 4)):
+        for name, value in one.items():
+            np.testing.assert_allclose(several[name], value, rtol=1e-2, err_msg=name)
+
+
+@pytest.mark.parametrize("direction", ["kl", "fa"])
+def test_the_other_directions_promote_other_images(direction: str) -> None:
+    both, other = trajectory(1, 1)[0], trajectory(1, 1, finetune__direction=direction)[0]
+    np.testing.assert_allclose(other["kl"], both["kl"], rtol=1e-5)
+    assert abs(other["kl_promoted"] / both["kl_promoted"] - 1) > 1e-4
+
+
+def test_without_promotion_there_are_no_promoted_losses() -> None:
+    metrics = trajectory(1, 1, finetune__b=0.0)[0]
+    assert "kl_promoted" not in metrics
+    np.testing.assert_allclose(metrics["loss"], metrics["kl"] + metrics["fa"], rtol=1e-5)
+
+
+def test_several_steps_in_one_call_are_the_same_steps() -> None:
+    step = lambda state, add: (state + add, {"sum": state + add})
+    state, add = parallel.replicate(jnp.zeros(()), 2), parallel.replicate(jnp.ones(()), 2)
+    one = parallel.pmap_steps(step, 2)
+    many = parallel.pmap_steps(step, 2, steps=3)
+    expected = state
+    for _ in range(3):
+        expected, _ = one(jnp.copy(expected), add)
+    final, metrics = many(state, add)
+    np.testing.assert_array_equal(final, expected)
+    np.testing.assert_array_equal(metrics["sum"], expected)
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    from hast_jax.errors import UserError
+
+    with pytest.raises(UserError, match="there are 4 local devices"):
+        parallel.setup(64, 64)
+    with pytest.raises(UserError, match="not divisible by the 3 devices"):
+        parallel.setup(3, 64)
+
+
+def test_by_default_the_devices_divide_the_batch() -> None:
+    assert 1 <= parallel.setup(0, 7) <= 4 and 7 % parallel.setup(0, 7) == 0

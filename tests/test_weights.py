@@ -1,0 +1,108 @@
+"""Weight files: what is imported, what is refused and in which words."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from hast_jax import config as config_lib
+from hast_jax import models, networks
+from hast_jax.errors import UserError
+from hast_jax.models import weights
+
+
+def state_dict(seed: int = 0, name: str = "resnet20", classes: int = 10) -> tuple[models.ResNet, weights.StateDict]:
+    model = models.create(name, classes)
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
+    return model, weights.to_state_dict(model, variables)
+
+
+@pytest.mark.parametrize(("name", "tensors"), [("resnet20", 107), ("resnet18", 102), ("resnet8", 47)])
+def test_export_and_import_are_inverse(name: str, tensors: int) -> None:
+    model, state = state_dict(name=name)
+    assert len(state) == tensors
+    again = weights.to_state_dict(model, weights.from_state_dict(model, state))
+    assert all(np.array_equal(again[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_files_are_read_back(tmp_path, suffix: str) -> None:
+    _, state = state_dict()
+    path = tmp_path / f"teacher{suffix}"
+    if suffix == ".npz":
+        np.savez(path, **state)
+    else:
+        weights.write(path, state, {"mean": "[0.5]", "dataset": "mine", "test_top1": "12.5"})
+    read, metadata = weights.read(path)
+    assert all(np.array_equal(read[key], state[key]) for key in state)
+    if suffix == ".safetensors":
+        assert metadata == weights.Metadata("mine", (0.5,), None, 12.5)
+
+
+def test_a_pth_file_is_read_as_weights_only(tmp_path) -> None:
+    torch = pytest.importorskip("torch", reason="reading .pth files needs torch: pip install 'hast_jax[torch]'")
+    _, state = state_dict()
+    torch.save({key: torch.from_numpy(array) for key, array in state.items()}, tmp_path / "teacher.pth")
+    read, _ = weights.read(tmp_path / "teacher.pth")
+    assert all(np.array_equal(read[key], state[key]) for key in state)
+
+
+def test_missing_unknown_and_misshapen_tensors_are_named() -> None:
+    model, state = state_dict()
+    del state["features.stage1.unit2.body.conv1.bn.running_var"]
+    state["features.stage9.conv.weight"] = np.zeros(3, np.float32)
+    state["output.weight"] = np.zeros((7, 64), np.float32)
+    with pytest.raises(UserError) as error:
+        weights.from_state_dict(model, state)
+    message = str(error.value)
+    assert "features.stage1.unit2.body.conv1.bn.running_var is missing" in message
+    assert "features.stage9.conv.weight is unknown" in message
+    assert "output.weight has the shape (7, 64) instead of (10, 64)" in message
+
+
+def test_batch_counters_of_pytorch_are_ignored() -> None:
+    model, state = state_dict()
+    weights.from_state_dict(model, state | {"features.init_block.bn.num_batches_tracked": np.asarray(3)})
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.safetensors", b"not weights"), ("a.npz", b"PK"), ("a.txt", b"")])
+def test_a_file_that_is_no_weight_file_is_refused_in_one_sentence(tmp_path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        weights.read(tmp_path / name)
+
+
+def test_pickled_arrays_are_not_loaded(tmp_path) -> None:
+    np.savez(tmp_path / "a.npz", weight=np.asarray([{"code": 1}], object), allow_pickle=True)
+    with pytest.raises(UserError, match="cannot be read"):
+        weights.read(tmp_path / "a.npz")
+
+
+def test_a_path_without_a_file_names_the_built_in_teachers() -> None:
+    with pytest.raises(UserError, match="digits, cifar10, cifar100"):
+        weights.locate("no/such/file.safetensors")
+
+
+def config_for(weights_name: str) -> ConfigDict:
+    config = config_lib.default()
+    config.teacher.weights = weights_name
+    return config
+
+
+def test_a_teacher_of_another_network_is_refused() -> None:
+    with pytest.raises(UserError, match=r"output.weight has the shape \(10, 64\) instead of \(100, 64\)"):
+        networks.teacher(config_for("cifar10"))
+
+
+def test_a_teacher_trained_with_another_normalisation_is_refused() -> None:
+    config = config_for("cifar100")
+    config.teacher.mean = (0.5, 0.5, 0.5)
+    with pytest.raises(UserError, match="was trained with mean"):
+        networks.teacher(config)
+
+
+@pytest.mark.parametrize("name", weights.BUILT_IN)
+def test_every_built_in_teacher_carries_its_metadata(name: str) -> None:
+    _, metadata = weights.read(weights.locate(name))
+    assert metadata.dataset == name and metadata.mean and metadata.std and metadata.top1 > 60

@@ -1,0 +1,104 @@
+"""A run of seconds on the built-in digits: every stage, a few steps each."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from hast_jax import pipeline
+
+ROOT = Path(__file__).parent.parent
+FIELDS = {
+    "log_every": 5,
+    "devices": 2,
+    "synthesis.images": 96,
+    "synthesis.batch": 32,
+    "synthesis.iterations": 20,
+    "synthesis.save_every": 10,
+    "calibration.batches": 5,
+    "finetune.batch": 16,
+    "finetune.epochs": 3,
+    "finetune.steps_per_epoch": 10,
+    "finetune.lr": 1e-4,
+    "eval.every": 1,
+}
+
+
+def config(**changes) -> ConfigDict:
+    """The tiny config; `changes` are fields with "__" for a dot."""
+    from test_config import get_config
+
+    values = get_config(ROOT / "configs" / "digits.py")
+    values.update_from_flattened_dict(FIELDS | {name.replace("__", "."): value for name, value in changes.items()})
+    return values
+
+
+def run(workdir: Path, **changes) -> dict:
+    """`pipeline.run` in this process, quietly."""
+    return pipeline.run(config(**changes), workdir, Console(file=io.StringIO()))
+
+
+def command(workdir: Path, *arguments: str, module: str = "main") -> list[str]:
+    """The command line of the tiny run."""
+    fields = [f"--config.{name}={value}" for name, value in FIELDS.items()] if module == "main" else []
+    config_flag = [f"--config={ROOT}/configs/digits.py"] if module == "main" else []
+    return [sys.executable, "-m", f"hast_jax.{module}", *config_flag, f"--workdir={workdir}", *fields, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Without what the tests set for themselves."""
+    return {name: value for name, value in os.environ.items() if name not in ("PJRT_NPROC", "XLA_FLAGS")}
+
+
+def call(arguments: list[str]) -> subprocess.CompletedProcess:
+    """Run a command to its end."""
+    return subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+
+def kill_when(arguments: list[str], moment: Callable[[], bool]) -> None:
+    """Start a command and SIGKILL it as soon as `moment()`."""
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not moment():
+        time.sleep(0.02)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.kill()
+    process.wait()
+
+
+def logged(workdir: Path, stage: str, step: int) -> Callable[[], bool]:
+    """Whether the run has logged a step of a stage."""
+
+    def moment() -> bool:
+        path = workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return any(f'"stage": "{stage}", "step": {step},' in line for line in lines)
+
+    return moment
+
+
+def outcome(workdir: Path) -> dict:
+    """What two equal runs must have in common: images, ranges, accuracies."""
+    result = json.loads((workdir / "result.json").read_text())
+    return {
+        "images": np.load(workdir / "synthetic" / "images.npy").tobytes(),
+        "labels": np.load(workdir / "synthetic" / "labels.npy").tobytes(),
+        "ranges": (workdir / "ranges.json").read_text(),
+        "evaluations": (workdir / "evaluations.json").read_text(),
+        "accuracies": {name: result[name] for name in ("teacher", "no_finetuning", "last", "best", "best_epoch")},
+        "metrics": metrics_without_time(workdir),
+    }
+
+
+def metrics_without_time(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl that hold values, without their seconds, in the order of stage and step."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    return [line for line in lines if len(line) > 2]
