@@ -1,6 +1,6 @@
 """The only room that knows Orbax: saving a tree of arrays by step, and restoring the newest that is whole."""
 
-import logging
+import sys
 import zlib
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from hast_jax.errors import UserError
 
-log = logging.getLogger(__name__)
+DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 
 class Checkpoints:
@@ -29,7 +29,15 @@ class Checkpoints:
         """Save `tree` (arrays on the host or one device) under `step`, over what may be there. It is on disk on return."""
         tree = jax.tree.map(np.asarray, tree)
         metadata = {"crc32": _checksum(tree)}
-        self._checkpointer.save(step, tree, force=True, overwrite=True, custom_metadata=metadata)
+        try:
+            self._checkpointer.save(step, tree, force=True, overwrite=True, custom_metadata=metadata)
+        except Exception as error:  # TensorStore's, with the system's words in it
+            if any(words in str(error) for words in DISK_FULL):
+                raise UserError(
+                    f"the disk is full: {self._folder} cannot be written; make room and run the same command again, "
+                    "it goes on where it was."
+                ) from error
+            raise
 
     def restore(self, like: Any) -> Any | None:
         """The newest whole tree with the structure, shapes and dtypes of `like`, as NumPy arrays; None where there is none.
@@ -42,7 +50,8 @@ class Checkpoints:
             try:
                 return self._restore(step, like)
             except Exception as error:  # Orbax and TensorStore raise many kinds on damaged files
-                log.warning("checkpoint %s/%s is damaged and passed over: %s", self._folder, step, _first_line(error))
+                words = f"checkpoint {self._folder}/{step} is damaged and passed over: {_first_line(error)}"
+                print(f"hast_jax: {words}", file=sys.stderr)
         if steps:
             raise UserError(f"every checkpoint in {self._folder} is damaged: delete that folder to start this stage anew.")
         return None

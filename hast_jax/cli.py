@@ -1,7 +1,6 @@
 """What the commands share: every error that a person can mend ends in one sentence and exit status 1."""
 
 import errno
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,8 +36,8 @@ def user_errors() -> Iterator[None]:
 
 def run(main: Callable[[list[str]], Any]) -> None:
     """`app.run` with one-sentence errors for flags and config files too."""
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    logging.getLogger("orbax").setLevel(logging.ERROR)
+    # What goes wrong in a library reaches us as an exception; its log would only hide our sentence.
+    absl_logging.set_verbosity(absl_logging.FATAL)
     with user_errors():
         app.run(main, flags_parser=_parse)
 

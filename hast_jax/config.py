@@ -31,7 +31,7 @@ VARIANTS = {
         "calibration.range": "mse",
         "calibration.batches": 100,
         "calibration.batch": 64,
-        "finetune.lr": 1e-4,
+        "finetune.lr": 3e-5,
         "finetune.schedule": "cosine",
     },
 }

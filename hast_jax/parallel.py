@@ -19,6 +19,7 @@ from hast_jax.errors import UserError
 
 AXIS = "devices"
 MAX_DEFAULT_CPU_DEVICES = 8
+KEEP_BARRIERS = "--xla_disable_hlo_passes=cse_barrier_expander"
 COMPILATION_CACHE = "~/.cache/hast_jax"
 CPU_STEPS_PER_CALL, ACCELERATOR_STEPS_PER_CALL = 1, 50
 
@@ -36,7 +37,9 @@ def setup(devices: int, batch: int) -> int:
     # thread a core, XLA's default, the others' convolutions can then wait for a thread for ever.
     os.environ.setdefault("PJRT_NPROC", str(cores + on_cpu))
     # This pass would remove the optimization barriers of models/conv.py; only the CPU's compiler has it.
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_disable_hlo_passes=cse_barrier_expander"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if KEEP_BARRIERS not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {KEEP_BARRIERS}"
     with contextlib.suppress(RuntimeError):  # the backend is up already, in a test: its devices are used
         jax.config.update("jax_num_cpu_devices", on_cpu)
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(os.environ.get("HAST_JAX_CACHE", COMPILATION_CACHE)))

@@ -113,18 +113,22 @@ def run(
     cfg = config.synthesis
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     shape, classes = (cfg.batch, *config.teacher.image), config.teacher.classes
-    pending = store.pending()
-    done = (store.batches - len(pending)) * cfg.iterations
     calls = call_length(parallel.steps_per_call(config.steps_per_call), cfg.iterations, config.log_every, cfg.save_every)
-    with reporter.stage("synthesis", store.batches * cfg.iterations, done) as progress:
-        for first in range(0, len(pending), devices):
-            batches = pending[first : first + devices]
+
+    def start(batches: list[int]) -> State:
+        return parallel.pmap(lambda batch: init(batch, key, shape, classes, cfg.lr), len(batches))(jnp.asarray(batches))
+
+    pending = store.pending()
+    groups = [pending[i : i + devices] for i in range(0, len(pending), devices)]
+    done = (store.batches - len(pending)) * cfg.iterations
+    iteration, state = _resume(checkpoints, start(groups[0])) if groups else (0, None)
+    position = done + iteration * len(groups[0]) if groups else done
+    with reporter.stage("synthesis", store.batches * cfg.iterations, position) as progress:
+        for batches in groups:
             count = len(batches)
-            start = parallel.pmap(lambda batch: init(batch, key, shape, classes, cfg.lr), count)
-            iteration, state = _resume(checkpoints, start(jnp.asarray(batches)), count)
             loop = drive(
                 parallel.pmap_steps(lambda s, v: step(s, v, teacher, key, cfg), count, calls),
-                state,
+                start(batches) if state is None else state,
                 (parallel.replicate(variables, count),),
                 start=iteration,
                 stop=cfg.iterations,
@@ -136,14 +140,16 @@ def run(
                 progress.update(done + iteration * count, metrics)
                 if iteration % cfg.save_every == 0 and iteration < cfg.iterations:
                     checkpoints.save(done + iteration * count, state)
+            assert state is not None
             for i, batch in enumerate(batches):
                 store.write(batch, np.asarray(state.images[i]), np.asarray(state.labels[i]))
             done += count * cfg.iterations
+            iteration, state = 0, None
 
 
-def _resume(checkpoints: Checkpoints, fresh: State, count: int) -> tuple[int, State]:
+def _resume(checkpoints: Checkpoints, fresh: State) -> tuple[int, State]:
     """Iteration and state saved in the middle of just the batches of `fresh`; else 0 and `fresh`."""
     saved = checkpoints.restore(fresh)
     if saved is None or not np.array_equal(saved.batch, fresh.batch):
         return 0, fresh
-    return int(saved.iteration[0]), parallel.shard(saved, count)
+    return int(saved.iteration[0]), parallel.shard(saved, len(saved.batch))

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 
 os.environ.setdefault("PJRT_NPROC", "8")  # as parallel.setup does: more threads than devices
 
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import jax
 import pytest
+import tiny
 from golden_data import Golden, files
 
 jax.config.update("jax_num_cpu_devices", 4)
+os.environ.setdefault("HAST_JAX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
+jax.config.update("jax_compilation_cache_dir", os.environ["HAST_JAX_CACHE"])
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -19,6 +23,22 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", default=str(GOLDEN), help="Folder of golden values; file names may begin with heldout_.")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny run, made by the command."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    done = tiny.call(tiny.command(workdir))
+    assert done.returncode == 0, done.stderr
+    assert "full precision (teacher)" in done.stdout and "quantized, no fine-tuning" in done.stdout
+    return workdir
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be spoilt."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
 @pytest.fixture

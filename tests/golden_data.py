@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax.traverse_util import flatten_dict
 
 from hast_jax.models import ResNet, weights
@@ -24,6 +25,11 @@ class Golden:
 
     def __contains__(self, key: str) -> bool:
         return key in self._arrays
+
+    def need(self, key: str) -> None:
+        """Skip the test where the file does not hold `key`, or nothing under it."""
+        if key not in self and not self.under(key):
+            pytest.skip(f"the file holds no {key}")
 
     def under(self, prefix: str) -> dict[str, np.ndarray]:
         """Arrays whose key begins with `prefix/`, by the rest of the key."""

@@ -63,12 +63,12 @@ def test_an_impossible_value_is_refused(field: str, value, words: str) -> None:
 def test_neither_loss_weighing_anything_is_refused() -> None:
     config = config_lib.default()
     config.finetune.a = config.finetune.b = 0.0
-    with pytest.raises(UserError, match="nothing is learned"):
+    with pytest.raises(UserError, match=r"nothing is learned"):
         config_lib.validate(config)
 
 
 def test_an_unknown_variant_names_those_there_are() -> None:
-    with pytest.raises(UserError, match="'tiny': choose from w4a4 .any bits., small, tuned"):
+    with pytest.raises(UserError, match=r"'tiny': choose from w4a4 .any bits., small, tuned"):
         config_lib.variant(config_lib.default(), "w4a4,tiny")
 
 

@@ -1,5 +1,7 @@
 """One device and four give the same synthetic images and the same fine-tuning trajectory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ def test_the_synthetic_images_are_the_same_on_one_and_on_four_devices(tmp_path) 
     np.testing.assert_allclose(images[1], images[4], rtol=1e-4, atol=1e-4)
 
 
+@functools.cache
 def trajectory(devices: int, steps: int, **changes) -> list[dict[str, float]]:
     """Metrics of the first steps on random images."""
     config = tiny.config(**changes)

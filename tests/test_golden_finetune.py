@@ -237,6 +237,7 @@ def test_gradients_and_parameters_of_the_first_sgd_steps_agree(golden: Golden) -
 
 
 def test_the_optimizer_is_pytorchs_sgd(golden: Golden, x64: None) -> None:
+    golden.need("sgd")
     momentum, decay = float(golden["momentum"]), float(golden["weight_decay"])
     transform = finetune.optimizer(float(golden["sgd/lr"]), momentum, decay)
     params = jnp.asarray(golden["sgd/p0"], jnp.float64)
@@ -249,6 +250,7 @@ def test_the_optimizer_is_pytorchs_sgd(golden: Golden, x64: None) -> None:
 
 def test_the_learning_rate_drops_with_the_authors_epochs(golden: Golden) -> None:
     """The authors count 4 epochs of calibration, so that fine-tuning begins with their epoch 4."""
+    golden.need("lr_policy")
     expected = golden["lr_policy/lr"]
     config = config_lib.default().finetune
     config.lr = float(expected[0])

@@ -25,6 +25,7 @@ def bits_of(golden: Golden) -> list[int]:
 
 @pytest.mark.parametrize("group", ["act", "tie"])
 def test_activations_are_quantized_like_the_authors(golden: Golden, group: str) -> None:
+    golden.need(group)
     for bits in bits_of(golden):
         expected = golden.under(f"{group}/b{bits}")
         x = jnp.asarray(expected["x"] if "x" in expected else golden[f"{group}/x"])
@@ -43,6 +44,7 @@ def test_activations_are_quantized_like_the_authors(golden: Golden, group: str) 
 
 
 def test_ties_round_half_to_even_exactly(golden: Golden) -> None:
+    golden.need("tie")
     for bits in bits_of(golden):
         tie = golden.under(f"tie/b{bits}")
         for i, (low, high) in enumerate(tie["ranges"]):
@@ -51,6 +53,7 @@ def test_ties_round_half_to_even_exactly(golden: Golden) -> None:
 
 
 def test_the_gradient_is_the_identity_outside_the_range_too(golden: Golden) -> None:
+    golden.need("act/g_up")
     x, upstream = jnp.asarray(golden["act/x"]), jnp.asarray(golden["act/g_up"])
     for bits in bits_of(golden):
         for low, high in golden["act/ranges"]:
@@ -60,6 +63,7 @@ def test_the_gradient_is_the_identity_outside_the_range_too(golden: Golden) -> N
 
 @pytest.mark.parametrize("layer", ["conv", "lin"])
 def test_weights_are_quantized_per_output_channel(golden: Golden, layer: str) -> None:
+    golden.need(layer)
     w = golden[f"{layer}/w"]
     kernel = jnp.asarray(np.moveaxis(w, 0, -1))
     for bits in bits_of(golden):
@@ -75,6 +79,7 @@ def test_weights_are_quantized_per_output_channel(golden: Golden, layer: str) ->
 
 
 def test_a_quantized_convolution_and_its_gradients_agree(golden: Golden) -> None:
+    golden.need("conv/gy")
     stride = int(golden["conv/stride"])
     x, kernel = nhwc(golden["conv/x"]), jnp.transpose(golden["conv/w"], (2, 3, 1, 0))
     bias, upstream = jnp.asarray(golden["conv/b"]), nhwc(golden["conv/gy"])
@@ -96,6 +101,7 @@ def test_a_quantized_convolution_and_its_gradients_agree(golden: Golden) -> None
 
 
 def test_a_quantized_linear_layer_and_its_gradients_agree(golden: Golden) -> None:
+    golden.need("lin/gy")
     x, kernel = jnp.asarray(golden["lin/x"]), jnp.asarray(golden["lin/w"].T)
     for bits in bits_of(golden):
         expected = golden.under(f"lin/b{bits}")
@@ -110,6 +116,7 @@ def test_a_quantized_linear_layer_and_its_gradients_agree(golden: Golden) -> Non
 
 @pytest.mark.parametrize("sign", ["signed", "relu"])
 def test_frozen_activation_quantization_agrees(golden: Golden, sign: str) -> None:
+    golden.need(f"qact/{sign}")
     x_eval = jnp.asarray(golden["qact/x_eval"])
     last = golden[f"qact/{sign}/x"][-1]
     activation = jax.nn.relu if sign == "relu" else lambda x: x
@@ -132,6 +139,7 @@ def test_frozen_activation_quantization_agrees(golden: Golden, sign: str) -> Non
 
 def test_the_settled_range_is_a_running_average_with_decay_09(golden: Golden) -> None:
     """The authors' tracker, once its bias correction has died out, is the running average used here."""
+    golden.need("qact/long")
     low, high = golden["qact/long/x_min"][200], golden["qact/long/x_max"][200]
     for batch_low, batch_high in golden["qact/long/batch_minmax"][201:]:
         low, high = 0.9 * low + 0.1 * batch_low, 0.9 * high + 0.1 * batch_high

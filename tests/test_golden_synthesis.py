@@ -65,6 +65,7 @@ def test_the_objective_agrees_in_double_precision(golden: Golden, x64: None) -> 
 
 
 def test_the_hard_sample_loss_is_finite_and_right_where_p_is_0_or_1(golden: Golden) -> None:
+    golden.need("edge")
     logits, labels = jnp.asarray(golden["edge/logits"]), jnp.asarray(golden["edge/labels"])
     for prefix in golden.groups(r"edge/b[^/]+"):
         beta, gamma = beta_and_gamma(prefix.removeprefix("edge/"))
@@ -124,6 +125,7 @@ def test_the_losses_of_the_first_20_iterations_agree(golden: Golden, scaled: boo
 
 
 def test_the_plateau_schedule_is_pytorchs(golden: Golden, x64: None) -> None:
+    golden.need("plateau")
     config = config_lib.default().synthesis
     for group in golden.groups(r"plateau/[^/]+"):
         trace = golden.under(group)
@@ -139,6 +141,7 @@ def test_the_plateau_schedule_is_pytorchs(golden: Golden, x64: None) -> None:
 
 
 def test_adam_is_pytorchs(golden: Golden, x64: None) -> None:
+    golden.need("adam")
     transform = optax.scale_by_adam()
     params = jnp.asarray(golden["adam/p0"], jnp.float64)
     state = transform.init(params)

@@ -1,0 +1,64 @@
+"""A Markdown table of finished runs, from their `result.json` files: how the README's table is made.
+
+python -m hast_jax.results runs/c100-w3a3 runs/c100-w4a4
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from hast_jax import cli
+from hast_jax.errors import UserError
+from hast_jax.report import format_seconds
+
+HEADER = (
+    "| network, data | bits | settings | teacher | no fine-tuning | HAST, last epoch | drop | best epoch* "
+    "| seed | images x iterations | steps x batch | time, hardware |"
+)
+
+
+def row(name: str, result: dict[str, Any]) -> str:
+    """One line of the table. Accuracies are top-1 in per cent."""
+    drop = result["teacher"] - result["last"]
+    cells = [
+        f"{result['network']}, {result['dataset']}",
+        f"W{result['bits']['weights']}A{result['bits']['activations']}",
+        name,
+        f"{result['teacher']:.2f}",
+        f"{result['no_finetuning']:.2f}",
+        f"{result['last']:.2f}",
+        f"{drop:.2f}",
+        f"{result['best']:.2f} ({result['best_epoch']})",
+        str(result["seed"]),
+        f"{result['images']} x {result['iterations']}",
+        f"{result['steps']} x {result['batch']}",
+        f"{format_seconds(sum(result['seconds'].values()))}, {result['hardware']}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(folders: list[Path]) -> str:
+    """The table of these run folders. Raises UserError where one has no result with accuracies yet."""
+    lines = [HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
+    for folder in folders:
+        path = folder / "result.json"
+        if not path.exists():
+            raise UserError(f"{folder} has no result.json: let its run finish.")
+        result = json.loads(path.read_text())
+        if result["teacher"] is None:
+            raise UserError(f"{folder} was run without evaluation data: it has no accuracies.")
+        lines.append(row(folder.name, result))
+    return "\n".join([*lines, "", "\\* selected on test data."])
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table."""
+    with cli.user_errors():
+        if len(arguments) < 2:
+            raise UserError("give one or more run folders: python -m hast_jax.results runs/*.")
+        print(table([Path(argument) for argument in arguments[1:]]))
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,116 @@
+"""Bad input of every kind ends in one sentence that says what to do, and nothing finished is lost."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from hast_jax import synthetic_set
+from hast_jax.errors import UserError
+
+
+def test_a_corrupt_synthetic_set_is_noticed(copy: Path) -> None:
+    with open(copy / "synthetic" / "images.npy", "r+b") as file:
+        file.seek(5000)
+        file.write(b"spoilt")
+    with pytest.raises(UserError, match=r"is damaged: batch"):
+        tiny.run(copy)
+
+
+def test_a_truncated_synthetic_set_is_noticed(copy: Path) -> None:
+    os.truncate(copy / "synthetic" / "images.npy", 5000)
+    with pytest.raises(UserError, match=r"is damaged"):
+        tiny.run(copy)
+
+
+def test_a_foreign_synthetic_set_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((100, 3, 32, 32), np.float32))
+    np.save(tmp_path / "labels.npy", np.zeros(100, np.int32))
+    with pytest.raises(UserError, match=r"the network needs float32 images \[n, 8, 8, 1\]"):
+        synthetic_set.load(tmp_path, (8, 8, 1))
+
+
+def truncate_checkpoint(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def newest(folder: Path) -> Path:
+    return max((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+
+
+def test_a_truncated_checkpoint_is_passed_over_for_the_one_before_it(copy: Path, finished: Path) -> None:
+    truncate_checkpoint(newest(copy / "checkpoints" / "latest"))
+    (copy / "result.json").unlink()
+    tiny.run(copy)
+    assert tiny.outcome(copy)["accuracies"] == tiny.outcome(finished)["accuracies"]
+
+
+def test_when_every_checkpoint_is_damaged_the_run_says_what_to_delete(copy: Path) -> None:
+    for path in (copy / "checkpoints" / "latest").iterdir():
+        truncate_checkpoint(path)
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged: delete"):
+        tiny.run(copy)
+
+
+def test_a_diverging_run_stops_with_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"finetune diverged: .* lower config.finetune.lr"):
+        tiny.run(tmp_path / "run", finetune__lr=1e9, synthesis__iterations=5)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"the run folder .* cannot be written"):
+        tiny.run(tmp_path / "file" / "run")
+
+
+def test_missing_evaluation_data_are_refused_before_synthesis_with_the_way_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tfds build cifar10 --file_format=array_record --data_dir=.*nowhere"):
+        tiny.run(tmp_path / "run", eval__dataset="cifar10", eval__data_dir=str(tmp_path / "nowhere"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_run_cannot_be_evaluated(tmp_path: Path) -> None:
+    done = tiny.call(tiny.command(tmp_path, module="evaluate"))
+    assert done.returncode == 1 and "is no run folder" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.finetune.epss=1", "epss"),
+        ("--config.bits.weights=0", "between 2 and 8"),
+        ("--config.finetune.lr=fast", "lr"),
+        ("--config=configs/nothing.py", "nothing.py"),
+        ("--config=configs/digits.py:w3", "no variant 'w3'"),
+        ("--config.devices=3", "not divisible by the 3 devices"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_in_one_sentence(tmp_path: Path, argument: str, words: str) -> None:
+    done = tiny.call([*tiny.command(tmp_path / "run"), argument])
+    assert done.returncode == 1, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(finished: Path, tmp_path: Path) -> None:
+    """On a file system of 2 MiB: the run stops, and goes on once there is room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    try:
+        done = tiny.call(tiny.command(disk / "run"))
+        assert done.returncode == 1 and "the disk is full" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        done = tiny.call(tiny.command(disk / "run"))
+        assert done.returncode == 0, done.stderr
+        assert tiny.outcome(disk / "run") == tiny.outcome(finished)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

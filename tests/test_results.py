@@ -1,0 +1,38 @@
+"""The results table is made from result.json files."""
+
+import json
+
+import pytest
+
+from hast_jax import results
+from hast_jax.errors import UserError
+
+RESULT = {
+    "network": "resnet20",
+    "dataset": "cifar100",
+    "bits": {"weights": 3, "activations": 3},
+    "teacher": 67.62,
+    "no_finetuning": 13.17,
+    "last": 50.0,
+    "best": 51.0,
+    "best_epoch": 16,
+    "seed": 0,
+    "images": 1536,
+    "iterations": 500,
+    "steps": 4000,
+    "batch": 64,
+    "seconds": {"synthesis": 60.0, "finetune": 65.0},
+    "hardware": "2 x cpu",
+}
+
+
+def test_a_row_shows_the_last_epoch_the_drop_and_the_best_only_beside_it(tmp_path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(RESULT))
+    text = results.table([tmp_path])
+    assert "| 67.62 | 13.17 | 50.00 | 17.62 | 51.00 (16) | 0 | 1536 x 500 | 4000 x 64 | 2 min 05 s, 2 x cpu |" in text
+    assert text.count("|---") == results.HEADER.count("|") - 1 and "selected on test data" in text
+
+
+def test_a_run_without_a_result_is_named(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"has no result\.json"):
+        results.table([tmp_path])
