@@ -38,7 +38,7 @@ def restore_student(
 def run(workdir: Path, checkpoint: str, devices: int, data_dir: str | None, console: Console) -> dict[str, float]:
     """Print and return the top-1 (%) of teacher and student of a run folder. Raises UserError."""
     folder, config = run_folder.open_for_reading(workdir)
-    count = parallel.setup(devices, config.eval.batch)
+    count = parallel.setup(devices)
     name, split = config.eval.dataset, config.eval.split
     dataset = data.load(name, split, config.eval.data_dir if data_dir is None else data_dir)
     if dataset is None:

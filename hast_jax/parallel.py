@@ -24,15 +24,15 @@ COMPILATION_CACHE = "~/.cache/hast_jax"
 CPU_STEPS_PER_CALL, ACCELERATOR_STEPS_PER_CALL = 1, 50
 
 
-def setup(devices: int, batch: int) -> int:
+def setup(devices: int, batch: int | None = None) -> int:
     """Make the local devices ready and return how many are used; call it before any other JAX computation.
 
     devices: 0 for the default, which is all local accelerators, or on a CPU as many devices as cores (up to 8) that
-    divide `batch`. Raises UserError where `devices` are not there or do not divide `batch`.
+    divide `batch`, where one is given. Raises UserError where `devices` are not there or do not divide `batch`.
     """
     cores = os.cpu_count() or 1
     most = min(cores, MAX_DEFAULT_CPU_DEVICES)
-    on_cpu = devices or max(d for d in range(1, most + 1) if batch % d == 0)
+    on_cpu = devices or max(d for d in range(1, most + 1) if batch is None or batch % d == 0)
     # A CPU device that waits for the others in a collective blocks a thread of the pool that all devices share; with one
     # thread a core, XLA's default, the others' convolutions can then wait for a thread for ever.
     os.environ.setdefault("PJRT_NPROC", str(cores + on_cpu))
@@ -47,7 +47,7 @@ def setup(devices: int, batch: int) -> int:
     used = devices or (min(on_cpu, found) if jax.default_backend() == "cpu" else found)
     if used > found:
         raise UserError(f"config.devices is {devices}, but there are {found} local devices: lower it.")
-    if batch % used:
+    if batch is not None and batch % used:
         raise UserError(f"config.finetune.batch {batch} is not divisible by the {used} devices: change one of them.")
     return used
 

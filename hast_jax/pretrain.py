@@ -86,7 +86,7 @@ def main(_: list[str]) -> None:
     with cli.user_errors():
         config, console = CONFIG.value, Console()
         config_lib.validate(config)
-        devices = parallel.setup(config.devices, config.finetune.batch)
+        devices = parallel.setup(config.devices)
         model = models.create(config.teacher.network, config.teacher.classes)
         train_set = data.load(config.eval.dataset, "train", config.eval.data_dir)
         test_set = data.load(config.eval.dataset, config.eval.split, config.eval.data_dir)

@@ -25,6 +25,7 @@ class Stage:
     def __init__(self, reporter: "Reporter", name: str, bar: Progress, task: TaskID, spent: float):
         self._reporter, self._name, self._bar, self._task = reporter, name, bar, task
         self._start = time.perf_counter() - spent
+        self._previous = (bar.tasks[task].completed, time.perf_counter())
 
     @property
     def seconds(self) -> float:
@@ -34,8 +35,10 @@ class Stage:
     def update(self, done: int, metrics: dict[str, float] | None = None) -> None:
         """`done` steps are finished; `metrics` are logged under that step."""
         metrics = metrics or {}
+        (before, then), now = self._previous, time.perf_counter()
+        self._previous = (done, now)
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
-        self._bar.update(self._task, completed=done, shown=shown)
+        self._bar.update(self._task, completed=done, shown=shown, speed=f"{(done - before) / (now - then):.1f}/s")
         self._reporter.log(self._name, done, self.seconds, metrics)
 
 

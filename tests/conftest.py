@@ -23,6 +23,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", default=str(GOLDEN), help="Folder of golden values; file names may begin with heldout_.")
+    parser.addoption("--tfds", default="", help="Folder of prepared TFDS data sets; by default TFDS's own.")
 
 
 @pytest.fixture(scope="session")

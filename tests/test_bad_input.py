@@ -76,7 +76,7 @@ def test_missing_evaluation_data_are_refused_before_synthesis_with_the_way_to_ge
 
 
 def test_a_folder_that_is_no_run_cannot_be_evaluated(tmp_path: Path) -> None:
-    done = tiny.call(tiny.command(tmp_path, module="evaluate"))
+    done = tiny.call(tiny.evaluate(tmp_path))
     assert done.returncode == 1 and "is no run folder" in done.stderr and "Traceback" not in done.stderr
 
 

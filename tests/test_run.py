@@ -62,14 +62,14 @@ def test_another_config_in_the_same_folder_is_refused_and_the_difference_shown(c
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_evaluation_restores_the_student_on_another_number_of_devices(finished: Path, devices: int) -> None:
-    done = tiny.call(tiny.command(finished, f"--devices={devices}", module="evaluate"))
+    done = tiny.call(tiny.evaluate(finished, f"--devices={devices}"))
     assert done.returncode == 0, done.stderr
     result = json.loads((finished / "result.json").read_text())
     assert f"{result['teacher']:.2f}" in done.stdout and f"{result['last']:.2f}" in done.stdout
 
 
 def test_evaluation_of_the_best_student(finished: Path) -> None:
-    done = tiny.call(tiny.command(finished, "--checkpoint=best", module="evaluate"))
+    done = tiny.call(tiny.evaluate(finished, "--checkpoint=best"))
     result = json.loads((finished / "result.json").read_text())
     assert done.returncode == 0 and f"{result['best']:.2f}" in done.stdout
 

@@ -46,11 +46,20 @@ def run(workdir: Path, **changes) -> dict:
     return pipeline.run(config(**changes), workdir, Console(file=io.StringIO()))
 
 
-def command(workdir: Path, *arguments: str, module: str = "main") -> list[str]:
+def module(name: str) -> list[str]:
+    """The command line of one of the package's commands."""
+    return [sys.executable, "-m", f"hast_jax.{name}"]
+
+
+def command(workdir: Path, *arguments: str) -> list[str]:
     """The command line of the tiny run."""
-    fields = [f"--config.{name}={value}" for name, value in FIELDS.items()] if module == "main" else []
-    config_flag = [f"--config={ROOT}/configs/digits.py"] if module == "main" else []
-    return [sys.executable, "-m", f"hast_jax.{module}", *config_flag, f"--workdir={workdir}", *fields, *arguments]
+    fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
+    return [*module("main"), f"--config={ROOT}/configs/digits.py", f"--workdir={workdir}", *fields, *arguments]
+
+
+def evaluate(workdir: Path, *arguments: str) -> list[str]:
+    """The command line that evaluates a run folder."""
+    return [*module("evaluate"), f"--workdir={workdir}", *arguments]
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,42 @@
+"""The other commands: benchmark and pretrain."""
+
+import json
+
+import pytest
+import tiny
+
+from hast_jax.models import weights
+
+DIGITS = f"--config={tiny.ROOT}/configs/digits.py:w3a3,small"
+
+
+def test_the_benchmark_prints_a_json_line_for_each_step() -> None:
+    done = tiny.call(
+        [*tiny.module("benchmark"), DIGITS, "--steps=2", "--config.synthesis.batch=32", "--config.synthesis.images=256"]
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["part"], line["batch"]) for line in lines] == [("synthesize", 32), ("finetune", 64)]
+    for line in lines:
+        assert line["per_second"] > 0 and line["compile_seconds"] > 0 and line["flops"] > 1e6
+        assert 0 < line["matmul_fraction"] < 1.5
+
+
+def test_a_pretrained_teacher_is_a_weight_file_with_its_metadata(tmp_path) -> None:
+    path = tmp_path / "teacher.safetensors"
+    done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={path}", "--config.pretrain.epochs=3"])
+    assert done.returncode == 0, done.stderr
+    state, metadata = weights.read(path)
+    assert metadata.dataset == "digits" and metadata.top1 > 80 and len(state) == 47
+    assert f"top-1 {metadata.top1:.2f} %" in done.stdout
+
+
+def test_pretraining_without_real_images_is_refused(tmp_path) -> None:
+    done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={tmp_path}/a.safetensors", "--config.eval.dataset=none"])
+    assert done.returncode == 1 and "needs real images" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["main", "evaluate", "pretrain", "benchmark"])
+def test_a_command_without_its_flags_says_which(name: str) -> None:
+    done = tiny.call(tiny.module(name))
+    assert done.returncode == 1 and ("--config" in done.stderr or "--workdir" in done.stderr) and "Traceback" not in done.stderr

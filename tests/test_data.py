@@ -1,0 +1,43 @@
+"""Real images: the built-in digits, and CIFAR through TFDS where it is prepared."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from test_config import get_config
+
+from hast_jax import data, networks, parallel
+from hast_jax.accuracy import make_evaluator
+from hast_jax.errors import UserError
+
+
+def test_the_digits_are_split_without_overlap_and_by_class() -> None:
+    train, test = data.load("digits", "train"), data.load("digits", "test")
+    assert len(train.labels) == 1078 and len(test.labels) == 719
+    assert train.images.dtype == np.uint8 and train.images.shape[1:] == (8, 8, 1) and train.images.max() == 255
+    assert np.abs(np.bincount(train.labels) / 1078 - np.bincount(test.labels) / 719).max() < 0.01
+    together = {image.tobytes() for image in train.images} & {image.tobytes() for image in test.images}
+    assert not together
+
+
+def test_a_split_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match="use train or test"):
+        data.load("digits", "validation")
+
+
+def test_images_are_normalised_with_the_teachers_mean_and_std() -> None:
+    images = jnp.asarray([[[[0, 255]]]], jnp.uint8)
+    np.testing.assert_allclose(data.normalise(images, (0.5, 0.25), (0.5, 0.5)), [[[[-1.0, 1.5]]]])
+
+
+@pytest.mark.parametrize(("name", "top1"), [("cifar10", 90.09), ("cifar100", 67.62)])
+def test_the_built_in_teachers_reach_their_accuracy(name: str, top1: float, request: pytest.FixtureRequest) -> None:
+    config = get_config(tiny.ROOT / "configs" / f"{name}.py")
+    try:
+        dataset = data.load(name, "test", request.config.getoption("--tfds"))
+    except UserError:
+        pytest.skip(f"{name} is not prepared: give --tfds=DIR")
+    model, variables = networks.teacher(config)
+    devices = parallel.setup(2)
+    assert len(dataset.labels) == 10_000
+    assert make_evaluator(model, dataset, config, devices)(variables) == pytest.approx(top1, abs=0.03)
