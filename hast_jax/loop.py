@@ -20,13 +20,15 @@ def drive(
     start: int,
     stop: int,
     steps_per_call: int,
-    every: int,
+    every: tuple[int, ...],
     what: str,
 ) -> Iterator[tuple[int, Any, Metrics]]:
-    """Call `step(state, *constants)` from `start` to `stop`; every `every` steps yield (steps done, state, metrics).
+    """Call `step(state, *constants)` from `start` to `stop`; yield (steps done, state, metrics) now and then.
+
+    It yields at each multiple of any number in `every`, and at `stop`.
 
     The metrics are those of the step just done, averaged over devices; fetching them is the only wait for the device.
-    `steps_per_call` must divide `every`, and `every` need not divide `stop`. The yielded state is donated to the next
+    `steps_per_call` must divide all these (`call_length`). The yielded state is donated to the next
     call: use it before going on.
 
     Raises UserError where a metric is not finite.
@@ -35,7 +37,7 @@ def drive(
     while done < stop:
         state, metrics = step(state, *constants)
         done += steps_per_call
-        if done % every == 0 or done >= stop:
+        if done >= stop or any(done % number == 0 for number in every):
             values = {name: float(np.mean(value)) for name, value in jax.device_get(metrics).items()}
             _check_finite(values, what, done)
             yield done, state, values

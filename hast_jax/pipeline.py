@@ -4,7 +4,7 @@ import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,19 @@ Array = jax.Array
 Evaluator = Callable[[weights.Variables], float]
 
 
+class Job(NamedTuple):
+    """What every stage of a run needs. `variables` are the teacher's; `accuracy` judges the student, where data are given."""
+
+    config: ConfigDict
+    devices: int
+    folder: RunFolder
+    reporter: Reporter
+    teacher: nn.Module
+    student: nn.Module
+    variables: weights.Variables
+    accuracy: Evaluator | None
+
+
 def run(config: ConfigDict, workdir: Path, console: Console) -> dict[str, Any]:
     """From a trained network to an evaluated quantized one in `workdir`; returns what `result.json` holds.
 
@@ -38,31 +51,25 @@ def run(config: ConfigDict, workdir: Path, console: Console) -> dict[str, Any]:
     student = networks.student(config)
     dataset = data.load(config.eval.dataset, config.eval.split, config.eval.data_dir)
     folder = run_folder.open_for_run(workdir, config)
-    reporter = Reporter(folder.path, console)
-    accuracy: Evaluator | None = None
-    teacher_accuracy = None
+    teacher_accuracy = accuracy = None
     if dataset is not None:
         teacher_accuracy = make_evaluator(teacher, dataset, config, devices)(variables)
         accuracy = make_evaluator(student, dataset, config, devices)
-    images = synthetic_images(teacher, variables, config, devices, folder, reporter)
-    ranges = activation_ranges(student, variables, images, config, folder, reporter)
-    evaluations = fine_tune(teacher, student, variables, ranges, images, config, devices, folder, reporter, accuracy)
-    result = summarise(config, devices, len(images), teacher_accuracy, evaluations, reporter)
+    reporter = Reporter(folder.path, console)
+    job = Job(config, devices, folder, reporter, teacher, student, variables, accuracy)
+    images = synthetic_images(job)
+    ranges = activation_ranges(job, images)
+    evaluations = fine_tune(job, images, ranges)
+    result = summarise(job, len(images), teacher_accuracy, evaluations)
     write_json(folder.result, result)
     show_result(console, result)
     reporter.close()
     return result
 
 
-def synthetic_images(
-    teacher: nn.Module,
-    variables: weights.Variables,
-    config: ConfigDict,
-    devices: int,
-    folder: RunFolder,
-    reporter: Reporter,
-) -> Array:
+def synthetic_images(job: Job) -> Array:
     """Stage 1: the synthetic images, on the device; those of `config.synthesis.source` where it is set."""
+    config, folder = job.config, job.folder
     cfg, shape = config.synthesis, tuple(config.teacher.image)
     if cfg.source:
         images, _ = synthetic_set.load(Path(cfg.source), shape)
@@ -72,70 +79,48 @@ def synthetic_images(
     else:
         store = synthetic_set.SyntheticSet(folder.synthetic, cfg.images, cfg.batch, shape)
         with Checkpoints(folder.checkpoints("synthesis"), keep=2) as checkpoints:
-            synthesize.run(teacher, variables, config, devices, store, checkpoints, reporter)
+            synthesize.run(job.teacher, job.variables, config, job.devices, store, checkpoints, job.reporter)
         images, _ = store.read()
     save_picture(folder.picture, images, config.teacher.mean, config.teacher.std)
     return jnp.asarray(images)
 
 
-def activation_ranges(
-    student: nn.Module,
-    variables: weights.Variables,
-    images: Array,
-    config: ConfigDict,
-    folder: RunFolder,
-    reporter: Reporter,
-) -> weights.Variables:
+def activation_ranges(job: Job, images: Array) -> weights.Variables:
     """Stage 2: the ranges of the activations, read from `ranges.json` where it exists."""
-    if not folder.ranges.exists():
-        folder.write_ranges(calibrate.run(student, variables, images, config, reporter))
-    return folder.read_ranges()
+    if not job.folder.ranges.exists():
+        job.folder.write_ranges(calibrate.run(job.student, job.variables, images, job.config, job.reporter))
+    return job.folder.read_ranges()
 
 
-def fine_tune(
-    teacher: nn.Module,
-    student: nn.Module,
-    variables: weights.Variables,
-    ranges: weights.Variables,
-    images: Array,
-    config: ConfigDict,
-    devices: int,
-    folder: RunFolder,
-    reporter: Reporter,
-    accuracy: Evaluator | None,
-) -> dict[int, float]:
-    """Stage 3: train the student; returns its accuracy by epoch (0 is before fine-tuning)."""
-    cfg = config.finetune
+def fine_tune(job: Job, images: Array, ranges: weights.Variables) -> dict[int, float]:
+    """Stage 3: train the student, saving it after each epoch; returns its accuracy by epoch (0 is before fine-tuning)."""
+    config, devices, cfg = job.config, job.devices, job.config.finetune
     key = jax.random.fold_in(jax.random.key(config.seed), 3)
-    every = cfg.steps_per_epoch
+    stop, every = cfg.epochs * cfg.steps_per_epoch, cfg.steps_per_epoch
     calls = call_length(parallel.steps_per_call(config.steps_per_call), config.log_every, every)
 
-    def score(params: Any) -> float | None:
-        return accuracy({**variables, "params": params, "ranges": ranges}) if accuracy else None
+    def evaluate(epoch: int, params: Any) -> None:
+        if job.accuracy is not None:
+            evaluations[epoch] = job.accuracy({**job.variables, "params": params, "ranges": ranges})
+        write_json(job.folder.evaluations, evaluations)
 
     with (
-        Checkpoints(folder.checkpoints("latest"), keep=2) as latest,
-        Checkpoints(folder.checkpoints("best"), keep=1) as best,
+        Checkpoints(job.folder.checkpoints("latest"), keep=2) as latest,
+        Checkpoints(job.folder.checkpoints("best"), keep=1) as best,
     ):
-        state = finetune.init(variables["params"], cfg)
-        evaluations: dict[int, float] = {}
-        restored = latest.restore(state)
-        if restored is not None:
-            state = restored
-            known = json.loads(folder.evaluations.read_text())
-            evaluations = {int(epoch): value for epoch, value in known.items() if int(epoch) * every <= int(state.step)}
-        start, stop = int(state.step), cfg.epochs * every
-        with reporter.stage("finetune", stop, start) as progress:
+        state, evaluations = _resume(latest, finetune.init(job.variables["params"], cfg), job.folder, every)
+        start = int(state.step)
+        with job.reporter.stage("finetune", stop, start) as progress:
             if start == 0:
-                _record(evaluations, 0, score(state.params), folder)
+                evaluate(0, state.params)
             loop = drive(
-                parallel.pmap_steps(finetune.make_step(teacher, student, key, devices, cfg), devices, calls),
+                parallel.pmap_steps(finetune.make_step(job.teacher, job.student, key, devices, cfg), devices, calls),
                 parallel.replicate(state, devices),
-                (parallel.replicate(finetune.Frozen(variables, ranges, images), devices),),
+                (parallel.replicate(finetune.Frozen(job.variables, ranges, images), devices),),
                 start=start,
                 stop=stop,
                 steps_per_call=calls,
-                every=config.log_every,
+                every=(config.log_every, every),
                 what="finetune",
             )
             for done, state, metrics in loop:
@@ -145,31 +130,32 @@ def fine_tune(
                     continue
                 one = parallel.unreplicate(state)
                 if epoch % config.eval.every == 0 or done == stop:
-                    value = score(one.params)
-                    if value is not None and value > max((v for e, v in evaluations.items() if e > 0), default=-1.0):
+                    evaluate(epoch, one.params)
+                    if best_epoch(evaluations) == epoch:
                         best.save(done, one)
-                    _record(evaluations, epoch, value, folder)
                 latest.save(done, one)
     return evaluations
 
 
-def _record(evaluations: dict[int, float], epoch: int, value: float | None, folder: RunFolder) -> None:
-    if value is not None:
-        evaluations[epoch] = value
-    write_json(folder.evaluations, evaluations)
+def _resume(
+    latest: Checkpoints, fresh: finetune.State, folder: RunFolder, steps_per_epoch: int
+) -> tuple[finetune.State, dict[int, float]]:
+    """The newest saved state and the accuracies up to it; else the fresh state and none."""
+    saved = latest.restore(fresh)
+    if saved is None:
+        return fresh, {}
+    known = json.loads(folder.evaluations.read_text())
+    return saved, {int(epoch): top1 for epoch, top1 in known.items() if int(epoch) * steps_per_epoch <= int(saved.step)}
 
 
-def summarise(
-    config: ConfigDict,
-    devices: int,
-    images: int,
-    teacher_accuracy: float | None,
-    evaluations: dict[int, float],
-    reporter: Reporter,
-) -> dict[str, Any]:
+def best_epoch(evaluations: dict[int, float]) -> int | None:
+    """The first of the best epochs after fine-tuning began: selected on the data it was evaluated on."""
+    return max((epoch for epoch in evaluations if epoch > 0), key=lambda epoch: evaluations[epoch], default=None)
+
+
+def summarise(job: Job, images: int, teacher_accuracy: float | None, evaluations: dict[int, float]) -> dict[str, Any]:
     """What `result.json` holds: accuracies in per cent, the budget, the time of each stage, the hardware."""
-    tuned = {epoch: value for epoch, value in evaluations.items() if epoch > 0}
-    best_epoch = max(tuned, key=lambda epoch: tuned[epoch], default=None)
+    config, best = job.config, best_epoch(evaluations)
     return {
         "network": config.teacher.network,
         "weights": config.teacher.weights,
@@ -178,14 +164,14 @@ def summarise(
         "seed": config.seed,
         "teacher": teacher_accuracy,
         "no_finetuning": evaluations.get(0),
-        "last": tuned[max(tuned)] if tuned else None,
-        "best": tuned[best_epoch] if best_epoch else None,
-        "best_epoch": best_epoch,
+        "last": evaluations[max(evaluations)] if best else None,
+        "best": evaluations[best] if best else None,
+        "best_epoch": best,
         "images": images,
         "iterations": config.synthesis.iterations,
         "steps": config.finetune.epochs * config.finetune.steps_per_epoch,
         "batch": config.finetune.batch,
-        "seconds": {name: round(reporter.seconds(name), 1) for name in ("synthesis", "calibrate", "finetune")},
-        "hardware": f"{devices} x {jax.devices()[0].device_kind} ({platform.machine()})",
+        "seconds": {name: round(job.reporter.seconds(name), 1) for name in ("synthesis", "calibrate", "finetune")},
+        "hardware": f"{job.devices} x {jax.devices()[0].device_kind} ({platform.machine()})",
         "config": config_lib.to_dict(config),
     }

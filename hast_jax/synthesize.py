@@ -133,7 +133,7 @@ def run(
                 start=iteration,
                 stop=cfg.iterations,
                 steps_per_call=calls,
-                every=config.log_every,
+                every=(config.log_every, cfg.save_every),
                 what="synthesis",
             )
             for iteration, state, metrics in loop:
