@@ -7,8 +7,7 @@ A full run (5,120 images x 1,000 iterations, 29,400 steps of 256) is meant for a
 
     python -m hast_jax.main --config=configs/cifar10.py:w3a3,small --workdir=runs/c10-w3a3-small
 
-It makes 1,536 images x 500 iterations and takes 4,000 steps of 64; add `tuned` for the settings that come nearest to the
-paper's drop at that budget. The README's table says what to expect of each.
+It makes 1,536 images x 500 iterations and takes 4,000 steps of 64. The README's table says what it gave.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +16,7 @@ from hast_jax import config as config_lib
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """argument: bits such as w4a4, `small`, `tuned`, joined by commas."""
+    """argument: bits such as w4a4, and `small`, joined by a comma."""
     config = config_lib.default()
     config.teacher.weights = "cifar10"
     config.teacher.classes = 10

@@ -18,7 +18,7 @@ from hast_jax.models import ARCHITECTURES
 
 SCHEDULES = ("step", "cosine")
 
-# Variants of the CIFAR configs. `small`: a budget for a CPU. `tuned`: see the README's results.
+# Variants of the CIFAR configs. `small`: a budget for a CPU.
 VARIANTS = {
     "small": {
         "synthesis.images": 1536,
@@ -26,13 +26,6 @@ VARIANTS = {
         "finetune.batch": 64,
         "finetune.epochs": 20,
         "eval.every": 4,
-    },
-    "tuned": {
-        "calibration.range": "mse",
-        "calibration.batches": 100,
-        "calibration.batch": 64,
-        "finetune.lr": 3e-5,
-        "finetune.schedule": "cosine",
     },
 }
 

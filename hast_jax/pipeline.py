@@ -168,7 +168,7 @@ def summarise(job: Job, images: int, teacher_accuracy: float | None, evaluations
         "best": evaluations[best] if best else None,
         "best_epoch": best,
         "images": images,
-        "iterations": config.synthesis.iterations,
+        "iterations": None if config.synthesis.source else config.synthesis.iterations,
         "steps": config.finetune.epochs * config.finetune.steps_per_epoch,
         "batch": config.finetune.batch,
         "seconds": {name: round(job.reporter.seconds(name), 1) for name in ("synthesis", "calibrate", "finetune")},

@@ -113,6 +113,12 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def format_images(result: dict[str, Any]) -> str:
+    """How many synthetic images, and how they came to be."""
+    made = "of another run" if result["iterations"] is None else f"x {result['iterations']} iterations"
+    return f"{result['images']} images {made}"
+
+
 def show_result(console: Console, result: dict[str, Any]) -> None:
     """The last table of a run, from what `result.json` holds."""
     bits = result["bits"]
@@ -131,9 +137,7 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
     else:
         console.print(f"{title}: no evaluation data (config.eval.dataset is none)")
     times = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in result["seconds"].items())
-    console.print(
-        f"{result['images']} images x {result['iterations']} iterations, {result['steps']} steps of {result['batch']}"
-    )
+    console.print(f"{format_images(result)}, {result['steps']} steps of {result['batch']}")
     console.print(f"{times}; {result['hardware']}")
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from hast_jax import cli
 from hast_jax.errors import UserError
-from hast_jax.report import format_seconds
+from hast_jax.report import format_images, format_seconds
 
 HEADER = (
     "| network, data | bits | settings | teacher | no fine-tuning | HAST, last epoch | drop | best epoch* "
-    "| seed | images x iterations | steps x batch | time, hardware |"
+    "| seed | synthesis | steps x batch | time, hardware |"
 )
 
 
@@ -31,7 +31,7 @@ def row(name: str, result: dict[str, Any]) -> str:
         f"{drop:.2f}",
         f"{result['best']:.2f} ({result['best_epoch']})",
         str(result["seed"]),
-        f"{result['images']} x {result['iterations']}",
+        format_images(result),
         f"{result['steps']} x {result['batch']}",
         f"{format_seconds(sum(result['seconds'].values()))}, {result['hardware']}",
     ]

@@ -28,7 +28,9 @@ class SyntheticSet:
         folder.mkdir(parents=True, exist_ok=True)
         self._index_path = folder / "index.json"
         new = not self._index_path.exists()
-        self._done = {} if new else _read_index(self._index_path, batch)
+        made, self._done = (batch, {}) if new else _read_index(self._index_path)
+        if made != batch:
+            raise UserError(f"{folder} was made in batches of {made}, not {batch}: use another folder.")
         self._images = _open(folder / "images.npy", (images, *shape), np.dtype(np.float32), new)
         self._labels = _open(folder / "labels.npy", (images,), np.dtype(np.int32), new)
         if new:
@@ -86,21 +88,18 @@ def load(folder: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndar
             f"the network needs float32 images [n, {', '.join(map(str, shape))}] and labels [n]."
         )
     if index_path.exists():
-        batch = json.loads(index_path.read_text())["batch"]
+        batch, _ = _read_index(index_path)
         return SyntheticSet(folder, len(images), batch, shape).read()
     return images, labels
 
 
-def _read_index(path: Path, batch: int) -> dict[int, int]:
+def _read_index(path: Path) -> tuple[int, dict[int, int]]:
+    """Images in a batch, and the checksum of each finished batch."""
     try:
         index = json.loads(path.read_text())
-        done = {int(b): int(c) for b, c in index["done"].items()}
-        made = int(index["batch"])
+        return int(index["batch"]), {int(b): int(c) for b, c in index["done"].items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again.") from error
-    if made != batch:
-        raise UserError(f"{path.parent} was made in batches of {made}, not {batch}: use another folder.")
-    return done
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, new: bool) -> np.memmap:

@@ -68,7 +68,7 @@ def test_neither_loss_weighing_anything_is_refused() -> None:
 
 
 def test_an_unknown_variant_names_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"'tiny': choose from w4a4 .any bits., small, tuned"):
+    with pytest.raises(UserError, match=r"'tiny': choose from w4a4 .any bits., small"):
         config_lib.variant(config_lib.default(), "w4a4,tiny")
 
 

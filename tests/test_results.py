@@ -29,7 +29,10 @@ RESULT = {
 def test_a_row_shows_the_last_epoch_the_drop_and_the_best_only_beside_it(tmp_path) -> None:
     (tmp_path / "result.json").write_text(json.dumps(RESULT))
     text = results.table([tmp_path])
-    assert "| 67.62 | 13.17 | 50.00 | 17.62 | 51.00 (16) | 0 | 1536 x 500 | 4000 x 64 | 2 min 05 s, 2 x cpu |" in text
+    assert (
+        "| 67.62 | 13.17 | 50.00 | 17.62 | 51.00 (16) | 0 | 1536 images x 500 iterations | 4000 x 64 | 2 min 05 s, 2 x cpu |"
+        in text
+    )
     assert text.count("|---") == results.HEADER.count("|") - 1 and "selected on test data" in text
 
 

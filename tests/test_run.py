@@ -81,4 +81,4 @@ def test_a_run_without_evaluation_data_needs_none(tmp_path: Path) -> None:
 
 def test_a_synthetic_set_is_reused_from_another_run(finished: Path, tmp_path: Path) -> None:
     result = tiny.run(tmp_path / "run", synthesis__source=str(finished / "synthetic"), finetune__epochs=1, bits__weights=4)
-    assert result["images"] == 96 and not (tmp_path / "run" / "synthetic").exists()
+    assert result["images"] == 96 and result["iterations"] is None and not (tmp_path / "run" / "synthetic").exists()
