@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint slow clean
+.PHONY: quickstart test lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m hast_jax.main --config=configs/digits.py --workdir=runs/digits
@@ -15,9 +15,6 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -9,14 +9,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hast_jax import models, parallel
-from hast_jax.data import Dataset, normalise
+from hast_jax.data import Dataset, check, normalise
 from hast_jax.models.weights import Variables
 
 Array = jax.Array
 
 
 def make_evaluator(network: nn.Module, dataset: Dataset, config: ConfigDict, devices: int) -> Callable[[Variables], float]:
-    """A function from the network's variables to its top-1 accuracy (%) on `dataset`, computed on all devices."""
+    """A function from the network's variables to its top-1 accuracy (%) on `dataset`, computed on all devices.
+
+    Raises UserError where the data set does not fit the network.
+    """
+    check(dataset, config.eval.dataset, config.teacher.image, config.teacher.classes)
     batch = config.eval.batch + -config.eval.batch % devices
     n = len(dataset.labels)
     padding = -n % batch

@@ -29,14 +29,14 @@ def run(student: nn.Module, variables: Variables, images: Array, config: ConfigD
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
 
     @jax.jit
-    def batch_step(ranges: Variables, index: Array) -> Variables:
+    def batch_step(ranges: Variables, index: Array, variables: Variables, images: Array) -> Variables:
         chosen = jax.random.choice(jax.random.fold_in(key, index), len(images), (cfg.batch,), replace=False)
         return step(student, variables, ranges, images[chosen])
 
     ranges: Variables = {}
     with reporter.stage("calibrate", cfg.batches) as progress:
         for index in range(cfg.batches):
-            ranges = batch_step(ranges, index)
+            ranges = batch_step(ranges, index, variables, images)
             if (index + 1) % config.log_every == 0:
                 jax.block_until_ready(ranges)
                 progress.update(index + 1)

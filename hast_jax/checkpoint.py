@@ -17,17 +17,20 @@ DISK_MARGIN = 2**20  # bytes beside the arrays of a checkpoint
 
 
 class Checkpoints:
-    """Checkpoints of one kind in a folder, the newest `keep` of them."""
+    """Checkpoints of one kind in a folder, the newest `keep` of them.
 
-    def __init__(self, folder: Path, keep: int):
+    writing=False only reads: it leaves alone what a running job has half written.
+    """
+
+    def __init__(self, folder: Path, keep: int, writing: bool = True):
         policy = ocp.training.preservation_policies.LatestN(keep)
         self._folder = folder
         self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(), preservation_policy=policy, cleanup_tmp_directories=True
+            folder.absolute(), preservation_policy=policy, cleanup_tmp_directories=writing
         )
 
     def save(self, step: int, tree: Any) -> None:
-        """Save `tree` (arrays on the host or one device) under `step`, over what may be there. It is on disk on return."""
+        """Save `tree` (arrays of this process) under `step`, over what may be there. It is on disk on return."""
         tree = jax.tree.map(np.asarray, tree)
         metadata = {"crc32": _checksum(tree)}
         # Asked beforehand: TensorStore meets a full disk in threads of its own, with pages of tracebacks.
@@ -39,7 +42,7 @@ class Checkpoints:
         self._checkpointer.save(step, tree, force=True, overwrite=True, custom_metadata=metadata)
 
     def restore(self, like: Any) -> Any | None:
-        """The newest whole tree with the structure, shapes and dtypes of `like`, as NumPy arrays; None where there is none.
+        """The newest whole tree with the structure of `like`, as NumPy arrays of the saved shapes; None where there is none.
 
         A checkpoint that cannot be read, or is not what was saved, is passed over with a warning for the one before it.
         Raises UserError where there are checkpoints and none is whole.

@@ -152,6 +152,7 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
     positive = {
         "log_every": config,
         "teacher.classes": teacher,
+        **{f"pretrain.{n}": config.pretrain for n in ("epochs", "batch", "lr")},
         **{f"synthesis.{n}": synthesis for n in ("images", "batch", "iterations", "lr", "save_every", "min_lr")},
         **{f"calibration.{n}": calibration for n in ("batches", "batch")},
         **{f"finetune.{n}": finetune for n in ("epochs", "steps_per_epoch", "batch", "lr", "temperature", "alpha")},
@@ -175,7 +176,7 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
         yield f"{path}.crop_scale", not 0 < section.crop_scale <= 1, "above 0 and at most 1"
     yield "synthesis.factor", not 0 < synthesis.factor < 1, "between 0 and 1"
     image = teacher.image
-    yield "teacher.image", len(image) != 3 or image[0] != image[1] or min(image) < 1, "(size, size, channels)"
+    yield "teacher.image", len(image) != 3 or image[0] != image[1] or image[2] not in (1, 3), "(size, size, 1 or 3 channels)"
     for name in ("mean", "std"):
         yield f"teacher.{name}", len(teacher[name]) != image[2], f"one number for each of the {image[2]} channels"
     yield "teacher.std", not min(teacher.std) > 0, "positive for each channel"

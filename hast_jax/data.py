@@ -32,6 +32,16 @@ def load(name: str, split: str, data_dir: str = "") -> Dataset | None:
     return _digits(split) if name == "digits" else _tfds(name, split, data_dir)
 
 
+def check(dataset: Dataset, name: str, image: tuple[int, ...], classes: int) -> None:
+    """Raise UserError where a network for images of shape `image` and `classes` classes cannot be judged by `dataset`."""
+    shape, found = dataset.images.shape[1:], int(dataset.labels.max()) + 1
+    if shape != tuple(image) or found > classes:
+        raise UserError(
+            f"{name} has images {shape} of {found} classes, the network takes {tuple(image)} and knows {classes}: "
+            "set config.eval.dataset to the data set that it was trained on, or to none."
+        )
+
+
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
     """uint8 images to the teacher's space: float32 (x / 255 - mean) / std for each channel."""
     scaled = images.astype(jnp.float32) / 255
@@ -64,7 +74,7 @@ def _tfds(name: str, split: str, data_dir: str) -> Dataset:
         place = f" --data_dir={data_dir}" if data_dir else ""
         raise UserError(
             f"the {split} split of {name} is not in {data_dir or 'the default folder of TFDS'}: prepare it once with "
-            f"pip install 'hast_jax[prepare]' && tfds build {name} --file_format=array_record{place}, "
+            f"pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{place}, "
             f"or set --config.eval.dataset=none to run without evaluation."
         ) from error
     records = [source[i] for i in range(len(source))]

@@ -28,8 +28,10 @@ def restore_student(
 
     variables: the teacher's. checkpoint: "latest" or "best". Raises UserError where there is none that is whole.
     """
-    with Checkpoints(folder.checkpoints(checkpoint), keep=2) as checkpoints:
-        state = checkpoints.restore(finetune.init(variables["params"], config.finetune))
+    state, path = None, folder.checkpoints(checkpoint)
+    if path.is_dir():
+        with Checkpoints(path, keep=2, writing=False) as checkpoints:
+            state = checkpoints.restore(finetune.init(variables["params"], config.finetune))
     if state is None:
         raise UserError(f"{folder.path} holds no {checkpoint} student yet: let its run reach the end of an epoch.")
     return {**variables, "params": state.params, "ranges": folder.read_ranges()}, int(state.step)

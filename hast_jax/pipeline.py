@@ -144,7 +144,10 @@ def _resume(
     saved = latest.restore(fresh)
     if saved is None:
         return fresh, {}
-    known = json.loads(folder.evaluations.read_text())
+    try:
+        known = dict(json.loads(folder.evaluations.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder.evaluations} is damaged ({error}): use another --workdir.") from error
     return saved, {int(epoch): top1 for epoch, top1 in known.items() if int(epoch) * steps_per_epoch <= int(saved.step)}
 
 

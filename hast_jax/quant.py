@@ -1,4 +1,4 @@
-"""Uniform asymmetric quantization with k bits, as pure functions (METHOD: HAST, section 3.1, and the authors' code).
+"""Uniform asymmetric quantization with k bits, as pure functions (HAST, section 3.1, and the authors' code).
 
     S = (2^k - 1) / max(high - low, 1e-8)          Z = round(S * low) + 2^(k-1)
     q = clip(round(S * x - Z), -2^(k-1), 2^(k-1) - 1)          x_hat = (q + Z) / S

@@ -74,7 +74,10 @@ def open_for_reading(path: Path) -> tuple[RunFolder, ConfigDict]:
     folder = RunFolder(path)
     if not folder.config.exists():
         raise UserError(f"{path} is no run folder: it has no config.json; give the --workdir of a run.")
-    return folder, config_lib.from_dict(_read_config(folder.config))
+    try:
+        return folder, config_lib.from_dict(_read_config(folder.config))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder.config} is of another version or damaged ({error}): run again in a new folder.") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:

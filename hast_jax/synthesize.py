@@ -1,6 +1,8 @@
 """Stage 1, hard-sample synthesis: images optimised from noise against the teacher's own batch-norm statistics."""
 
+import functools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -113,21 +115,24 @@ def run(
     cfg = config.synthesis
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     shape, classes = (cfg.batch, *config.teacher.image), config.teacher.classes
-    calls = call_length(parallel.steps_per_call(config.steps_per_call), cfg.iterations, config.log_every, cfg.save_every)
+    init_for = functools.cache(partial(parallel.pmap, lambda batch: init(batch, key, shape, classes, cfg.lr)))
+    step_for = functools.cache(partial(parallel.pmap_steps, lambda s, v: step(s, v, teacher, key, cfg)))
 
     def start(batches: list[int]) -> State:
-        return parallel.pmap(lambda batch: init(batch, key, shape, classes, cfg.lr), len(batches))(jnp.asarray(batches))
+        return init_for(len(batches))(jnp.asarray(batches))
 
     pending = store.pending()
     groups = [pending[i : i + devices] for i in range(0, len(pending), devices)]
     done = (store.batches - len(pending)) * cfg.iterations
     iteration, state = _resume(checkpoints, start(groups[0])) if groups else (0, None)
+    calls = parallel.steps_per_call(config.steps_per_call)
+    calls = call_length(calls, cfg.iterations, config.log_every, cfg.save_every, iteration)
     position = done + iteration * len(groups[0]) if groups else done
     with reporter.stage("synthesis", store.batches * cfg.iterations, position) as progress:
         for batches in groups:
             count = len(batches)
             loop = drive(
-                parallel.pmap_steps(lambda s, v: step(s, v, teacher, key, cfg), count, calls),
+                step_for(count, calls),
                 start(batches) if state is None else state,
                 (parallel.replicate(variables, count),),
                 start=iteration,

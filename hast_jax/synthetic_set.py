@@ -46,27 +46,23 @@ class SyntheticSet:
         self._images[rows], self._labels[rows] = images, labels
         self._images.flush()
         self._labels.flush()
-        self._done[batch] = self._checksum(batch)
+        self._done[batch] = _checksum(self._images[rows], self._labels[rows])
         self._write_index()
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Images and labels, memory-mapped. Raises UserError where a batch is missing or not what was written."""
         if self.pending():
             raise UserError(f"{self.folder} lacks {len(self.pending())} of {self.batches} batches: let synthesis finish.")
-        bad = [b for b, checksum in self._done.items() if self._checksum(b) != checksum]
-        if bad:
+        bad = _first_damaged(self._images, self._labels, self.batch, self._done)
+        if bad is not None:
             raise UserError(
-                f"{self.folder} is damaged: batch {bad[0]} is not what was written; "
+                f"{self.folder} is damaged: batch {bad} is not what was written; "
                 f"delete that folder and run the command again to make the images anew."
             )
         return self._images, self._labels
 
     def _rows(self, batch: int) -> slice:
         return slice(batch * self.batch, (batch + 1) * self.batch)
-
-    def _checksum(self, batch: int) -> int:
-        rows = self._rows(batch)
-        return zlib.crc32(self._labels[rows].tobytes(), zlib.crc32(self._images[rows].tobytes()))
 
     def _write_index(self) -> None:
         write_json(self._index_path, {"batch": self.batch, "done": {str(b): c for b, c in self._done.items()}})
@@ -88,16 +84,31 @@ def load(folder: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndar
             f"the network needs float32 images [n, {', '.join(map(str, shape))}] and labels [n]."
         )
     if index_path.exists():
-        batch, _ = _read_index(index_path)
-        return SyntheticSet(folder, len(images), batch, shape).read()
+        batch, done = _read_index(index_path)
+        missing = -(-len(images) // batch) - len(done)
+        if missing or _first_damaged(images, labels, batch, done) is not None:
+            raise UserError(f"the synthetic set {folder} is unfinished or damaged: use another config.synthesis.source.")
     return images, labels
+
+
+def _checksum(images: np.ndarray, labels: np.ndarray) -> int:
+    return zlib.crc32(labels.tobytes(), zlib.crc32(images.tobytes()))
+
+
+def _first_damaged(images: np.ndarray, labels: np.ndarray, batch: int, done: dict[int, int]) -> int | None:
+    """The first batch whose rows have not the checksum they were written with."""
+    for number, checksum in done.items():
+        rows = slice(number * batch, (number + 1) * batch)
+        if _checksum(images[rows], labels[rows]) != checksum:
+            return number
+    return None
 
 
 def _read_index(path: Path) -> tuple[int, dict[int, int]]:
     """Images in a batch, and the checksum of each finished batch."""
     try:
         index = json.loads(path.read_text())
-        return int(index["batch"]), {int(b): int(c) for b, c in index["done"].items()}
+        return max(1, int(index["batch"])), {int(b): int(c) for b, c in index["done"].items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again.") from error
 
@@ -106,8 +117,9 @@ def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, new: bool) -> np.
     if new:
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
         # A sparse file would fail with a bus error, far from any message, when the disk fills: reserve it now.
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        if hasattr(os, "posix_fallocate"):
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         return array
     try:
         array = np.load(path, mmap_mode="r+", allow_pickle=False)

@@ -49,15 +49,6 @@ def x64():
         yield
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long tests run only when asked for by mark: `pytest -m slow`."""
-    if not config.getoption("-m"):
-        skip = pytest.mark.skip(reason="slow: run with -m slow")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with a `golden` argument runs once for each file of its module's `KIND` in the folder."""
     if "golden" in metafunc.fixturenames:

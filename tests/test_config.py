@@ -45,7 +45,7 @@ def test_every_config_and_variant_is_valid(path: Path, argument: str) -> None:
         ("synthesis.crop_probability", 1.5, "between 0 and 1"),
         ("eval.dataset", "cifar11", "did you mean cifar1"),
         ("teacher.network", "resnet21", "did you mean resnet20"),
-        ("teacher.image", (32, 16, 3), "size, size, channels"),
+        ("teacher.image", (32, 16, 3), "size, size, 1 or 3 channels"),
         ("teacher.mean", (0.5,), "one number for each of the 3 channels"),
         ("teacher.std", (0.5, 0.0, 0.5), "positive for each channel"),
         ("calibration.range", "max", "one of minmax, mse"),

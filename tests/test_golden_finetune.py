@@ -143,6 +143,7 @@ def test_integer_weights_agree(golden: Golden) -> None:
 
 
 def test_integer_activations_agree(golden: Golden) -> None:
+    checked = False
     for case in cases(golden):
         stored = golden.under(f"{case.prefix}/act_codes")
         if not stored:
@@ -163,13 +164,17 @@ def test_integer_activations_agree(golden: Golden) -> None:
             wrong += np.sum(nchw(codes) + 2 ** (case.bits[1] - 1) != expected)
             total += expected.size
         assert wrong / total < 1e-3
+        checked = True
+    if not checked:
+        pytest.skip("the file holds no act_codes")
 
 
 def test_attention_of_the_first_step_agrees(golden: Golden) -> None:
     for case in cases(golden):
         found = case.look()
         for who in ("teacher", "student"):
-            for expected, actual in zip(golden.under(f"{case.prefix}/ca_{who}").values(), found[f"attention_{who}"]):
+            stored = golden.under(f"{case.prefix}/ca_{who}")  # not every config of a file has them
+            for expected, actual in zip(stored.values(), found[f"attention_{who}"], strict=bool(stored)):
                 assert_close_per_image(actual, expected)
 
 

@@ -8,6 +8,7 @@ from golden_data import Golden, nchw, nhwc
 from jax import lax
 
 from hast_jax import quant
+from hast_jax.models.layers import Activation
 
 pytestmark = pytest.mark.golden
 KIND = "quantizer"
@@ -140,7 +141,12 @@ def test_frozen_activation_quantization_agrees(golden: Golden, sign: str) -> Non
 def test_the_settled_range_is_a_running_average_with_decay_09(golden: Golden) -> None:
     """The authors' tracker, once its bias correction has died out, is the running average used here."""
     golden.need("qact/long")
-    low, high = golden["qact/long/x_min"][200], golden["qact/long/x_max"][200]
-    for batch_low, batch_high in golden["qact/long/batch_minmax"][201:]:
-        low, high = 0.9 * low + 0.1 * batch_low, 0.9 * high + 0.1 * batch_high
-    np.testing.assert_allclose([low, high], [golden["qact/long/x_min"][-1], golden["qact/long/x_max"][-1]], rtol=1e-5)
+    # A layer that observes the stored extremes instead of those of its ReLU.
+    layer = Activation(bits=4, range_rule=lambda x, bits: (x[0], x[1]))
+    stored = np.stack([golden["qact/long/x_min"], golden["qact/long/x_max"]], 1)
+    shift = 10.0  # so that ReLU lets them through
+    ranges = {"low": jnp.float32(stored[200, 0] + shift), "high": jnp.float32(stored[200, 1] + shift)}
+    for extremes in golden["qact/long/batch_minmax"][201:]:
+        _, updated = layer.apply({"ranges": ranges}, jnp.asarray(extremes + shift), mutable=["ranges"])
+        ranges = updated["ranges"]
+    np.testing.assert_allclose([ranges["low"] - shift, ranges["high"] - shift], stored[-1], rtol=1e-4)

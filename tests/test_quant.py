@@ -16,7 +16,7 @@ values = arrays(np.float32, (17,), elements=numbers)
 
 
 def reference(x: np.ndarray, low: float, high: float, k: int) -> np.ndarray:
-    """METHOD's equations in NumPy, one value at a time; Python's `round` is half to even."""
+    """The module's equations in NumPy, one value at a time; Python's `round` is half to even."""
     scale = np.float32(2**k - 1) / np.float32(max(np.float32(high) - np.float32(low), np.float32(1e-8)))
     zero = np.float32(round(float(scale * np.float32(low))) + 2 ** (k - 1))
     codes = [min(max(round(float(scale * v - zero)), -(2 ** (k - 1))), 2 ** (k - 1) - 1) for v in x]

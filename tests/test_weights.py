@@ -41,7 +41,7 @@ def test_files_are_read_back(tmp_path, suffix: str) -> None:
 
 
 def test_a_pth_file_is_read_as_weights_only(tmp_path) -> None:
-    torch = pytest.importorskip("torch", reason="reading .pth files needs torch: pip install 'hast_jax[torch]'")
+    torch = pytest.importorskip("torch", reason="reading .pth files needs torch: pip install -e '.[torch]'")
     _, state = state_dict()
     torch.save({key: torch.from_numpy(array) for key, array in state.items()}, tmp_path / "teacher.pth")
     read, _ = weights.read(tmp_path / "teacher.pth")

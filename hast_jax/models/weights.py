@@ -91,7 +91,7 @@ def from_state_dict(model: nn.Module, state: Mapping[str, np.ndarray], channels:
         if ours.shape != expected[path].shape:
             wanted = to_torch_layout(np.empty(expected[path].shape, np.bool_)).shape
             faults.append(f"{name} has the shape {array.shape} instead of {wanted}")
-        variables[path] = jnp.asarray(ours)
+        variables[path] = jnp.asarray(ours, jnp.promote_types(ours.dtype, jnp.float32))
     if faults:
         shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise UserError(f"the weights do not fit the network: {shown}.")
@@ -153,7 +153,7 @@ def _read_torch(path: Path) -> tuple[StateDict, Metadata]:
         import torch
     except ImportError as error:
         raise UserError(
-            f"reading {path} needs PyTorch: pip install 'hast_jax[torch]', or save the weights as .safetensors."
+            f"reading {path} needs PyTorch: pip install -e '.[torch]', or save the weights as .safetensors."
         ) from error
     state = torch.load(path, map_location="cpu", weights_only=True)
-    return {name: tensor.numpy() for name, tensor in state.items()}, Metadata()
+    return {name: tensor.detach().numpy() for name, tensor in state.items()}, Metadata()

@@ -1,0 +1,29 @@
+"""The packed convolution is the plain one, in value and in both gradients."""
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+
+from hast_jax.models.conv import conv
+
+
+def plain(x, kernel, stride):
+    pad = kernel.shape[0] // 2
+    names = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=names)
+
+
+@pytest.mark.parametrize("channels", [(3, 16), (16, 16), (16, 32), (32, 32), (1, 16)])
+@pytest.mark.parametrize(
+    ("width", "size", "stride"), [(8, 3, 1), (7, 3, 1), (2, 3, 1), (8, 3, 2), (8, 1, 1), (8, 7, 2), (8, 7, 1)]
+)
+def test_it_is_the_plain_convolution(channels: tuple[int, int], width: int, size: int, stride: int) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, width, width, channels[0]))
+    kernel = jax.random.normal(keys[1], (size, size, *channels))
+    y, pull_back = jax.vjp(lambda x, k: conv(x, k, stride), x, kernel)
+    expected, expected_pull_back = jax.vjp(lambda x, k: plain(x, k, stride), x, kernel)
+    upstream = jax.random.normal(keys[2], expected.shape)
+    for actual, wanted in zip((y, *pull_back(upstream)), (expected, *expected_pull_back(upstream)), strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.abs(wanted).max())
