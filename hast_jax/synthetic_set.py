@@ -110,7 +110,7 @@ def _read_index(path: Path) -> tuple[int, dict[int, int]]:
         index = json.loads(path.read_text())
         return max(1, int(index["batch"])), {int(b): int(c) for b, c in index["done"].items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again.") from error
+        raise UserError(f"{path} is damaged ({error}): make the images anew, in another folder.") from error
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, new: bool) -> np.memmap:
