@@ -81,6 +81,7 @@ def default() -> ConfigDict:
                 "lr": 1e-5,
                 "schedule": "step",  # or cosine, to zero at the last step
                 "lr_drops": (16, 36, 56),  # epochs after which the rate is divided by ten
+                "straight_through": "identity",  # or clipped: no gradient to activations outside their range
                 "momentum": 0.9,
                 "weight_decay": 1e-4,
                 "temperature": 20.0,
@@ -141,6 +142,7 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
         "teacher.network": (teacher.network, ARCHITECTURES),
         "calibration.range": (calibration.range, quant.RANGE_RULES),
         "finetune.schedule": (finetune.schedule, SCHEDULES),
+        "finetune.straight_through": (finetune.straight_through, quant.STRAIGHT_THROUGH),
         "finetune.alignment": (finetune.alignment, losses.ALIGNMENTS),
         "finetune.direction": (finetune.direction, promote.DIRECTIONS),
         "eval.dataset": (config.eval.dataset, DATASETS),

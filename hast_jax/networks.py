@@ -24,5 +24,5 @@ def teacher(config: ConfigDict) -> tuple[nn.Module, weights.Variables]:
 def student(config: ConfigDict) -> nn.Module:
     """The same network with quantized weights and activations."""
     rule = quant.RANGE_RULES[config.calibration.range]
-    precision = models.Precision(config.bits.weights, config.bits.activations, rule)
+    precision = models.Precision(config.bits.weights, config.bits.activations, rule, config.finetune.straight_through)
     return models.create(config.teacher.network, config.teacher.classes, precision)

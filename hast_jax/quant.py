@@ -7,7 +7,8 @@ Rounding is half to even. Because Z is itself rounded, the grid may be shifted b
 three bits on [-1, 1] give the levels -4/3.5 ... 3/3.5.
 
 Invariants: `codes` are whole numbers in [-2^(k-1), 2^(k-1) - 1]; `dequantize(codes)` has at most 2^k values;
-the straight-through gradient is the identity everywhere, outside the range too, and never reaches the range.
+the straight-through gradient of `fake_quantize` is the identity everywhere, outside the range too, and never reaches the
+range.
 """
 
 from functools import partial
@@ -89,5 +90,8 @@ def mse_range(x: Array, bits: int) -> tuple[Array, Array]:
     best = ratios[jnp.argmin(jax.lax.map(error, ratios))]
     return best * low, best * high
 
+
+# The gradient of a quantized activation outside its range: the authors' identity, or zero, as for any bounded activation.
+STRAIGHT_THROUGH = ("identity", "clipped")
 
 RANGE_RULES = {"minmax": minmax_range, "mse": mse_range}

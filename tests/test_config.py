@@ -34,6 +34,7 @@ def test_every_config_and_variant_is_valid(path: Path, argument: str) -> None:
         ("bits.activations", 9, "between 2 and 8"),
         ("finetune.eps", -0.01, "zero or positive"),
         ("finetune.lr", 0.0, "positive"),
+        ("finetune.straight_through", "clip", "did you mean clipped"),
         ("finetune.direction", "kl+fb", "did you mean kl"),
         ("finetune.alignment", "sfa", "one of rfa, dfa"),
         ("finetune.batch", 10_000, "at most synthesis.images"),

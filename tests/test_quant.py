@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from hast_jax import quant
+from hast_jax import models, quant
+from hast_jax.models.layers import Activation
 
 numbers = st.floats(-100, 100, width=32)
 bits = st.integers(quant.MIN_BITS, quant.MAX_BITS)
@@ -70,3 +71,17 @@ def test_the_mse_range_loses_less_than_the_minmax_range_where_there_are_outliers
     x = jax.nn.relu(jax.random.normal(jax.random.key(0), (10_000,))).at[0].set(50.0)
     loss = lambda rule: jnp.mean(jnp.square(quant.fake_quantize(x, *rule(x, k), k) - x))
     assert loss(quant.mse_range) < 0.9 * loss(quant.minmax_range)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 8])
+def test_the_clipped_gradient_changes_no_value_and_is_zero_outside_the_range_alone(k: int) -> None:
+    x = jnp.linspace(-1, 3, 401)
+    ranges = {"ranges": {"low": jnp.float32(0), "high": jnp.float32(1.234)}}
+
+    def output(straight_through: str, x: jax.Array) -> jax.Array:
+        return Activation(models.Precision(k, k, straight_through=straight_through)).apply(ranges, x)
+
+    gradient = lambda rule: jax.grad(lambda x: output(rule, x).sum())(x)
+    np.testing.assert_array_equal(output("clipped", x), output("identity", x))
+    np.testing.assert_array_equal(gradient("identity"), x > 0)
+    np.testing.assert_array_equal(gradient("clipped"), (x > 0) & (x < 1.234))

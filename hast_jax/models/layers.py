@@ -36,11 +36,17 @@ class Taps(NamedTuple):
 
 
 class Precision(NamedTuple):
-    """Bits of weights and activations; `None` is full precision. `range_rule` observes activations when calibrating."""
+    """How a network is quantized.
+
+    weights, activations: bits; `None` is full precision.
+    range_rule: observes the range of activations when calibrating.
+    straight_through: of an activation outside its range, one of `quant.STRAIGHT_THROUGH`.
+    """
 
     weights: int | None = None
     activations: int | None = None
     range_rule: RangeRule = quant.minmax_range
+    straight_through: str = "identity"
 
 
 FULL_PRECISION = Precision()
@@ -107,20 +113,21 @@ class Activation(nn.Module):
     the range is frozen. An uncalibrated range is NaN, so that it cannot go unnoticed.
     """
 
-    bits: int | None = None
-    range_rule: RangeRule = quant.minmax_range
+    precision: Precision
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Any shape, kept."""
-        x = nn.relu(x)
-        if self.bits is None:
+        x, bits = nn.relu(x), self.precision.activations
+        if bits is None:
             return x
         low = self.variable("ranges", "low", jnp.full, (), jnp.nan, x.dtype)
         high = self.variable("ranges", "high", jnp.full, (), jnp.nan, x.dtype)
         if self.is_mutable_collection("ranges") and not self.is_initializing():
-            observed = self.range_rule(x, self.bits)
+            observed = self.precision.range_rule(x, bits)
             for limit, new in zip((low, high), observed):
                 average = RANGE_DECAY * limit.value + (1 - RANGE_DECAY) * new
                 limit.value = jnp.where(jnp.isnan(limit.value), new, average)
-        return quant.fake_quantize(x, low.value, high.value, self.bits)
+        if self.precision.straight_through == "clipped":
+            x = jnp.clip(x, low.value, high.value)  # low is 0, so this changes no code; it stops the gradient of what it cuts
+        return quant.fake_quantize(x, low.value, high.value, bits)

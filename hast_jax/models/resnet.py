@@ -25,7 +25,7 @@ class ResUnit(nn.Module):
     def __call__(self, x: Array, train: bool) -> tuple[Array, list[BatchNormTap], Array]:
         """[batch, height, width, in] -> [batch, height / stride, width / stride, features]."""
         bits, taps = self.precision.weights, []
-        activation = lambda name: Activation(self.precision.activations, self.precision.range_rule, name=name)
+        activation = lambda name: Activation(self.precision, name=name)
         shortcut = x
         if self.stride > 1 or x.shape[-1] != self.features:
             shortcut, tap = ConvNorm(self.features, 1, self.stride, bits, name="identity_conv")(x, train)
@@ -59,7 +59,7 @@ class ResNet(nn.Module):
         size, stride = (7, 2) if self.imagenet_stem else (3, 1)
         stem = ConvNorm(self.widths[0], size, stride, self.precision.weights, name="init_block")
         x, tap = stem(x, train)
-        x = Activation(self.precision.activations, self.precision.range_rule, name="init_activ")(x)
+        x = Activation(self.precision, name="init_activ")(x)
         if self.imagenet_stem:
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         taps, branches = [tap], []
