@@ -95,13 +95,15 @@ def finetune_line(config: ConfigDict, devices: int, steps: int) -> dict:
     teacher, variables = networks.teacher(config)
     student = networks.student(config)
     images = jax.random.normal(jax.random.key(config.seed), (max(256, config.finetune.batch), *config.teacher.image))
+    labels = jnp.zeros(len(images), jnp.int32)
     ranges = jax.jit(lambda v, x: calibrate.step(student, v, {}, x))(variables, images[: config.calibration.batch])
     calls = parallel.steps_per_call(config.steps_per_call)
-    step = finetune.make_step(teacher, student, jax.random.key(config.seed), devices, config.finetune)
+    step = finetune.make_step(teacher, student, devices, config.finetune)
     state = parallel.replicate(finetune.init(variables["params"], config.finetune), devices)
-    constants = (parallel.replicate(finetune.Frozen(variables, ranges, images), devices),)
+    frozen = finetune.freeze(variables, ranges, images, labels, config)
     batch = config.finetune.batch
-    return measure("finetune", parallel.pmap_steps(step, devices, calls), state, constants, batch, devices, calls, steps)
+    run, constants = parallel.pmap_steps(step, devices, calls), (parallel.replicate(frozen, devices),)
+    return measure("finetune", run, state, constants, batch, devices, calls, steps)
 
 
 def main(_: list[str]) -> None:

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,13 +18,16 @@ DISK_MARGIN = 2**20  # bytes beside the arrays of a checkpoint
 
 
 class Checkpoints:
-    """Checkpoints of one kind in a folder, the newest `keep` of them.
+    """Checkpoints of one kind in a folder, the newest `keep` of them and those at multiples of `keep_every` steps.
 
     writing=False only reads: it leaves alone what a running job has half written.
     """
 
-    def __init__(self, folder: Path, keep: int, writing: bool = True):
-        policy = ocp.training.preservation_policies.LatestN(keep)
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0, writing: bool = True):
+        policies = ocp.training.preservation_policies
+        policy: Any = policies.LatestN(keep)
+        if keep_every:
+            policy = policies.AnyPreservationPolicy([policy, policies.EveryNSteps(keep_every)])
         self._folder = folder
         self._checkpointer = ocp.training.Checkpointer(
             folder.absolute(), preservation_policy=policy, cleanup_tmp_directories=writing
@@ -57,6 +61,15 @@ class Checkpoints:
         if steps:
             raise UserError(f"every checkpoint in {self._folder} is damaged: delete that folder to start this stage anew.")
         return None
+
+    def restore_each(self, like: Any) -> Iterator[tuple[int, Any]]:
+        """(step, tree) of every checkpoint, the oldest first. Raises UserError where one is damaged."""
+        for step in sorted(c.step for c in self._checkpointer.checkpoints):
+            try:
+                yield step, self._restore(step, like)
+            except Exception as error:  # as above
+                words = f"checkpoint {self._folder}/{step} is damaged ({_first_line(error)}): delete the run and repeat it."
+                raise UserError(words) from error
 
     def _restore(self, step: int, like: Any) -> Any:
         abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)

@@ -1,10 +1,14 @@
-"""Real images: for evaluation, and for pretraining the built-in teacher. Never seen by the method itself."""
+"""Real images: for evaluation, for pretraining the built-in teacher, and for the upper bound that real data give.
+
+The method itself never sees one.
+"""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from hast_jax.errors import UserError
 
@@ -47,6 +51,21 @@ def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
     scaled = images.astype(jnp.float32) / 255
     channel = lambda values: jnp.asarray(values, jnp.float32)[None, None, None]
     return (scaled - channel(mean)) / channel(std)
+
+
+def sample(config: ConfigDict, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` random real images of `config.synthesis.real_split` (all where it has fewer), normalised, and their labels.
+
+    Raises UserError where there are none, or they do not fit the teacher.
+    """
+    dataset = load(config.eval.dataset, config.synthesis.real_split, config.eval.data_dir)
+    if dataset is None:
+        raise UserError("config.synthesis.real_split needs a data set: set config.eval.dataset.")
+    check(dataset, config.eval.dataset, config.teacher.image, config.teacher.classes)
+    key = jax.random.fold_in(jax.random.key(config.seed), 4)
+    rows = np.asarray(jax.random.permutation(key, len(dataset.labels)))[:count]
+    images = normalise(jnp.asarray(dataset.images[rows]), config.teacher.mean, config.teacher.std)
+    return np.asarray(images), dataset.labels[rows]
 
 
 def _digits(split: str) -> Dataset:

@@ -24,12 +24,31 @@ class State(NamedTuple):
     step: Array
 
 
+class Strengths(NamedTuple):
+    """The weights of the losses and the size of the promotion; scalars.
+
+    They are arguments of the compiled step, so that runs that differ in them alone share one program.
+    """
+
+    a: Array
+    b: Array
+    lam: Array
+    ce: Array
+    eps: Array
+
+
 class Frozen(NamedTuple):
-    """What it does not change: the teacher's variables, the activation ranges, the synthetic images [n, h, w, c]."""
+    """What it does not change.
+
+    teacher: its variables. ranges: of the activations. images [n, h, w, c], labels [n]: the synthetic set. seed: scalar.
+    """
 
     teacher: Variables
     ranges: Variables
     images: Array
+    labels: Array
+    seed: Array
+    strengths: Strengths
 
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
@@ -45,59 +64,77 @@ def optimizer(schedule: optax.ScalarOrSchedule, momentum: float, weight_decay: f
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum, nesterov=True))
 
 
-def distances(teacher: nn.Module, student: nn.Module, frozen: Frozen, config: ConfigDict) -> Distances:
-    """(params, images) -> (L_KL, L_FA) between the teacher and the student with these `params`."""
+def freeze(teacher: Variables, ranges: Variables, images: Array, labels: Array, config: ConfigDict) -> Frozen:
+    """`Frozen`, with the seed and the strengths of the whole `config`."""
+    strengths = Strengths(*(jnp.asarray(config.finetune[name]) for name in Strengths._fields))
+    return Frozen(teacher, ranges, images, labels, jnp.uint32(config.seed), strengths)
 
-    def between(params: Any, images: Array) -> tuple[Array, Array]:
+
+def distances(teacher: nn.Module, student: nn.Module, frozen: Frozen, labels: Array, config: ConfigDict) -> Distances:
+    """(params, images) -> {"kl": L_KL, "fa": L_FA} between the teacher and the student with these `params`.
+
+    With `config.ce` above zero also "ce": the weighted cross-entropy of the student with `labels` [batch], for comparison with
+    methods that train on labels.
+    """
+
+    def between(params: Any, images: Array) -> dict[str, Array]:
         target, teacher_taps = models.apply(teacher, frozen.teacher, images)
         variables = {"params": params, "batch_stats": frozen.teacher["batch_stats"], "ranges": frozen.ranges}
         logits, taps = models.apply(student, variables, images)
         kl = losses.distillation(target, logits, config.temperature, config.alpha)
-        fa = config.lam * losses.ALIGNMENTS[config.alignment](teacher_taps.branches, taps.branches)
-        return kl, fa
+        fa = frozen.strengths.lam * losses.ALIGNMENTS[config.alignment](teacher_taps.branches, taps.branches)
+        if config.ce == 0:
+            return {"kl": kl, "fa": fa}
+        return {"kl": kl, "fa": fa, "ce": frozen.strengths.ce * losses.cross_entropy(logits, labels)}
 
     return between
 
 
-def loss_and_gradient(between: Distances, params: Any, images: Array, config: ConfigDict) -> tuple[dict[str, Array], Any]:
+def loss_and_gradient(
+    between: Distances, params: Any, images: Array, strengths: Strengths, config: ConfigDict
+) -> tuple[dict[str, Array], Any]:
     """L = a * [L_KL(x) + L_FA(x)] + b * [L_KL(x') + L_FA(x')] on images x and promoted images x', with its gradient."""
-    (kl, fa), clean_gradient, hard_images = promote(between, params, images, config.eps, config.direction)
-    metrics = {"kl": kl, "fa": fa}
-    loss, gradient = config.a * (kl + fa), jax.tree.map(lambda g: config.a * g, clean_gradient)
+    clean, clean_gradient, hard_images = promote(between, params, images, strengths.eps, config.direction)
+    loss, gradient = strengths.a * sum(clean.values()), jax.tree.map(lambda g: strengths.a * g, clean_gradient)
+    metrics = clean
     if config.b > 0:
 
-        def hard_loss(p: Any) -> tuple[Array, tuple[Array, Array]]:
+        def hard_loss(p: Any) -> tuple[Array, dict[str, Array]]:
             parts = between(p, hard_images)
-            return config.b * (parts[0] + parts[1]), parts
+            return strengths.b * sum(parts.values(), jnp.zeros(())), parts
 
-        (hard, (kl_hard, fa_hard)), hard_gradient = jax.value_and_grad(hard_loss, has_aux=True)(params)
-        metrics |= {"kl_promoted": kl_hard, "fa_promoted": fa_hard}
-        loss, gradient = loss + hard, jax.tree.map(jnp.add, gradient, hard_gradient)
+        (hard_value, hard), hard_gradient = jax.value_and_grad(hard_loss, has_aux=True)(params)
+        metrics |= {f"{name}_promoted": value for name, value in hard.items()}
+        loss, gradient = loss + hard_value, jax.tree.map(jnp.add, gradient, hard_gradient)
     return metrics | {"loss": loss}, gradient
 
 
-def draw(images: Array, step: Array, key: Array, count: int, config: ConfigDict) -> Array:
-    """This device's share of the batch of this step, augmented; the global batch is the same on any number of devices."""
-    key = jax.random.fold_in(key, step)
-    chosen = jax.random.choice(key, len(images), (config.batch,), replace=False)
+def draw(frozen: Frozen, step: Array, count: int, config: ConfigDict) -> tuple[Array, Array]:
+    """This device's share of the images and labels of this step, augmented.
+
+    The global batch depends on the seed and the step, not on the number of devices.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(frozen.seed), 3), step)
+    chosen = jax.random.choice(key, len(frozen.images), (config.batch,), replace=False)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.batch))
-    batch, keys = images[parallel.own_share(chosen, count)], parallel.own_share(keys, count)
-    if not config.augment:
-        return batch
-    return augment.random_resized_crop_and_flip(keys, batch, (config.crop_scale, 1.0))
+    chosen, keys = parallel.own_share(chosen, count), parallel.own_share(keys, count)
+    images = frozen.images[chosen]
+    if config.augment:
+        images = augment.random_resized_crop_and_flip(keys, images, (config.crop_scale, 1.0))
+    return images, frozen.labels[chosen]
 
 
 def make_step(
-    teacher: nn.Module, student: nn.Module, key: Array, count: int, config: ConfigDict
+    teacher: nn.Module, student: nn.Module, count: int, config: ConfigDict
 ) -> Callable[[State, Frozen], tuple[State, dict[str, Array]]]:
     """One step of fine-tuning for `parallel.pmap_steps` over `count` devices. config: `config.finetune`."""
     schedule = learning_rate(config)
     transform = optimizer(schedule, config.momentum, config.weight_decay)
 
     def step(state: State, frozen: Frozen) -> tuple[State, dict[str, Array]]:
-        images = draw(frozen.images, state.step, key, count, config)
-        between = distances(teacher, student, frozen, config)
-        metrics, gradient = loss_and_gradient(between, state.params, images, config)
+        images, labels = draw(frozen, state.step, count, config)
+        between = distances(teacher, student, frozen, labels, config)
+        metrics, gradient = loss_and_gradient(between, state.params, images, frozen.strengths, config)
         metrics, gradient = parallel.mean((metrics, gradient))
         updates, opt_state = transform.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

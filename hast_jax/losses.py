@@ -47,6 +47,11 @@ def hard_sample(logits: Array, labels: Array, gamma: float) -> Array:
     return jnp.mean(weight * cross_entropy)
 
 
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Mean cross-entropy of logits [batch, classes] with labels [batch]."""
+    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
 def distillation(teacher_logits: Array, student_logits: Array, temperature: float, alpha: float) -> Array:
     """L_KL = alpha * T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), the mean over the batch."""
     divergence = optax.losses.kl_divergence_with_log_targets(

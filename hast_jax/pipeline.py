@@ -20,7 +20,7 @@ from hast_jax.errors import UserError
 from hast_jax.files import write_json
 from hast_jax.loop import call_length, drive
 from hast_jax.models import weights
-from hast_jax.report import Reporter, save_picture, show_result
+from hast_jax.report import Reporter, save_picture
 from hast_jax.run_folder import RunFolder
 
 Array = jax.Array
@@ -40,10 +40,10 @@ class Job(NamedTuple):
     accuracy: Evaluator | None
 
 
-def run(config: ConfigDict, workdir: Path, console: Console) -> dict[str, Any]:
-    """From a trained network to an evaluated quantized one in `workdir`; returns what `result.json` holds.
+def prepare(config: ConfigDict, workdir: Path, console: Console) -> tuple[Job, float | None]:
+    """The job of this config in `workdir`, and the teacher's accuracy (None without evaluation data).
 
-    Everything that can be refused is refused before synthesis starts. Raises UserError.
+    Everything that can be refused is refused here, before any stage starts. Raises UserError.
     """
     config_lib.validate(config)
     devices = parallel.setup(config.devices, config.finetune.batch)
@@ -56,33 +56,54 @@ def run(config: ConfigDict, workdir: Path, console: Console) -> dict[str, Any]:
         teacher_accuracy = make_evaluator(teacher, dataset, config, devices)(variables)
         accuracy = make_evaluator(student, dataset, config, devices)
     reporter = Reporter(folder.path, console)
-    job = Job(config, devices, folder, reporter, teacher, student, variables, accuracy)
-    images = synthetic_images(job)
+    return Job(config, devices, folder, reporter, teacher, student, variables, accuracy), teacher_accuracy
+
+
+def run(config: ConfigDict, workdir: Path, console: Console) -> dict[str, Any]:
+    """From a trained network to an evaluated quantized one in `workdir`; returns what `result.json` holds.
+
+    Raises UserError.
+    """
+    job, teacher_accuracy = prepare(config, workdir, console)
+    images, labels = training_images(job)
     ranges = activation_ranges(job, images)
-    evaluations = fine_tune(job, images, ranges)
+    evaluations = fine_tune(job, finetune.freeze(job.variables, ranges, images, labels, config))
     result = summarise(job, len(images), teacher_accuracy, evaluations)
-    write_json(folder.result, result)
-    show_result(console, result)
-    reporter.close()
+    write_json(job.folder.result, result)
+    job.reporter.close()
     return result
 
 
-def synthetic_images(job: Job) -> Array:
-    """Stage 1: the synthetic images, on the device; those of `config.synthesis.source` where it is set."""
+def run_synthesis(config: ConfigDict, workdir: Path, console: Console) -> Path:
+    """Stage 1 alone; returns the folder of the synthetic set. Raises UserError."""
+    job, _ = prepare(config, workdir, console)
+    training_images(job)
+    job.reporter.close()
+    return job.folder.synthetic
+
+
+def training_images(job: Job) -> tuple[Array, Array]:
+    """Stage 1: the images and labels that the student learns from, on the device.
+
+    They are synthesized, or come from `config.synthesis.source`, or are real ones of `config.synthesis.real_split`.
+    """
     config, folder = job.config, job.folder
     cfg, shape = config.synthesis, tuple(config.teacher.image)
-    if cfg.source:
-        images, _ = synthetic_set.load(Path(cfg.source), shape)
-        most = max(config.finetune.batch, config.calibration.batch)
-        if len(images) < most:
-            raise UserError(f"{cfg.source} holds {len(images)} images, fewer than the batch of {most}: lower the batch.")
+    if cfg.real_split:
+        images, labels = data.sample(config, cfg.images)
+    elif cfg.source:
+        images, labels = (array[: cfg.images] for array in synthetic_set.load(Path(cfg.source), shape))
     else:
         store = synthetic_set.SyntheticSet(folder.synthetic, cfg.images, cfg.batch, shape)
         with Checkpoints(folder.checkpoints("synthesis"), keep=2) as checkpoints:
             synthesize.run(job.teacher, job.variables, config, job.devices, store, checkpoints, job.reporter)
-        images, _ = store.read()
+        images, labels = store.read()
+    most = max(config.finetune.batch, config.calibration.batch)
+    if len(images) < most:
+        place = cfg.source or f"the {cfg.real_split} split"
+        raise UserError(f"{place} holds {len(images)} images, fewer than the batch of {most}: lower the batch.")
     save_picture(folder.picture, images, config.teacher.mean, config.teacher.std)
-    return jnp.asarray(images)
+    return jnp.asarray(images), jnp.asarray(labels)
 
 
 def activation_ranges(job: Job, images: Array) -> weights.Variables:
@@ -92,20 +113,19 @@ def activation_ranges(job: Job, images: Array) -> weights.Variables:
     return job.folder.read_ranges()
 
 
-def fine_tune(job: Job, images: Array, ranges: weights.Variables) -> dict[int, float]:
+def fine_tune(job: Job, frozen: finetune.Frozen) -> dict[int, float]:
     """Stage 3: train the student, saving it after each epoch; returns its accuracy by epoch (0 is before fine-tuning)."""
     config, devices, cfg = job.config, job.devices, job.config.finetune
-    key = jax.random.fold_in(jax.random.key(config.seed), 3)
     stop, every = cfg.epochs * cfg.steps_per_epoch, cfg.steps_per_epoch
     calls = call_length(parallel.steps_per_call(config.steps_per_call), config.log_every, every)
 
     def evaluate(epoch: int, params: Any) -> None:
         if job.accuracy is not None:
-            evaluations[epoch] = job.accuracy({**job.variables, "params": params, "ranges": ranges})
+            evaluations[epoch] = job.accuracy({**job.variables, "params": params, "ranges": frozen.ranges})
         write_json(job.folder.evaluations, evaluations)
 
     with (
-        Checkpoints(job.folder.checkpoints("latest"), keep=2) as latest,
+        Checkpoints(job.folder.checkpoints("latest"), keep=2, keep_every=cfg.keep_every * every) as latest,
         Checkpoints(job.folder.checkpoints("best"), keep=1) as best,
     ):
         state, evaluations = _resume(latest, finetune.init(job.variables["params"], cfg), job.folder, every)
@@ -114,9 +134,9 @@ def fine_tune(job: Job, images: Array, ranges: weights.Variables) -> dict[int, f
             if start == 0:
                 evaluate(0, state.params)
             loop = drive(
-                parallel.pmap_steps(finetune.make_step(job.teacher, job.student, key, devices, cfg), devices, calls),
+                parallel.pmap_steps(finetune.make_step(job.teacher, job.student, devices, cfg), devices, calls),
                 parallel.replicate(state, devices),
-                (parallel.replicate(finetune.Frozen(job.variables, ranges, images), devices),),
+                (parallel.replicate(frozen, devices),),
                 start=start,
                 stop=stop,
                 steps_per_call=calls,
@@ -171,7 +191,8 @@ def summarise(job: Job, images: int, teacher_accuracy: float | None, evaluations
         "best": evaluations[best] if best else None,
         "best_epoch": best,
         "images": images,
-        "iterations": None if config.synthesis.source else config.synthesis.iterations,
+        "iterations": None if config.synthesis.source or config.synthesis.real_split else config.synthesis.iterations,
+        "real_split": config.synthesis.real_split,
         "steps": config.finetune.epochs * config.finetune.steps_per_epoch,
         "batch": config.finetune.batch,
         "seconds": {name: round(job.reporter.seconds(name), 1) for name in ("synthesis", "calibrate", "finetune")},

@@ -7,30 +7,30 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Distances = Callable[[Any, Array], tuple[Array, Array]]
+Losses = dict[str, Array]
+Distances = Callable[[Any, Array], Losses]
 
-# The weights of (KL, FA) in the loss whose gradient gives the direction (supplement, Table 1).
-DIRECTIONS = {"kl": (1.0, 0.0), "fa": (0.0, 1.0), "kl+fa": (1.0, 1.0)}
+# The losses whose gradient gives the direction (supplement, Table 1).
+DIRECTIONS = {"kl": {"kl"}, "fa": {"fa"}, "kl+fa": {"kl", "fa"}}
 
 
-def perturb(images: Array, gradient: Array, eps: float) -> Array:
+def perturb(images: Array, gradient: Array, eps: Array | float) -> Array:
     """x' = stop_gradient(x + eps * sign(gradient)): one sign step, no clamp."""
     return jax.lax.stop_gradient(images + eps * jnp.sign(gradient))
 
 
-def promote(
-    distances: Distances, params: Any, images: Array, eps: float, direction: str
-) -> tuple[tuple[Array, Array], Any, Array]:
+def promote(distances: Distances, params: Any, images: Array, eps: Array | float, direction: str) -> tuple[Losses, Any, Array]:
     """Losses and parameter gradient on the clean images, and the promoted images, from one forward and one backward pass.
 
-    distances: (params, images [batch, height, width, channels]) -> scalars (L_KL, L_FA). The gradient with respect to the
-    images flows through both teacher and student, so `distances` must not stop it.
+    distances: (params, images [batch, height, width, channels]) -> scalars {"kl": L_KL, "fa": L_FA, ...}. The gradient
+    with respect to the images flows through both teacher and student, so `distances` must not stop it.
 
-    Returns ((L_KL, L_FA), gradient of L_KL + L_FA with respect to `params`, promoted images).
+    Returns (losses, gradient of their sum with respect to `params`, promoted images). A direction that leaves out a loss
+    costs a second backward pass.
     """
     losses, pull_back = jax.vjp(distances, params, images)
-    cotangents = lambda weights: tuple(jnp.asarray(w, loss.dtype) for w, loss in zip(weights, losses))
-    params_gradient, images_gradient = pull_back(cotangents(DIRECTIONS["kl+fa"]))
-    if direction != "kl+fa":
+    cotangents = lambda chosen: {name: jnp.asarray(name in chosen, loss.dtype) for name, loss in losses.items()}
+    params_gradient, images_gradient = pull_back(cotangents(losses.keys()))
+    if DIRECTIONS[direction] != losses.keys():
         _, images_gradient = pull_back(cotangents(DIRECTIONS[direction]))
     return losses, params_gradient, perturb(images, images_gradient, eps)

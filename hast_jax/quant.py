@@ -37,30 +37,19 @@ def dequantize(codes: Array, scale: Array, zero_point: Array) -> Array:
     return (codes + zero_point) / scale
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
 def fake_quantize(x: Array, low: Array, high: Array, bits: int) -> Array:
-    """`x` moved onto the grid of [low, high], with the identity as its gradient.
+    """`x` moved onto the grid of [low, high], with the identity as its derivative, of any order and in any mode.
 
     `low` and `high` broadcast against `x` (scalars, or size one on every axis but the channel axis).
     """
-    return _round_trip(x, low, high, bits)
-
-
-def _round_trip(x: Array, low: Array, high: Array, bits: int) -> Array:
     scale, zero_point = scale_and_zero_point(low, high, bits)
     return dequantize(quantize(x, scale, zero_point, bits), scale, zero_point)
 
 
-def _fake_quantize_fwd(x: Array, low: Array, high: Array, bits: int) -> tuple[Array, tuple[Array, Array]]:
-    return _round_trip(x, low, high, bits), (low, high)
-
-
-def _fake_quantize_bwd(bits: int, limits: tuple[Array, Array], grad: Array) -> tuple[Array, Array, Array]:
-    low, high = limits
-    return grad, jnp.zeros_like(low), jnp.zeros_like(high)
-
-
-fake_quantize.defvjp(_fake_quantize_fwd, _fake_quantize_bwd)
+@fake_quantize.defjvp
+def _straight_through(bits: int, values: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    return fake_quantize(*values, bits), tangents[0]
 
 
 def fake_quantize_weight(kernel: Array, bits: int) -> Array:

@@ -131,9 +131,10 @@ def run(
     with reporter.stage("synthesis", store.batches * cfg.iterations, position) as progress:
         for batches in groups:
             count = len(batches)
+            state = start(batches) if state is None else state
             loop = drive(
                 step_for(count, calls),
-                start(batches) if state is None else state,
+                state,
                 (parallel.replicate(variables, count),),
                 start=iteration,
                 stop=cfg.iterations,
@@ -145,7 +146,6 @@ def run(
                 progress.update(done + iteration * count, metrics)
                 if iteration % cfg.save_every == 0 and iteration < cfg.iterations:
                     checkpoints.save(done + iteration * count, state)
-            assert state is not None
             for i, batch in enumerate(batches):
                 store.write(batch, np.asarray(state.images[i]), np.asarray(state.labels[i]))
             done += count * cfg.iterations

@@ -27,11 +27,11 @@ def trajectory(devices: int, steps: int, **changes) -> list[dict[str, float]]:
     config = tiny.config(**changes)
     teacher, variables = networks.teacher(config)
     student = networks.student(config)
-    images = jax.random.normal(jax.random.key(1), (64, 8, 8, 1))
+    images, labels = jax.random.normal(jax.random.key(1), (64, 8, 8, 1)), jnp.arange(64) % 10
     _, updated = student.apply(variables, images, mutable=["ranges"])
-    frozen = parallel.replicate(finetune.Frozen(variables, updated["ranges"], images), devices)
+    frozen = parallel.replicate(finetune.freeze(variables, updated["ranges"], images, labels, config), devices)
     state = parallel.replicate(finetune.init(variables["params"], config.finetune), devices)
-    step = finetune.make_step(teacher, student, jax.random.key(0), devices, config.finetune)
+    step = finetune.make_step(teacher, student, devices, config.finetune)
     run = parallel.pmap_steps(step, devices)
     found = []
     for _ in range(steps):

@@ -42,7 +42,10 @@ class Case(NamedTuple):
         """All that one step computes, at the given parameters of the student."""
         params = self.variables["params"] if params is None else params
         look = compiled(self.bits, self.classes)
-        return look(params, finetune.Frozen(self.variables, self.ranges, self.images), self.config.lam, self.config.eps)
+        config = config_lib.default()
+        config.finetune.lam, config.finetune.eps = self.config.lam, self.config.eps
+        labels = jnp.zeros(len(self.images), jnp.int32)  # in no loss of the method
+        return look(params, finetune.freeze(self.variables, self.ranges, self.images, labels, config))
 
 
 @functools.cache
@@ -50,10 +53,9 @@ def compiled(bits: tuple[int, int], classes: int):
     teacher, student = models.create("resnet20", classes), models.create("resnet20", classes, models.Precision(*bits))
 
     @jax.jit
-    def look(params, frozen, lam, eps):
-        config = config_lib.default().finetune.unlock()
-        config = ConfigDict({**config.to_dict(), "lam": lam, "eps": eps})
-        between = finetune.distances(teacher, student, frozen, config)
+    def look(params, frozen):
+        config = config_lib.default().finetune
+        between = finetune.distances(teacher, student, frozen, frozen.labels, config)
         images, student_variables = frozen.images, {**frozen.teacher, "params": params, "ranges": frozen.ranges}
         teacher_logits, teacher_taps = teacher.apply(frozen.teacher, images)
         logits, taps = student.apply(student_variables, images)
@@ -63,12 +65,12 @@ def compiled(bits: tuple[int, int], classes: int):
             "attention_teacher": [losses.attention(f) for f in teacher_taps.branches],
             "attention_student": [losses.attention(f) for f in taps.branches],
         }
-        for name, weight in (("KL", (1, 0)), ("FA", (0, 1)), ("KLFA", (1, 1))):
-            scalar = lambda x: jnp.dot(jnp.stack(between(params, x)), jnp.asarray(weight, x.dtype))
+        for name, parts in (("KL", ["kl"]), ("FA", ["fa"]), ("KLFA", ["kl", "fa"])):
+            scalar = lambda x: sum(between(params, x)[part] for part in parts)
             found[f"grad_{name}_img"] = jax.grad(scalar)(images)
-        _, _, found["hard_images"] = promote.promote(between, params, images, eps, "kl+fa")
+        _, _, found["hard_images"] = promote.promote(between, params, images, frozen.strengths.eps, "kl+fa")
         found["logits_perturbed"], _ = student.apply(student_variables, found["hard_images"])
-        found["metrics"], found["gradient"] = finetune.loss_and_gradient(between, params, images, config)
+        found["metrics"], found["gradient"] = finetune.loss_and_gradient(between, params, images, frozen.strengths, config)
         return found
 
     return look

@@ -58,6 +58,14 @@ def test_no_gradient_reaches_the_range() -> None:
     assert low == 0 and high == 0
 
 
+def test_the_second_derivative_is_that_of_the_identity_too() -> None:
+    x, v = jnp.linspace(-2, 2, 9), jnp.arange(9.0)
+    cube_sum = lambda x: jnp.sum(quant.fake_quantize(x, jnp.float32(-1), jnp.float32(1), 3) ** 3)
+    _, hessian_vector = jax.jvp(jax.grad(cube_sum), (x,), (v,))
+    levels = quant.fake_quantize(x, jnp.float32(-1), jnp.float32(1), 3)
+    np.testing.assert_allclose(hessian_vector, 6 * levels * v, rtol=1e-6)
+
+
 def test_each_output_channel_of_a_weight_has_its_own_range() -> None:
     kernel = jax.random.normal(jax.random.key(0), (3, 3, 4, 5)) * jnp.asarray([1, 10, 100, 1e3, 1e4])[None, None, None]
     together = quant.fake_quantize_weight(kernel, 4)

@@ -1,0 +1,148 @@
+"""The experiments of the paper's supplement: what each cell changes in the config, and what the paper reports for it.
+
+A baseline is a cell like any other. Published numbers: HAST, supplement, Tables 1 to 4 and Figure 1; top-1 in per cent.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+# Network and data set -> the published accuracy of the teacher. Elsewhere there is nothing to compare with.
+PAPER_TEACHERS = {("resnet20", "cifar10"): 94.03, ("resnet20", "cifar100"): 70.33, ("resnet18", "imagenet"): 71.47}
+
+Paper = dict[tuple[str, str], dict[str, float]]
+
+
+class Cell(NamedTuple):
+    """One run of an experiment: its name in the table, and the config fields that it changes."""
+
+    label: str
+    changes: dict[str, Any]
+
+
+class Experiment(NamedTuple):
+    """Cells that are compared, and their published results by (data set, bits) and label."""
+
+    title: str
+    cells: list[Cell]
+    paper: Paper
+
+
+def table1(config: ConfigDict) -> Experiment:
+    """Loss whose gradient gives the direction of the promotion."""
+    del config
+    cells = [Cell(name, {"finetune.direction": name}) for name in ("kl", "fa", "kl+fa")]
+    paper = {
+        ("cifar10", "W4A4"): (92.43, 92.29, 92.36),
+        ("cifar10", "W3A3"): (88.29, 87.68, 88.34),
+        ("cifar100", "W4A4"): (66.69, 66.50, 66.68),
+        ("cifar100", "W3A3"): (55.61, 55.13, 55.67),
+        ("imagenet", "W4A4"): (66.90, 66.69, 66.91),
+        ("imagenet", "W3A3"): (51.06, 50.87, 51.15),
+    }
+    return Experiment("Table 1: the loss that directs the promotion", cells, _by_label(cells, paper))
+
+
+def table2(config: ConfigDict) -> Experiment:
+    """Weights a and b of the losses on clean and on promoted images."""
+    del config
+    weights = ((1, 0), (3, 1), (2, 1), (1, 1), (0, 1), (1, 4), (1, 3), (1, 2))
+    cells = [Cell(f"a={a}, b={b}", {"finetune.a": float(a), "finetune.b": float(b)}) for a, b in weights]
+    paper = {
+        ("cifar10", "W3A3"): (86.17, 85.92, 87.53, 88.34, 88.19, 86.69, 86.94, 87.73),
+        ("imagenet", "W3A3"): (47.94, 50.52, 50.97, 51.15, 48.55, 52.14, 53.12, 52.69),
+    }
+    return Experiment("Table 2: weights of the clean and the promoted loss", cells, _by_label(cells, paper))
+
+
+def table3(config: ConfigDict) -> Experiment:
+    """Direct and relaxed feature alignment."""
+    del config
+    cells = [Cell(name, {"finetune.alignment": name.lower()}) for name in ("DFA", "RFA")]
+    paper = {
+        ("cifar10", "W4A4"): (91.99, 92.36),
+        ("cifar10", "W3A3"): (83.92, 88.34),
+        ("cifar100", "W4A4"): (66.53, 66.68),
+        ("cifar100", "W3A3"): (51.50, 55.67),
+        ("imagenet", "W4A4"): (66.49, 66.91),
+        ("imagenet", "W3A3"): (45.52, 51.15),
+    }
+    return Experiment("Table 3: direct and relaxed feature alignment", cells, _by_label(cells, paper))
+
+
+def table4(config: ConfigDict) -> Experiment:
+    """Number of images: a twentieth, a quarter, half and all of the config's, in whole batches."""
+    images, batch = config.synthesis.images, config.synthesis.batch
+    counts = sorted({-(-images // (share * batch)) * batch for share in (20, 4, 2, 1)})
+    cells = [Cell(f"{count} images", {"synthesis.images": count}) for count in counts]
+    paper = {("imagenet", "W3A3"): {"256 images": 49.17, "1280 images": 49.95, "2560 images": 50.23, "5120 images": 51.15}}
+    return Experiment("Table 4: number of synthetic images", cells, paper)
+
+
+def baselines(config: ConfigDict) -> Experiment:
+    """What each part of the method adds, what others do, and what real images would give."""
+    promotion_off = {"finetune.b": 0.0}
+    cells = [
+        Cell("noise images", {"synthesis.iterations": 0}),
+        Cell("BN statistics only (as ZeroQ)", {"synthesis.beta": 0.0}),
+        Cell("plain inception loss (gamma = 0)", {"synthesis.gamma": 0.0}),
+        Cell("no promotion", promotion_off),
+        Cell("no feature alignment", {"finetune.lam": 0.0}),
+        Cell("CE + KL (fine-tuning loss of IntraQ)", promotion_off | {"finetune.lam": 0.0, "finetune.ce": 1.0}),
+        Cell("HAST", {}),
+        Cell(f"real images, {config.synthesis.images} at random", {"synthesis.real_split": "train"}),
+        Cell("real images, all", {"synthesis.real_split": "train", "synthesis.images": 10**7}),
+    ]
+    paper = {
+        ("cifar10", "W3A3"): {"HAST": 88.34, "no promotion": 86.17, "real images, all": 87.94},
+        ("cifar100", "W3A3"): {"HAST": 55.67, "real images, all": 56.26},
+        ("cifar10", "W4A4"): {"HAST": 92.36},
+        ("cifar100", "W4A4"): {"HAST": 66.68},
+        ("imagenet", "W3A3"): {"HAST": 51.15, "no promotion": 47.94, "real images, all": 51.95},
+    }
+    return Experiment("Baselines", cells, paper)
+
+
+def figure1(config: ConfigDict) -> Experiment:
+    """Sensitivity to gamma, eps and lam around the config's values."""
+    cells = [Cell(f"gamma={gamma:g}", {"synthesis.gamma": gamma}) for gamma in (0.0, 0.5, 1.0, 1.5, 2.0)]
+    for name in ("eps", "lam"):
+        for factor in (0, 0.5, 1, 2, 4):
+            value = factor * config.finetune[name]
+            cells.append(Cell(f"{name}={value:g}", {f"finetune.{name}": value}))
+    return Experiment("Figure 1: sensitivity to gamma, eps and lambda", cells, {})
+
+
+EXPERIMENTS: dict[str, Callable[[ConfigDict], Experiment]] = {
+    "baselines": baselines,
+    "table1": table1,
+    "table2": table2,
+    "table3": table3,
+    "table4": table4,
+    "figure1": figure1,
+}
+
+
+class Finding(NamedTuple):
+    """What the supplement found: in this experiment, `better` beats `worse` (labels, or positions of cells)."""
+
+    sentence: str
+    experiment: str
+    better: str | int
+    worse: str | int
+
+
+FINDINGS = [
+    Finding("promotion helps", "baselines", "HAST", "no promotion"),
+    Finding("hard samples help, against BN statistics only", "baselines", "HAST", "BN statistics only (as ZeroQ)"),
+    Finding("gamma > 0 helps, against the plain inception loss", "baselines", "HAST", "plain inception loss (gamma = 0)"),
+    Finding("feature alignment helps", "baselines", "HAST", "no feature alignment"),
+    Finding("synthetic images help, against noise", "baselines", "HAST", "noise images"),
+    Finding("relaxed alignment (RFA) beats direct (DFA)", "table3", "RFA", "DFA"),
+    Finding("more images help", "table4", -1, 0),
+]
+
+
+def _by_label(cells: list[Cell], rows: Mapping[tuple[str, str], tuple[float, ...]]) -> Paper:
+    return {setting: {cell.label: value for cell, value in zip(cells, row)} for setting, row in rows.items()}

@@ -1,0 +1,56 @@
+"""The figures of the supplement, as PNG and SVG; readable when printed in grey."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+STYLES: tuple[dict[str, Any], ...] = (
+    {"linestyle": "-", "marker": "o"},
+    {"linestyle": "--", "marker": "s"},
+    {"linestyle": ":", "marker": "^"},
+)
+COLOURS = ("#1b1b1b", "#b34a00", "#0072b2")  # of clearly different lightness
+
+
+def sensitivity(panels: dict[str, tuple[list[float], list[float], list[float]]], teacher: float, path: Path) -> None:
+    """Accuracy over each hyper-parameter (Figure 1). panels: name -> values, means, standard deviations."""
+    figure = Figure(figsize=(3.2 * len(panels), 3), layout="constrained")
+    for axis, (name, (values, means, deviations)) in zip(figure.subplots(1, len(panels), sharey=True), panels.items()):
+        axis.errorbar(values, means, deviations, color=COLOURS[0], capsize=3, **STYLES[0])
+        axis.set_xlabel(name)
+    figure.axes[0].set_ylabel("top-1, %")
+    figure.suptitle(f"Sensitivity (teacher: {teacher:.2f} %)")
+    save(figure, path)
+
+
+def cosines(epochs: list[int], values: dict[str, np.ndarray], path: Path) -> None:
+    """Cosine similarity of gradients along fine-tuning (Figure 2a). values: label -> [epochs, batches]."""
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for (label, each), style, colour in zip(values.items(), STYLES, COLOURS):
+        axis.errorbar(epochs, each.mean(1), each.std(1), color=colour, capsize=3, label=label, **style)
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.set(xlabel="epochs of fine-tuning", ylabel="cosine similarity")
+    axis.legend()
+    save(figure, path)
+
+
+def spectra(grids: dict[str, np.ndarray], densities: dict[str, np.ndarray], path: Path) -> None:
+    """Eigenvalue density of each loss's Hessian (Figure 2b), one panel a loss, on a logarithmic scale."""
+    figure = Figure(figsize=(3.2 * len(grids), 3), layout="constrained")
+    for axis, (name, grid) in zip(figure.subplots(1, len(grids), sharey=True), grids.items()):
+        axis.semilogy(grid, np.maximum(densities[name], 1e-12), color=COLOURS[0])
+        axis.set(title=name, xlabel="eigenvalue / root mean square", ylim=(1e-7, None))
+    figure.axes[0].set_ylabel("density")
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write `path`.png and `path`.svg; the same figure gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "hast_jax"}):
+        figure.savefig(path.with_suffix(".png"), dpi=150)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

@@ -1,0 +1,107 @@
+"""What the losses look like around a student: angles between their gradients, eigenvalues of their Hessians.
+
+Supplement, Figure 2. Derivatives are with respect to the student's parameters, on clean images, and pass the quantizers
+straight through.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy
+from jax.flatten_util import ravel_pytree
+from ml_collections import ConfigDict
+
+from hast_jax import finetune
+
+Array = jax.Array
+
+LOSSES = ("ce", "kl", "fa")
+
+
+Losses = Callable[..., dict[str, Array]]
+
+
+def losses(teacher: nn.Module, student: nn.Module, config: ConfigDict) -> Losses:
+    """(params, frozen, images, labels) -> the losses {"ce", "kl", "fa"}, with the method's factors; that of CE is 1.
+
+    config: `config.finetune`.
+    """
+    config = config.copy_and_resolve_references()
+    config.ce = 1.0
+
+    def of(params: Any, frozen: finetune.Frozen, images: Array, labels: Array) -> dict[str, Array]:
+        frozen = frozen._replace(strengths=frozen.strengths._replace(ce=jnp.ones(())))
+        return finetune.distances(teacher, student, frozen, labels, config)(params, images)
+
+    return of
+
+
+def gradient_cosines(losses: Losses, params: Any, frozen: finetune.Frozen, images: Array, labels: Array) -> dict[str, Array]:
+    """Cosine similarity of the gradients of CE and KL, and of FA and KL, on one batch (Figure 2a); scalars."""
+    values, pull_back = jax.vjp(lambda p: losses(p, frozen, images, labels), params)
+
+    def gradient(name: str) -> Array:
+        one_hot = {n: jnp.asarray(n == name, value.dtype) for n, value in values.items()}
+        return ravel_pytree(pull_back(one_hot))[0]
+
+    kl = gradient("kl")
+    return {name: _cosine(gradient(name), kl) for name in ("ce", "fa")}
+
+
+def _cosine(a: Array, b: Array) -> Array:
+    return jnp.vdot(a, b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
+
+
+def hessian_spectrum(
+    loss: Callable[..., Array], params: Any, constants: tuple[Any, ...], key: Array, probes: int, depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalue density of the Hessian of `loss(params, *constants)`, by stochastic Lanczos quadrature (Figure 2b).
+
+    Each of `probes` random unit vectors gives at most `depth` nodes, which are estimates of eigenvalues, with weights; all
+    weights sum to one. depth: at most the number of parameters. Returns nodes and weights, each [number of nodes].
+    """
+    flat, unravel = ravel_pytree(params)
+
+    @jax.jit
+    def hessian_vector(vector: Array, point: Array, *constants: Any) -> Array:
+        gradient = lambda p: jax.grad(lambda q: loss(unravel(q), *constants))(p)
+        return jax.jvp(gradient, (point,), (vector,))[1]
+
+    product = lambda vector: np.asarray(hessian_vector(jnp.asarray(vector, flat.dtype), flat, *constants), np.float64)
+    starts = np.asarray(jax.random.normal(key, (probes, len(flat))), np.float64)
+    found = [quadrature(product, start, depth) for start in starts]
+    nodes, weights = (np.concatenate(each) for each in zip(*found))
+    return nodes, weights / probes
+
+
+def quadrature(product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lanczos' algorithm for the symmetric matrix behind `product`, from `start`: Gauss nodes, and weights that sum to one.
+
+    Its loop runs here and not in a JAX library: those loop inside XLA, where convolutions on a CPU are more than ten times
+    slower (jax issue 12868). Each new vector is made orthogonal to all before it, twice, for numerical stability.
+    """
+    basis = start[None] / np.linalg.norm(start)
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    while True:
+        vector = product(basis[-1])
+        diagonal.append(float(vector @ basis[-1]))
+        for _ in range(2):
+            vector = vector - (basis @ vector) @ basis
+        norm = float(np.linalg.norm(vector))
+        exhausted = norm <= 1e-6 * max(map(abs, [*diagonal, *off_diagonal]))
+        if len(diagonal) == depth or exhausted:
+            break
+        off_diagonal.append(norm)
+        basis = np.concatenate([basis, vector[None] / norm])
+    nodes, vectors = scipy.linalg.eigh_tridiagonal(diagonal, off_diagonal)
+    return nodes, np.square(vectors[0])
+
+
+def density(nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray, width: float) -> np.ndarray:
+    """The spectrum of `hessian_spectrum` on `grid` [n], each node widened to a Gaussian of standard deviation `width`."""
+    return scipy.stats.norm.pdf(grid[:, None], nodes[None], width) @ weights

@@ -1,0 +1,101 @@
+"""Runs that share what is equal: each set of images is made once, each cell run once, and a failed cell stops no other."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from hast_jax import config as config_lib
+from hast_jax import pipeline, run_folder
+from hast_jax.errors import UserError
+from hast_jax.experiments import Cell
+
+# Changes of these fields alone leave the synthetic images as they are: fewer images are the first ones of the set.
+SAME_IMAGES = ("synthesis.images", "synthesis.real_split")
+KEPT_CHECKPOINTS = 10  # of the base cell, for the gradients along fine-tuning
+
+
+class Sweep:
+    """Cells of one config in a folder.
+
+    workdir/images/NAME-seed0, workdir/cells/NAME-seed0: run folders, named after the fields that a cell changes.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: Path, seeds: int, console: Console):
+        """`config` is that of the base cell. Raises UserError where it is impossible."""
+        config_lib.validate(config)
+        self.config, self.workdir, self.console = config, workdir, console
+        self.seeds = range(config.seed, config.seed + seeds)
+
+    def run(self, cell: Cell) -> list[dict[str, Any]]:
+        """The results of a cell, one for each seed; {"failed": sentence} for one that ended in an error."""
+        return [self.run_one(cell, seed) for seed in self.seeds]
+
+    def run_one(self, cell: Cell, seed: int) -> dict[str, Any]:
+        """Run a cell, go on with it, or read the result of the finished one."""
+        path = self.path(cell, seed)
+        try:
+            result = self._result(path, self._cell_config(cell, seed))
+        except (UserError, OSError, ValueError, FloatingPointError) as error:
+            self.console.print(f"{path.name}: failed: {error}", highlight=False)
+            return {"failed": str(error)}
+        self.console.print(f"{path.name}: {result['last']:.2f} (teacher {result['teacher']:.2f})", highlight=False)
+        return result
+
+    def path(self, cell: Cell, seed: int) -> Path:
+        """The run folder of a cell."""
+        return self.workdir / "cells" / f"{_name(self._effective(cell.changes))}-seed{seed}"
+
+    def images(self, changes: dict[str, Any], seed: int) -> Path:
+        """The folder of the synthetic set for a cell with these changes, made where it is not there.
+
+        Cells that change nothing about synthesis use `config.synthesis.source`, where it is set.
+        """
+        own = {k: v for k, v in changes.items() if k.startswith("synthesis.") and k not in SAME_IMAGES}
+        if not own and self.config.synthesis.source:
+            return Path(self.config.synthesis.source)
+        config = self._changed(own, seed)
+        config.eval.dataset, config.synthesis.source = "none", ""
+        path = self.workdir / "images" / f"{_name(own)}-seed{seed}"
+        return pipeline.run_synthesis(config, path, self._stage_console())
+
+    def _cell_config(self, cell: Cell, seed: int) -> ConfigDict:
+        changes = self._effective(cell.changes)
+        config = self._changed(changes, seed)
+        config.synthesis.source = "" if config.synthesis.real_split else str(self.images(changes, seed))
+        if not changes:
+            config.finetune.keep_every = max(1, config.finetune.epochs // KEPT_CHECKPOINTS)
+        return config
+
+    def _result(self, path: Path, config: ConfigDict) -> dict[str, Any]:
+        folder = run_folder.open_for_run(path, config)
+        if folder.result.exists():
+            return json.loads(folder.result.read_text())
+        return pipeline.run(config, path, self._stage_console())
+
+    def _changed(self, changes: dict[str, Any], seed: int) -> ConfigDict:
+        config = self.config.copy_and_resolve_references()
+        config.update_from_flattened_dict({**changes, "seed": seed})
+        return config
+
+    def _effective(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Without what the base config says too, so that equal cells of two experiments are one run."""
+        return {path: value for path, value in changes.items() if _field(self.config, path) != value}
+
+    def _stage_console(self) -> Console:
+        """Progress bars on a terminal; elsewhere one line a cell is enough."""
+        return self.console if self.console.is_terminal else Console(file=io.StringIO())
+
+
+def _field(config: ConfigDict, path: str) -> Any:
+    for name in path.split("."):
+        config = config[name]
+    return config
+
+
+def _name(changes: dict[str, Any]) -> str:
+    text = lambda value: f"{value:g}" if isinstance(value, int | float) else str(value)
+    return ",".join(f"{path.split('.')[-1]}={text(value)}" for path, value in sorted(changes.items())) or "base"

@@ -1,0 +1,89 @@
+"""Hessian spectra against exact ones, gradient angles against gradients taken one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+from jax.flatten_util import ravel_pytree
+
+from hast_jax import finetune, landscape, models, networks, quant
+
+
+def symmetric(size: int) -> np.ndarray:
+    matrix = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+    return matrix + matrix.T
+
+
+def test_the_spectrum_of_a_quadratic_is_that_of_its_matrix() -> None:
+    matrix = symmetric(30)
+    loss = lambda p: 0.5 * p["x"] @ matrix @ p["x"]
+    nodes, weights = landscape.hessian_spectrum(loss, {"x": jnp.ones(30)}, (), jax.random.key(0), probes=3, depth=30)
+    for each in nodes.reshape(3, 30):
+        np.testing.assert_allclose(np.sort(each), np.linalg.eigvalsh(matrix), atol=1e-4)
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
+
+
+def test_few_lanczos_steps_find_the_largest_eigenvalue_and_the_mean() -> None:
+    eigenvalues = jnp.concatenate([jnp.linspace(-1, 1, 399), jnp.asarray([25.0])])
+    loss = lambda p: 0.5 * jnp.sum(eigenvalues * p**2)
+    nodes, weights = landscape.hessian_spectrum(loss, jnp.ones(400), (), jax.random.key(0), probes=32, depth=12)
+    np.testing.assert_allclose(nodes.max(), 25, rtol=1e-4)
+    np.testing.assert_allclose(nodes @ weights, eigenvalues.mean(), atol=0.05)
+
+
+def test_the_spectrum_of_a_small_quantized_network_is_that_of_its_exact_hessian() -> None:
+    x, y = jax.random.normal(jax.random.key(1), (20, 4)), jnp.arange(20) % 3
+    params = {"a": jax.random.normal(jax.random.key(2), (4, 5)), "b": jax.random.normal(jax.random.key(3), (5, 3))}
+
+    def loss(p):
+        hidden = quant.fake_quantize(jnp.tanh(x @ quant.fake_quantize_weight(p["a"], 4)), jnp.float32(-1), jnp.float32(1), 3)
+        log_probabilities = jax.nn.log_softmax(hidden @ p["b"])
+        return -jnp.mean(jnp.take_along_axis(log_probabilities, y[:, None], 1))
+
+    flat, unravel = ravel_pytree(params)
+    exact = np.linalg.eigvalsh(jax.hessian(lambda p: loss(unravel(p)))(flat))
+    nodes, _ = landscape.hessian_spectrum(loss, params, (), jax.random.key(0), probes=2, depth=len(flat))
+    assert nodes.min() >= exact.min() - 1e-5 and nodes.max() <= exact.max() + 1e-5
+    np.testing.assert_allclose([nodes.min(), nodes.max()], [exact.min(), exact.max()], atol=1e-5)
+
+
+def test_it_stops_where_the_krylov_space_is_exhausted() -> None:
+    eigenvalues = jnp.asarray([1.0, 1.0, 1.0, 4.0, 4.0])
+    nodes, weights = landscape.hessian_spectrum(
+        lambda p: 0.5 * jnp.sum(eigenvalues * p**2), jnp.ones(5), (), jax.random.key(0), probes=1, depth=5
+    )
+    np.testing.assert_allclose(nodes, [1, 4], rtol=1e-5)
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
+
+
+def test_the_density_integrates_to_one() -> None:
+    nodes, weights = np.asarray([-1.0, 2.0, 0.0, 1.0]), np.asarray([0.1, 0.4, 0.2, 0.3])
+    grid = np.linspace(-5, 6, 1101)
+    density = landscape.density(nodes, weights, grid, 0.3)
+    np.testing.assert_allclose(density.sum() * (grid[1] - grid[0]), 1, rtol=1e-4)
+
+
+def test_cosines_are_those_of_the_gradients_of_each_loss_alone() -> None:
+    config = tiny.config()
+    teacher, variables = networks.teacher(config)
+    student = networks.student(config)
+    images, labels = jax.random.normal(jax.random.key(1), (8, 8, 8, 1)), jnp.arange(8)
+    _, updated = student.apply(variables, images, mutable=["ranges"])
+    frozen = finetune.freeze(variables, updated["ranges"], images, labels, config)
+    params = variables["params"]
+    losses = landscape.losses(teacher, student, config.finetune)
+    found = jax.jit(lambda p: landscape.gradient_cosines(losses, p, frozen, images, labels))(params)
+
+    def cross_entropy(p):
+        logits, _ = models.apply(student, {**variables, "params": p, "ranges": updated["ranges"]}, images)
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(8), labels])
+
+    gradients = {
+        "ce": jax.jit(jax.grad(cross_entropy))(params),
+        "kl": jax.jit(jax.grad(lambda p: losses(p, frozen, images, labels)["kl"]))(params),
+        "fa": jax.jit(jax.grad(lambda p: losses(p, frozen, images, labels)["fa"]))(params),
+    }
+    flat = {name: np.asarray(ravel_pytree(gradient)[0], np.float64) for name, gradient in gradients.items()}
+    for name in ("ce", "fa"):
+        expected = flat[name] @ flat["kl"] / np.linalg.norm(flat[name]) / np.linalg.norm(flat["kl"])
+        np.testing.assert_allclose(found[name], expected, atol=1e-4)
