@@ -46,6 +46,7 @@ FREE_FIELDS = (
     "eval.batch",
     "synthesis.save_every",
     "finetune.keep_every",
+    "synthesis.source",  # a run knows its images by their content: RunFolder.check_images
 )
 
 
@@ -198,6 +199,9 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
         yield f"{path}.crop_scale", not 0 < section.crop_scale <= 1, "above 0 and at most 1"
     both = bool(synthesis.source and synthesis.real_split)
     yield "synthesis.real_split", both, "empty where synthesis.source is set"
+    base = lambda split: split.split("[")[0]
+    same = bool(synthesis.real_split) and base(synthesis.real_split) == base(config.eval.split)
+    yield "synthesis.real_split", same, "another split than the one of the evaluation, eval.split"
     yield "synthesis.factor", not 0 < synthesis.factor < 1, "between 0 and 1"
     image = teacher.image
     yield "teacher.image", len(image) != 3 or image[0] != image[1] or image[2] not in (1, 3), "(size, size, 1 or 3 channels)"

@@ -2,45 +2,35 @@
 
 from collections.abc import Iterator
 from functools import partial
-from io import StringIO
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
-from hast_jax import figures, finetune, landscape, pipeline
+from hast_jax import figures, finetune, landscape, networks, synthetic_set
 from hast_jax.checkpoint import Checkpoints
 from hast_jax.errors import UserError
 from hast_jax.experiments import Cell
-from hast_jax.files import write_json
 from hast_jax.run_folder import open_for_reading
 from hast_jax.sweep import Sweep
+from hast_jax.tables import Section
 
 Array = jax.Array
 
 BATCHES = 8  # on which the gradients are compared
-HESSIAN_IMAGES, PROBES, DEPTH = 128, 3, 32
-GRID = 400
+HESSIAN_IMAGES, PROBES, DEPTH = 128, 4, 32
+GRID, WIDTH = 800, 0.1  # points, and width of a node, of the drawn densities
 
 
 class Base(NamedTuple):
-    """The base cell: its job and what its fine-tuning did not change."""
+    """The finished base cell of the first seed. students: (epoch, params) before fine-tuning and at its kept checkpoints."""
 
-    job: pipeline.Job
+    losses: landscape.LossFunctions
     frozen: finetune.Frozen
-
-    def losses(self) -> landscape.Losses:
-        """See `landscape.losses`."""
-        return landscape.losses(self.job.teacher, self.job.student, self.job.config.finetune)
-
-    def students(self) -> Iterator[tuple[int, Any]]:
-        """(epoch, params) before fine-tuning and at each kept checkpoint."""
-        yield 0, self.job.variables["params"]
-        cfg = self.job.config.finetune
-        with Checkpoints(self.job.folder.checkpoints("latest"), keep=2, writing=False) as checkpoints:
-            for step, state in checkpoints.restore_each(finetune.init(self.job.variables["params"], cfg)):
-                yield step // cfg.steps_per_epoch, state.params
+    students: list[tuple[int, Any]]
+    config: Any
 
 
 def base(sweep: Sweep) -> Base:
@@ -48,80 +38,106 @@ def base(sweep: Sweep) -> Base:
     cell, seed = Cell("HAST", {}), sweep.seeds[0]
     result = sweep.run_one(cell, seed)
     if "failed" in result:
-        raise UserError(f"the base cell failed, so there is no figure 2: {result['failed']}")
+        raise UserError(f"the base cell failed: {result['failed']}")
     folder, config = open_for_reading(sweep.path(cell, seed))
-    job, _ = pipeline.prepare(config, folder.path, Console(file=StringIO()))
-    images, labels = pipeline.training_images(job)
-    return Base(job, finetune.freeze(job.variables, folder.read_ranges(), images, labels, config))
+    teacher, variables = networks.teacher(config)
+    images, labels = synthetic_set.load(sweep.images({}, seed), tuple(config.teacher.image))
+    count = config.synthesis.images
+    constants = jnp.asarray(images[:count]), jnp.asarray(labels[:count])
+    frozen = finetune.freeze(variables, folder.read_ranges(), *constants, config)
+    losses = landscape.losses(teacher, networks.student(config), config.finetune)
+    students = [(0, variables["params"]), *_kept(folder.checkpoints("latest"), variables["params"], config.finetune)]
+    return Base(losses, frozen, students, config)
 
 
-def gradient_angles(sweep: Sweep, name: str) -> str:
-    """Figure 2a: write figure and JSON, return the Markdown."""
+def _kept(path: Path, params: Any, config: Any) -> Iterator[tuple[int, Any]]:
+    with Checkpoints(path, keep=2, writing=False) as checkpoints:
+        for step, state in checkpoints.restore_each(finetune.init(params, config)):
+            epoch = step // config.steps_per_epoch
+            if epoch % config.keep_every == 0 or epoch == config.epochs:
+                yield epoch, state.params
+
+
+def gradient_angles(sweep: Sweep) -> Section:
+    """Figure 2a: cosine similarity of gradients, on clean images as they are, without augmentation."""
     found = base(sweep)
-    batch, losses = found.job.config.finetune.batch, found.losses()
-    batches = max(1, min(BATCHES, len(found.frozen.labels) // batch))
-    cosines = jax.jit(partial(landscape.gradient_cosines, losses))
-    epochs: list[int] = []
-    values: dict[str, list[list[float]]] = {"ce": [], "fa": []}
-    for epoch, params in found.students():
-        each = [
-            cosines(params, found.frozen, *(a[i * batch : (i + 1) * batch] for a in (found.frozen.images, found.frozen.labels)))
-            for i in range(batches)
-        ]
-        epochs.append(epoch)
-        for loss in values:
-            values[loss].append([float(one[loss]) for one in each])
-    labels = {"fa": "FA and KL", "ce": "CE and KL"}
-    figures.cosines(epochs, {labels[loss]: np.asarray(values[loss]) for loss in labels}, sweep.workdir / name)
-    means = {loss: float(np.mean(values[loss][1:])) for loss in values}
-    findings = [
-        f"gradients of FA and KL agree: **{_holds(means['fa'] > 0)}** (cosine {means['fa']:+.3f}, mean along fine-tuning)",
-        f"gradients of CE and KL do not: **{_holds(means['ce'] < 0)}** (cosine {means['ce']:+.3f})",
-    ]
-    write_json(sweep.workdir / f"{name}.json", {"epochs": epochs, "cosine_with_kl": values, "findings": findings})
-    text = f"Cosine similarity of gradients on {batches} batches of {batch} synthetic images; bars: standard deviation."
-    return _section("Figure 2a: do the losses pull in one direction?", name, text)
-
-
-def hessian_spectra(sweep: Sweep, name: str) -> str:
-    """Figure 2b: write figure and JSON, return the Markdown."""
-    found = base(sweep)
-    losses, params = found.losses(), list(found.students())[-1][1]
-    images, labels = found.frozen.images[:HESSIAN_IMAGES], found.frozen.labels[:HESSIAN_IMAGES]
-    key = jax.random.fold_in(jax.random.key(found.job.config.seed), 5)
-    grids, densities, rows = {}, {}, {}
-    for loss in landscape.LOSSES:
-        one = lambda *arguments, loss=loss: losses(*arguments)[loss]
-        constants = (found.frozen, images, labels)
-        nodes, weights = landscape.hessian_spectrum(one, params, constants, key, PROBES, DEPTH)
-        spread = float(np.sqrt(weights @ nodes**2))
-        scaled, title = nodes / spread, loss.upper()
-        grids[title] = np.linspace(float(scaled.min()) - 1, float(scaled.max()) + 1, GRID)
-        width = (grids[title][-1] - grids[title][0]) / 100
-        densities[title] = landscape.density(scaled, weights, grids[title], width)
-        rows[loss] = {
-            "largest": float(nodes.max()),
-            "smallest": float(nodes.min()),
-            "root_mean_square": spread,
-            "tail": float(nodes.max()) / spread,
-        }
-    figures.spectra(grids, densities, sweep.workdir / name)
-    longest = max(rows, key=lambda loss: rows[loss]["tail"])
-    tails = ", ".join(f"{loss.upper()} {row['tail']:.0f}" for loss, row in rows.items())
-    finding = f"CE has the longer Hessian tail: **{_holds(longest == 'ce')}** (largest eigenvalue / root mean square: {tails})"
-    write_json(sweep.workdir / f"{name}.json", {"spectra": rows, "findings": [finding]})
-    table = ["| | largest | smallest | root mean square | largest / rms |", "|---|---|---|---|---|"]
-    table += [f"| {n.upper()} | " + " | ".join(f"{value:.4g}" for value in row.values()) + " |" for n, row in rows.items()]
-    text = (
-        f"At the end of fine-tuning, on {len(labels)} synthetic images, by stochastic Lanczos quadrature ({PROBES} probes of "
-        f"depth {DEPTH}). The factors of the method (alpha T^2, lambda) are in KL and FA.\n\n" + "\n".join(table)
+    batch, images, labels = found.config.finetune.batch, found.frozen.images, found.frozen.labels
+    batches = max(1, min(BATCHES, len(labels) // batch))
+    cosines = jax.jit(partial(landscape.gradient_cosines, found.losses))
+    values: dict[str, list[list[float]]] = {"fa": [], "ce": []}
+    for _, params in found.students:
+        rows = (slice(i * batch, (i + 1) * batch) for i in range(batches))
+        each = [cosines(params, found.frozen, images[r], labels[r]) for r in rows]
+        for loss, by_epoch in values.items():
+            by_epoch.append([float(one[loss]) for one in each])
+    epochs = [epoch for epoch, _ in found.students]
+    means = {loss: np.mean(by_epoch, 1) for loss, by_epoch in values.items()}
+    figures.cosines(
+        epochs,
+        {label: np.asarray(values[loss]) for label, loss in (("FA and KL", "fa"), ("CE and KL", "ce"))},
+        sweep.workdir / "figure2a",
     )
-    return _section("Figure 2b: eigenvalues of the Hessians", name, text)
+    say = lambda loss: f"cosine {means[loss].min():+.3f} to {means[loss].max():+.3f}, epochs 0 to {epochs[-1]}"
+    findings = (
+        f"the paper: gradients of FA and KL agree throughout: **{_holds(bool(np.all(means['fa'] > 0)))}** ({say('fa')})",
+        f"the paper: those of CE and KL oppose throughout: **{_holds(bool(np.all(means['ce'] < 0)))}** ({say('ce')})",
+    )
+    body = (
+        f"Cosine similarity of the gradients with respect to the student's parameters, on {batches} batches of {batch} clean "
+        f"synthetic images; bars: standard deviation over batches; seed {sweep.seeds[0]}."
+    )
+    section = Section(
+        "Figure 2a: do the losses pull in one direction?", body, {"epochs": epochs, "cosine_with_kl": values}, findings
+    )
+    return section.with_picture("figure2a.png")
+
+
+def hessian_spectra(sweep: Sweep) -> Section:
+    """Figure 2b: eigenvalue densities at the end of fine-tuning, without the losses' constant weights alpha and lambda."""
+    found = base(sweep)
+    params, cfg = found.students[-1][1], found.config.finetune
+    constants = (found.frozen, found.frozen.images[:HESSIAN_IMAGES], found.frozen.labels[:HESSIAN_IMAGES])
+    key = jax.random.fold_in(jax.random.key(found.config.seed), 5)
+    nodes, weights = {}, {}
+    for loss, factor in {"ce": 1.0, "kl": 1 / cfg.alpha, "fa": 1 / cfg.lam}.items():
+        one = lambda *arguments, loss=loss, factor=factor: factor * found.losses(*arguments)[loss]
+        nodes[loss], weights[loss] = landscape.hessian_spectrum(one, params, constants, key, PROBES, DEPTH)
+    width = 1e-4 * max(float(np.abs(each).max()) for each in nodes.values())
+    curves = {_LABELS[loss]: _density(nodes[loss], weights[loss], width) for loss in nodes}
+    figures.spectra(curves, width, sweep.workdir / "figure2b")
+    spectra = {
+        loss: {
+            "largest": float(nodes[loss].max()),
+            "smallest": float(nodes[loss].min()),
+            "mean": float(weights[loss] @ nodes[loss]),
+            "root_mean_square": float(np.sqrt(weights[loss] @ nodes[loss] ** 2)),
+        }
+        for loss in nodes
+    }
+    longest = max(spectra, key=lambda loss: spectra[loss]["largest"])
+    sizes = ", ".join(f"{_LABELS[loss]} {row['largest']:.3g}" for loss, row in spectra.items())
+    finding = f"the paper: CE has the longer Hessian tail: **{_holds(longest == 'ce')}** (largest eigenvalue: {sizes})"
+    table = ["| | largest eigenvalue | smallest | mean | root mean square |", "|---|---|---|---|---|"]
+    table += [f"| {_LABELS[n]} | {' | '.join(f'{value:.3g}' for value in row.values())} |" for n, row in spectra.items()]
+    body = (
+        f"With respect to the student's parameters at the end of fine-tuning, on {len(constants[1])} clean synthetic images, "
+        f"by stochastic Lanczos quadrature ({PROBES} probes of depth {DEPTH}); seed {sweep.seeds[0]}. KL "
+        "keeps its T^2 and is without alpha, FA is without lambda: these weights would only stretch the axis.\n\n"
+        + "\n".join(table)
+    )
+    section = Section("Figure 2b: eigenvalues of the Hessians", body, {"spectra": spectra}, (finding,))
+    return section.with_picture("figure2b.png")
+
+
+_LABELS = {"ce": "CE", "kl": "T^2 KL", "fa": "FA"}
+
+
+def _density(nodes: np.ndarray, weights: np.ndarray, linear_width: float) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and density, evenly spaced and widened on the axis on which they are drawn."""
+    drawn = np.arcsinh(nodes / linear_width)
+    grid = np.linspace(drawn.min() - 0.5, drawn.max() + 0.5, GRID)
+    return linear_width * np.sinh(grid), landscape.density(drawn, weights, grid, WIDTH)
 
 
 def _holds(condition: bool) -> str:
     return "holds" if condition else "does not hold"
-
-
-def _section(title: str, name: str, text: str) -> str:
-    return f"## {title}\n\n{text}\n\n![{title}]({name}.png)\n"

@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 STYLES: tuple[dict[str, Any], ...] = (
     {"linestyle": "-", "marker": "o"},
@@ -15,11 +16,14 @@ STYLES: tuple[dict[str, Any], ...] = (
 COLOURS = ("#1b1b1b", "#b34a00", "#0072b2")  # of clearly different lightness
 
 
-def sensitivity(panels: dict[str, tuple[list[float], list[float], list[float]]], teacher: float, path: Path) -> None:
-    """Accuracy over each hyper-parameter (Figure 1). panels: name -> values, means, standard deviations."""
+def sensitivity(panels: dict[str, list[tuple[float, float, float | None]]], teacher: float, path: Path) -> None:
+    """Accuracy over each hyper-parameter (Figure 1). panels: name -> (value, mean, standard deviation or None)."""
     figure = Figure(figsize=(3.2 * len(panels), 3), layout="constrained")
-    for axis, (name, (values, means, deviations)) in zip(figure.subplots(1, len(panels), sharey=True), panels.items()):
-        axis.errorbar(values, means, deviations, color=COLOURS[0], capsize=3, **STYLES[0])
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (name, points) in zip(axes, panels.items()):
+        values, means, deviations = zip(*points)
+        bars = None if None in deviations else deviations
+        axis.errorbar(values, means, bars, color=COLOURS[0], capsize=3, **STYLES[0])
         axis.set_xlabel(name)
     figure.axes[0].set_ylabel("top-1, %")
     figure.suptitle(f"Sensitivity (teacher: {teacher:.2f} %)")
@@ -34,16 +38,24 @@ def cosines(epochs: list[int], values: dict[str, np.ndarray], path: Path) -> Non
         axis.errorbar(epochs, each.mean(1), each.std(1), color=colour, capsize=3, label=label, **style)
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set(xlabel="epochs of fine-tuning", ylabel="cosine similarity")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     save(figure, path)
 
 
-def spectra(grids: dict[str, np.ndarray], densities: dict[str, np.ndarray], path: Path) -> None:
-    """Eigenvalue density of each loss's Hessian (Figure 2b), one panel a loss, on a logarithmic scale."""
-    figure = Figure(figsize=(3.2 * len(grids), 3), layout="constrained")
-    for axis, (name, grid) in zip(figure.subplots(1, len(grids), sharey=True), grids.items()):
-        axis.semilogy(grid, np.maximum(densities[name], 1e-12), color=COLOURS[0])
-        axis.set(title=name, xlabel="eigenvalue / root mean square", ylim=(1e-7, None))
+def spectra(spectra: dict[str, tuple[np.ndarray, np.ndarray]], linear_width: float, path: Path) -> None:
+    """Eigenvalue density of each loss's Hessian (Figure 2b), one panel a loss. spectra: label -> eigenvalues, density.
+
+    The eigenvalues' axis is linear within `linear_width` of zero and logarithmic beyond, so that both the bulk and single
+    large eigenvalues show.
+    """
+    figure = Figure(figsize=(3.2 * len(spectra), 3), layout="constrained")
+    axes = figure.subplots(1, len(spectra), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, (name, (eigenvalues, density)) in zip(axes, spectra.items()):
+        axis.plot(eigenvalues, np.maximum(density, 1e-12), color=COLOURS[0])
+        axis.set_xscale("asinh", linear_width=linear_width)
+        axis.set(title=name, xlabel="eigenvalue", yscale="log", ylim=(1e-7, None))
+        axis.tick_params(axis="x", labelrotation=45)
     figure.axes[0].set_ylabel("density")
     save(figure, path)
 

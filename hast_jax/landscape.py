@@ -16,20 +16,23 @@ from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
 
 from hast_jax import finetune
+from hast_jax.errors import UserError
 
 Array = jax.Array
 
 LOSSES = ("ce", "kl", "fa")
 
 
-Losses = Callable[..., dict[str, Array]]
+LossFunctions = Callable[..., dict[str, Array]]
 
 
-def losses(teacher: nn.Module, student: nn.Module, config: ConfigDict) -> Losses:
-    """(params, frozen, images, labels) -> the losses {"ce", "kl", "fa"}, with the method's factors; that of CE is 1.
+def losses(teacher: nn.Module, student: nn.Module, config: ConfigDict) -> LossFunctions:
+    """(params, frozen, images, labels) -> {"ce", "kl", "fa"}: the losses with the method's factors; that of CE is 1.
 
-    config: `config.finetune`.
+    config: `config.finetune`. Raises UserError where L_FA weighs nothing.
     """
+    if config.lam == 0:
+        raise UserError("figure 2 compares L_FA with the other losses: it needs finetune.lam above zero.")
     config = config.copy_and_resolve_references()
     config.ce = 1.0
 
@@ -40,7 +43,9 @@ def losses(teacher: nn.Module, student: nn.Module, config: ConfigDict) -> Losses
     return of
 
 
-def gradient_cosines(losses: Losses, params: Any, frozen: finetune.Frozen, images: Array, labels: Array) -> dict[str, Array]:
+def gradient_cosines(
+    losses: LossFunctions, params: Any, frozen: finetune.Frozen, images: Array, labels: Array
+) -> dict[str, Array]:
     """Cosine similarity of the gradients of CE and KL, and of FA and KL, on one batch (Figure 2a); scalars."""
     values, pull_back = jax.vjp(lambda p: losses(p, frozen, images, labels), params)
 

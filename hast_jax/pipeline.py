@@ -102,6 +102,7 @@ def training_images(job: Job) -> tuple[Array, Array]:
     if len(images) < most:
         place = cfg.source or f"the {cfg.real_split} split"
         raise UserError(f"{place} holds {len(images)} images, fewer than the batch of {most}: lower the batch.")
+    folder.check_images(images, labels)
     save_picture(folder.picture, images, config.teacher.mean, config.teacher.std)
     return jnp.asarray(images), jnp.asarray(labels)
 

@@ -115,7 +115,7 @@ def format_seconds(seconds: float) -> str:
 
 def format_images(result: dict[str, Any]) -> str:
     """How many synthetic images, and how they came to be."""
-    if result["real_split"]:
+    if result.get("real_split"):  # older results lack it
         return f"{result['images']} real images ({result['real_split']} split)"
     made = "of another run" if result["iterations"] is None else f"x {result['iterations']} iterations"
     return f"{result['images']} images {made}"

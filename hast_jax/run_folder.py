@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
@@ -13,19 +14,21 @@ from hast_jax import config as config_lib
 from hast_jax.errors import UserError
 from hast_jax.files import write_json
 from hast_jax.models.weights import Variables
+from hast_jax.synthetic_set import checksum
 
 
 class RunFolder:
     """Paths in a run folder.
 
-    config.json, synthetic/ (see synthetic_set.py), ranges.json, checkpoints/{synthesis,latest,best}, metrics.jsonl,
-    tensorboard/, evaluations.json, result.json, synthetic.png.
+    config.json, synthetic/ (see synthetic_set.py), images.json, ranges.json, checkpoints/{synthesis,latest,best},
+    metrics.jsonl, tensorboard/, evaluations.json, result.json, synthetic.png.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.config = path / "config.json"
         self.synthetic = path / "synthetic"
+        self.images = path / "images.json"
         self.ranges = path / "ranges.json"
         self.evaluations = path / "evaluations.json"
         self.result = path / "result.json"
@@ -34,6 +37,14 @@ class RunFolder:
     def checkpoints(self, name: str) -> Path:
         """Folder of the checkpoints called `name`: synthesis, latest or best."""
         return self.path / "checkpoints" / name
+
+    def check_images(self, images: np.ndarray, labels: np.ndarray) -> None:
+        """Remember the images that this run learns from, or raise UserError where it began with others."""
+        found = {"images": len(images), "crc32": checksum(images, labels)}
+        if not self.images.exists():
+            write_json(self.images, found)
+        elif json.loads(self.images.read_text()) != found:
+            raise UserError(f"{self.path} began with other images: use another --workdir, or the images it began with.")
 
     def write_ranges(self, ranges: Variables) -> None:
         """Write the activation ranges as {"layer/low": number, "layer/high": number, ...}."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from hast_jax import config as config_lib
-from hast_jax import pipeline, run_folder
+from hast_jax import pipeline, run_folder, synthetic_set
 from hast_jax.errors import UserError
 from hast_jax.experiments import Cell
+from hast_jax.files import write_text
+
+Result = dict[str, Any]
 
 # Changes of these fields alone leave the synthetic images as they are: fewer images are the first ones of the set.
 SAME_IMAGES = ("synthesis.images", "synthesis.real_split")
@@ -21,29 +25,34 @@ KEPT_CHECKPOINTS = 10  # of the base cell, for the gradients along fine-tuning
 class Sweep:
     """Cells of one config in a folder.
 
-    workdir/images/NAME-seed0, workdir/cells/NAME-seed0: run folders, named after the fields that a cell changes.
+    workdir/images/NAME-seed0, workdir/cells/NAME-seed0: run folders, named after the fields that a cell changes. A cell that
+    failed holds error.txt. `failed`: names of those that failed in this process.
     """
 
     def __init__(self, config: ConfigDict, workdir: Path, seeds: int, console: Console):
-        """`config` is that of the base cell. Raises UserError where it is impossible."""
+        """`config` is that of the base cell. Raises UserError where it, or the folder, cannot serve."""
         config_lib.validate(config)
+        if config.synthesis.real_split:
+            raise UserError("config.synthesis.real_split must be empty: a sweep has cells on real images of its own.")
+        if config.synthesis.source:
+            _check_source(config, seeds)
+        run_folder.open_for_run(workdir, config)
         self.config, self.workdir, self.console = config, workdir, console
         self.seeds = range(config.seed, config.seed + seeds)
+        self.failed: list[str] = []
+        self._sets: dict[Path, Path] = {}  # run folder -> its synthetic set
+        self._results: dict[Path, Result] = {}
 
-    def run(self, cell: Cell) -> list[dict[str, Any]]:
+    def run(self, cell: Cell) -> list[Result]:
         """The results of a cell, one for each seed; {"failed": sentence} for one that ended in an error."""
         return [self.run_one(cell, seed) for seed in self.seeds]
 
-    def run_one(self, cell: Cell, seed: int) -> dict[str, Any]:
-        """Run a cell, go on with it, or read the result of the finished one."""
+    def run_one(self, cell: Cell, seed: int) -> Result:
+        """Run a cell, go on with it, or read the result of the finished one; a failed one is not tried twice."""
         path = self.path(cell, seed)
-        try:
-            result = self._result(path, self._cell_config(cell, seed))
-        except (UserError, OSError, ValueError, FloatingPointError) as error:
-            self.console.print(f"{path.name}: failed: {error}", highlight=False)
-            return {"failed": str(error)}
-        self.console.print(f"{path.name}: {result['last']:.2f} (teacher {result['teacher']:.2f})", highlight=False)
-        return result
+        if path not in self._results:
+            self._results[path] = self._attempt(cell, seed, path)
+        return self._results[path]
 
     def path(self, cell: Cell, seed: int) -> Path:
         """The run folder of a cell."""
@@ -60,9 +69,12 @@ class Sweep:
         config = self._changed(own, seed)
         config.eval.dataset, config.synthesis.source = "none", ""
         path = self.workdir / "images" / f"{_name(own)}-seed{seed}"
-        return pipeline.run_synthesis(config, path, self._stage_console())
+        if path not in self._sets:
+            self._sets[path] = pipeline.run_synthesis(config, path, self._stage_console())
+        return self._sets[path]
 
-    def _cell_config(self, cell: Cell, seed: int) -> ConfigDict:
+    def cell_config(self, cell: Cell, seed: int) -> ConfigDict:
+        """The config of a cell, its images made."""
         changes = self._effective(cell.changes)
         config = self._changed(changes, seed)
         config.synthesis.source = "" if config.synthesis.real_split else str(self.images(changes, seed))
@@ -70,7 +82,21 @@ class Sweep:
             config.finetune.keep_every = max(1, config.finetune.epochs // KEPT_CHECKPOINTS)
         return config
 
-    def _result(self, path: Path, config: ConfigDict) -> dict[str, Any]:
+    def _attempt(self, cell: Cell, seed: int, path: Path) -> Result:
+        try:
+            result = self._result(path, self.cell_config(cell, seed))
+        except Exception as error:  # whatever ended this cell, the others can still be run
+            sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".split("\n")[0]
+            path.mkdir(parents=True, exist_ok=True)
+            write_text(path / "error.txt", traceback.format_exc())
+            self.failed.append(path.name)
+            self.console.print(f"{path.name}: failed: {sentence}", markup=False, highlight=False)
+            return {"failed": sentence}
+        (path / "error.txt").unlink(missing_ok=True)
+        self.console.print(f"{path.name}: {result['last']:.2f} (teacher {result['teacher']:.2f})", highlight=False)
+        return result
+
+    def _result(self, path: Path, config: ConfigDict) -> Result:
         folder = run_folder.open_for_run(path, config)
         if folder.result.exists():
             return json.loads(folder.result.read_text())
@@ -88,6 +114,20 @@ class Sweep:
     def _stage_console(self) -> Console:
         """Progress bars on a terminal; elsewhere one line a cell is enough."""
         return self.console if self.console.is_terminal else Console(file=io.StringIO())
+
+
+def _check_source(config: ConfigDict, seeds: int) -> None:
+    """Raise UserError where the given set is not what the base would make: other cells would differ in more than they say."""
+    source = Path(config.synthesis.source)
+    if seeds > 1:
+        raise UserError("config.synthesis.source gives every seed the same images: leave it empty, or use --seeds=1.")
+    images, _ = synthetic_set.load(source, tuple(config.teacher.image))
+    _, made = run_folder.open_for_reading(source.parent)
+    old, new = ({"seed": c.seed, **config_lib.to_dict(c)["synthesis"], "source": ""} for c in (made, config))
+    lines = config_lib.difference(old, new)
+    if lines or len(images) != config.synthesis.images or made.teacher != config.teacher:
+        found = "; ".join(lines) or f"{len(images)} images of {made.teacher.weights}"
+        raise UserError(f"{source} is not what this config would make ({found}): leave config.synthesis.source empty.")
 
 
 def _field(config: ConfigDict, path: str) -> Any:

@@ -46,7 +46,7 @@ class SyntheticSet:
         self._images[rows], self._labels[rows] = images, labels
         self._images.flush()
         self._labels.flush()
-        self._done[batch] = _checksum(self._images[rows], self._labels[rows])
+        self._done[batch] = checksum(self._images[rows], self._labels[rows])
         self._write_index()
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
@@ -91,15 +91,16 @@ def load(folder: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndar
     return images, labels
 
 
-def _checksum(images: np.ndarray, labels: np.ndarray) -> int:
+def checksum(images: np.ndarray, labels: np.ndarray) -> int:
+    """CRC-32 of images and labels."""
     return zlib.crc32(labels.tobytes(), zlib.crc32(images.tobytes()))
 
 
 def _first_damaged(images: np.ndarray, labels: np.ndarray, batch: int, done: dict[int, int]) -> int | None:
     """The first batch whose rows have not the checksum they were written with."""
-    for number, checksum in done.items():
+    for number, expected in done.items():
         rows = slice(number * batch, (number + 1) * batch)
-        if _checksum(images[rows], labels[rows]) != checksum:
+        if checksum(images[rows], labels[rows]) != expected:
             return number
     return None
 

@@ -1,67 +1,80 @@
-"""From the results of cells to tables, with the paper's numbers beside ours."""
+"""From the results of cells to tables, with the paper's numbers beside ours, and to the page of all experiments."""
 
-import json
 import math
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
 from hast_jax import figures
 from hast_jax.experiments import FINDINGS, PAPER_TEACHERS, Experiment, Finding
-from hast_jax.sweep import Sweep
+from hast_jax.sweep import Result, Sweep
 
 Row = dict[str, Any]
-Results = dict[str, list[dict[str, Any]]]
+Results = dict[str, list[Result]]
+
+
+class Section(NamedTuple):
+    """One experiment: its title, its Markdown, and the same as JSON values; `findings` are lines of the page."""
+
+    title: str
+    body: str
+    data: dict[str, Any]
+    findings: tuple[str, ...] = ()
+
+    def with_picture(self, name: str) -> "Section":
+        """The section with this picture, in the same folder, at its end."""
+        return self._replace(body=f"{self.body}\n\n![{self.title}]({name})")
+
+
+def section(experiment: Experiment, results: Results, config: ConfigDict) -> Section:
+    """The table of an experiment. results: label -> one result for each seed."""
+    found = rows(experiment, results, config)
+    return Section(experiment.title, markdown(found), {"rows": found})
 
 
 def rows(experiment: Experiment, results: Results, config: ConfigDict) -> list[Row]:
-    """One row a cell: accuracy at the last epoch over seeds (%), drop from the teacher, and the paper's where it has one.
-
-    results: label -> one result for each seed. Where a cell leaves the method as it is ("HAST"), the accuracy before any
-    fine-tuning is a row too.
-    """
+    """One row a cell: accuracy over seeds (%), drop from the teacher, and the paper's where it has one."""
     setting = (config.eval.dataset, f"W{config.bits.weights}A{config.bits.activations}")
-    published = experiment.paper.get(setting, {})
     paper_teacher = PAPER_TEACHERS.get((config.teacher.network, config.eval.dataset))
     found = []
-    if "HAST" in results:
-        found.append(_row("quantized without fine-tuning", results["HAST"], "no_finetuning", None, None))
     for cell in experiment.cells:
-        paper = published.get(cell.label) if paper_teacher else None
-        found.append(_row(cell.label, results[cell.label], "last", paper, paper_teacher) | {"changes": cell.changes})
+        row = _row(cell.label, results[cell.label], cell.epoch)
+        paper = experiment.paper.get(setting, {}).get(cell.label)
+        if paper is not None and paper_teacher is not None:
+            row |= {"paper": paper, "paper_drop": paper_teacher - paper}
+            if "drop" in row:
+                row["difference"] = row["drop"] - row["paper_drop"]
+        found.append(row | {"changes": cell.changes})
     return found
 
 
-def _row(label: str, results: list[dict[str, Any]], field: str, paper: float | None, paper_teacher: float | None) -> Row:
-    row: Row = {"label": label, "failed": [r["failed"] for r in results if "failed" in r]}
+def _row(label: str, results: list[Result], epoch: str) -> Row:
     good = [r for r in results if "failed" not in r]
+    row: Row = {"label": label, "failed": [r["failed"] for r in results if "failed" in r], "seeds": len(good)}
     if good:
-        accuracies, teacher = [r[field] for r in good], good[0]["teacher"]
+        accuracies, teacher = [r[epoch] for r in good], good[0]["teacher"]
         mean = statistics.mean(accuracies)
         row |= {"top1": accuracies, "mean": mean, "teacher": teacher, "drop": teacher - mean}
         row["std"] = statistics.stdev(accuracies) if len(accuracies) > 1 else None
-        if paper is not None and paper_teacher is not None:
-            row |= {"paper": paper, "paper_drop": paper_teacher - paper}
-            row["difference"] = row["drop"] - row["paper_drop"]
     return row
 
 
-def markdown(title: str, rows: list[Row]) -> str:
+def markdown(rows: list[Row]) -> str:
     """A table of the rows; the paper's columns only where it has a number."""
     compared = any("paper" in row for row in rows)
-    header = ["", "top-1, last epoch", "drop"]
+    header = ["", "top-1", "drop"]
     header += ["paper: top-1", "paper: drop", "drop, ours - paper's"] if compared else []
-    lines = [f"## {title}", "", _line(header), _line(["---"] * len(header))]
+    lines = [_line(header), _line(["---"] * len(header))]
     for row in rows:
         cells = [row["label"], *_accuracy(row)]
         if compared:
             cells += [f"{row[name]:{form}}" if name in row else "" for name, form in _PAPER_COLUMNS]
         lines.append(_line(cells))
     failures = [f"- {row['label']}: {sentence}" for row in rows for sentence in row["failed"]]
-    return "\n".join(lines + (["", "Failed:", *failures] if failures else [])) + "\n"
+    return "\n".join(lines + (["", "Failed:", "", *failures] if failures else []))
 
 
 _PAPER_COLUMNS = (("paper", ".2f"), ("paper_drop", ".2f"), ("difference", "+.2f"))
@@ -71,7 +84,8 @@ def _accuracy(row: Row) -> list[str]:
     if "mean" not in row:
         return ["failed", ""]
     spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
-    return [f"{row['mean']:.2f}{spread}", f"{row['drop']:.2f}"]
+    missing = f" ({row['seeds']} of {row['seeds'] + len(row['failed'])} seeds)" if row["failed"] else ""
+    return [f"{row['mean']:.2f}{spread}{missing}", f"{row['drop']:.2f}"]
 
 
 def _line(cells: list[str]) -> str:
@@ -79,53 +93,61 @@ def _line(cells: list[str]) -> str:
 
 
 def draw_sensitivity(rows: list[Row], path: Path) -> None:
-    """Figure 1 from its rows, whose labels are "name=value"."""
-    panels: dict[str, tuple[list[float], list[float], list[float]]] = {}
-    for row in (row for row in rows if "mean" in row):
+    """Figure 1 from its rows, whose labels are "name=value". Draws nothing where every cell failed."""
+    panels: dict[str, list[tuple[float, float, float | None]]] = {}
+    good = [row for row in rows if "mean" in row]
+    for row in good:
         name, value = row["label"].split("=")
-        columns = panels.setdefault(name, ([], [], []))
-        for column, number in zip(columns, (float(value), row["mean"], row["std"] or 0.0)):
-            column.append(number)
-    if panels:
-        figures.sensitivity(panels, next(row["teacher"] for row in rows if "mean" in row), path)
+        panels.setdefault(name, []).append((float(value), row["mean"], row["std"]))
+    if good:
+        figures.sensitivity(panels, good[0]["teacher"], path)
 
 
-def page(texts: list[str], sweep: Sweep, images: int) -> str:
-    """The page of all experiments: the budget, the findings, the sections. images: real ones, of the evaluation."""
+def context(sweep: Sweep, images: int) -> str:
+    """What every table is of: network, bits, budget, seeds. images: real ones, of the evaluation."""
     config = sweep.config
-    bits = f"W{config.bits.weights}A{config.bits.activations}"
     made = f"{config.synthesis.images} images x {config.synthesis.iterations} iterations"
     steps = f"{config.finetune.epochs * config.finetune.steps_per_epoch} steps of {config.finetune.batch}"
     seeds = ", ".join(map(str, sweep.seeds))
-    verdicts = [_verdict(finding, sweep.workdir, images) for finding in FINDINGS]
-    intro = [
-        f"# {config.teacher.network} on {config.eval.dataset}, {bits}: the experiments of the supplement",
-        "",
-        f"{made}, {steps}, seed {seeds}; {images} real images for evaluation alone; {jax.devices()[0].device_kind}. Accuracies "
-        "are top-1 in per cent at the last epoch; drop is from the full-precision teacher.",
-        "",
-        "## Findings of the supplement",
-        "",
-        "Undecided: the difference is below its standard error, that of two shares of independent images.",
-        "",
-        *verdicts,
-        *(f"- {line}" for name in ("figure2a", "figure2b") for line in _read(sweep.workdir / f"{name}.json")["findings"]),
-        "",
-    ]
-    return "\n".join(intro) + "\n" + "\n".join(texts)
+    bits = f"W{config.bits.weights}A{config.bits.activations}"
+    hardware = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
+    return (
+        f"{config.teacher.network} on {config.eval.dataset}, {bits}: {made}, {steps}, seed {seeds}, {hardware}. Top-1 in per "
+        f"cent on {images} real images at the last epoch; ± is the standard deviation over seeds, drop the distance from the "
+        "full-precision teacher. The paper: 5120 images x 1000 iterations, 29400 steps of 256."
+    )
 
 
-def _verdict(finding: Finding, workdir: Path, images: int) -> str:
-    rows = _read(workdir / f"{finding.experiment}.json")["rows"]
+def page(sections: dict[str, Section], sweep: Sweep, context: str, images: int) -> str:
+    """The page of all experiments: what they are of, the findings, a section for each."""
+    lines = [verdict(finding, sections, images) for finding in FINDINGS]
+    lines += [line for each in sections.values() for line in each.findings]
+    config = sweep.config
+    title = f"# The supplement's experiments: {config.teacher.network} on {config.eval.dataset}"
+    rule = (
+        "A difference decides where it is larger than twice its standard error. That error is of the evaluation's number of "
+        "images and of the seeds; with one seed it leaves out what another seed would change."
+    )
+    findings = "\n".join(f"- {line}" for line in lines)
+    bodies = [f"## {each.title}\n\n{each.body}" for each in sections.values()]
+    return "\n\n".join([title, context, "## Findings", rule, findings, *bodies]) + "\n"
+
+
+def verdict(finding: Finding, sections: dict[str, Section], images: int) -> str:
+    """Whether a finding holds, by the experiment's rows. images: real ones, of the evaluation."""
+    rows = sections[finding.experiment].data.get("rows", [])
     by_label = {row["label"]: row for row in rows}
-    better, worse = (rows[key] if isinstance(key, int) else by_label[key] for key in (finding.better, finding.worse))
-    if "mean" not in better or "mean" not in worse:
-        return f"- {finding.sentence}: not measured, a cell failed"
-    difference = better["mean"] - worse["mean"]
-    error = math.sqrt(sum(row["mean"] * (100 - row["mean"]) for row in (better, worse)) / images)
-    verdict = "undecided" if abs(difference) < error else "holds" if difference > 0 else "does not hold"
-    return f"- {finding.sentence}: **{verdict}** ({better['label']} {difference:+.2f} against {worse['label']}, ± {error:.2f})"
+    pick = lambda key: (rows[key] if rows else {}) if isinstance(key, int) else by_label.get(key, {})
+    pair = pick(finding.better), pick(finding.worse)
+    if any("mean" not in row or row["failed"] for row in pair):
+        return f"{finding.sentence}: not measured, a cell failed"
+    difference = pair[0]["mean"] - pair[1]["mean"]
+    error = 2 * math.sqrt(sum(_variance(row, images) for row in pair))
+    decision = "undecided" if abs(difference) < error else "holds" if difference > 0 else "does not hold"
+    names = f"{pair[0]['label']} {difference:+.2f} against {pair[1]['label']}, ± {error:.2f}"
+    return f"{finding.sentence}: **{decision}** ({names})"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+def _variance(row: Row, images: int) -> float:
+    of_images = row["mean"] * (100 - row["mean"]) / images
+    return of_images + (row["std"] ** 2 / row["seeds"] if row["std"] is not None else 0)

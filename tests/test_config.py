@@ -51,6 +51,8 @@ def test_every_config_and_variant_is_valid(path: Path, argument: str) -> None:
         ("teacher.std", (0.5, 0.0, 0.5), "positive for each channel"),
         ("calibration.range", "max", "one of minmax, mse"),
         ("devices", -1, "zero or positive"),
+        ("seed", -1, "between 0 and"),
+        ("synthesis.real_split", "test[:50%]", "another split"),
     ],
 )
 def test_an_impossible_value_is_refused(field: str, value, words: str) -> None:
@@ -69,7 +71,7 @@ def test_neither_loss_weighing_anything_is_refused() -> None:
 
 
 def test_an_unknown_variant_names_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"'tiny': choose from w4a4 .any bits., small"):
+    with pytest.raises(UserError, match=r"'tiny': choose from w4a4 .any bits., small, tuned"):
         config_lib.variant(config_lib.default(), "w4a4,tiny")
 
 
