@@ -18,12 +18,48 @@ def state_dict(seed: int = 0, name: str = "resnet20", classes: int = 10) -> tupl
     return model, weights.to_state_dict(model, variables)
 
 
-@pytest.mark.parametrize(("name", "tensors"), [("resnet20", 107), ("resnet18", 102), ("resnet8", 47)])
+@pytest.mark.parametrize(("name", "tensors"), [("resnet20", 107), ("resnet18", 102), ("resnet8", 47), ("mobilenetv1", 137)])
 def test_export_and_import_are_inverse(name: str, tensors: int) -> None:
     model, state = state_dict(name=name)
     assert len(state) == tensors
     again = weights.to_state_dict(model, weights.from_state_dict(model, state))
     assert all(np.array_equal(again[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "batch_norms", "branches"),
+    [
+        ("resnet18", 11_689_512, 20, 8),
+        ("mobilenetv1", 4_231_976, 27, 13),
+        ("mobilenetv2", 3_504_960, 53, 17),
+        ("mobilenetv2_torchvision", 3_504_872, 52, 17),
+    ],
+)
+def test_imagenet_networks_have_the_published_size_and_the_methods_taps(
+    name: str, parameters: int, batch_norms: int, branches: int
+) -> None:
+    """Sizes: pytorchcv's and torchvision's own counts."""
+    model = models.create(name, 1000)
+    shapes = weights.abstract_variables(model)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == parameters
+    logits, taps = jax.eval_shape(lambda v, x: models.apply(model, v, x), shapes, jnp.zeros((2, 224, 224, 3)))
+    assert logits.shape == (2, 1000) and (len(taps.batch_norms), len(taps.branches)) == (batch_norms, branches)
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "examples"),
+    [
+        ("resnet18", "torchvision", ["conv1.weight", "bn1.bias", "layer2.0.downsample.1.running_var", "fc.bias"]),
+        ("mobilenetv1", "pytorchcv", ["features.stage4.unit6.dw_conv.bn.weight", "output.bias"]),
+        ("mobilenetv2", "pytorchcv", ["features.stage1.unit1.conv1.conv.weight", "features.final_block.bn.weight"]),
+        ("mobilenetv2_torchvision", "torchvision", ["features.1.conv.1.weight", "features.18.0.weight", "classifier.1.bias"]),
+    ],
+)
+def test_names_are_those_of_the_library_and_each_is_one_variables(name: str, library: str, examples: list[str]) -> None:
+    model = models.create(name, 10)
+    names = weights.name_map(model, library)
+    assert names.keys() >= set(examples)
+    assert len(names) == len(jax.tree.leaves(weights.abstract_variables(model)))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz"])

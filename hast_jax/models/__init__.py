@@ -7,12 +7,16 @@ import flax.linen as nn
 import jax
 
 from hast_jax.models.layers import FULL_PRECISION, BatchNormTap, Precision, Taps
+from hast_jax.models.mobilenet import MobileNetV1, MobileNetV2
 from hast_jax.models.resnet import ResNet
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, Any] = {
     "resnet8": partial(ResNet, widths=(16, 32, 64), units=(1, 1, 1)),
     "resnet20": partial(ResNet, widths=(16, 32, 64), units=(3, 3, 3)),
     "resnet18": partial(ResNet, widths=(64, 128, 256, 512), units=(2, 2, 2, 2), imagenet_stem=True),
+    "mobilenetv1": MobileNetV1,
+    "mobilenetv2": MobileNetV2,
+    "mobilenetv2_torchvision": partial(MobileNetV2, torchvision=True),
 }
 
 

@@ -18,20 +18,26 @@ Array = jax.Array
 FULL_SPEED_CHANNELS = 32
 
 
-def conv(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """Convolve `x` [batch, height, width, in] with `kernel` [size, size, in, out], padded by size // 2 on each side.
+def conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
+    """Convolve `x` [batch, height, width, in] with `kernel` [size, size, in / groups, out], padded by size // 2 on each side.
 
     The padding is explicit, as in PyTorch: XLA's "SAME" pads stride-2 layers on one side only.
     """
-    if jax.default_backend() == "cpu" and stride == 1 and kernel.shape[0] > 1:
+    if jax.default_backend() == "cpu" and stride == groups == 1 and kernel.shape[0] > 1:
         return _packed_conv(x, kernel)
-    return _direct(x, kernel, (stride, stride))
+    return _direct(x, kernel, (stride, stride), groups)
 
 
-def _direct(x: Array, kernel: Array, strides: tuple[int, int]) -> Array:
+def _direct(x: Array, kernel: Array, strides: tuple[int, int], groups: int = 1) -> Array:
     pad = kernel.shape[0] // 2  # its height: packing changes its width
-    names = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, strides, ((pad, pad), (pad, pad)), dimension_numbers=names)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        ((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
 def _packed(x: Array, kernel: Array) -> Array:

@@ -53,37 +53,40 @@ FULL_PRECISION = Precision()
 
 
 class Conv(nn.Module):
-    """Convolution without bias, its kernel [height, width, in, out] fake-quantized for each output channel."""
+    """Convolution without bias, its kernel [height, width, in / groups, out] fake-quantized for each output channel."""
 
     features: int
     size: int
     stride: int = 1
     bits: int | None = None
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[batch, height, width, in] -> [batch, height / stride, width / stride, features]."""
-        shape = (self.size, self.size, x.shape[-1], self.features)
+        shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", nn.initializers.variance_scaling(2.0, "fan_out", "normal"), shape)
         if self.bits is not None:
             kernel = quant.fake_quantize_weight(kernel, self.bits)
-        return conv(x, kernel, self.stride)
+        return conv(x, kernel, self.stride, self.groups)
 
 
 class Dense(nn.Module):
-    """Linear layer with bias, its kernel [in, out] fake-quantized for each output."""
+    """Linear layer, its kernel [in, out] fake-quantized for each output."""
 
     features: int
     bits: int | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[batch, in] -> [batch, features]."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
         if self.bits is not None:
             kernel = quant.fake_quantize_weight(kernel, self.bits)
-        return x @ kernel + bias[None]
+        if not self.use_bias:
+            return x @ kernel
+        return x @ kernel + self.param("bias", nn.initializers.zeros_init(), (self.features,))[None]
 
 
 class ConvNorm(nn.Module):
@@ -93,11 +96,12 @@ class ConvNorm(nn.Module):
     size: int
     stride: int = 1
     bits: int | None = None
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, BatchNormTap]:
         """As `Conv`; `train` normalises with the moments of the batch."""
-        x = Conv(self.features, self.size, self.stride, self.bits, name="conv")(x)
+        x = Conv(self.features, self.size, self.stride, self.bits, self.groups, name="conv")(x)
         # PyTorch's conventions: momentum 0.1 there is 0.9 here, and the variance is not computed as E[x^2] - E[x]^2.
         norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, name="bn")
         y = norm(x)
@@ -106,7 +110,7 @@ class ConvNorm(nn.Module):
 
 
 class Activation(nn.Module):
-    """ReLU whose output is fake-quantized with one range for the layer.
+    """ReLU, or with a `limit` ReLU6 and the like, whose output is fake-quantized with one range for the layer.
 
     The range lives in the collection `ranges` (scalars `low` and `high`). Where that collection is mutable the layer is
     calibrating: the range of the batch enters a running average with decay 0.9, the first batch setting it. Elsewhere
@@ -114,11 +118,14 @@ class Activation(nn.Module):
     """
 
     precision: Precision
+    limit: float | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Any shape, kept."""
         x, bits = nn.relu(x), self.precision.activations
+        if self.limit is not None:
+            x = jnp.minimum(x, self.limit)
         if bits is None:
             return x
         low = self.variable("ranges", "low", jnp.full, (), jnp.nan, x.dtype)

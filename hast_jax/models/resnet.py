@@ -5,10 +5,12 @@ The architecture and the names of its parts are those of pytorchcv: the shortcut
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
 
+from hast_jax.models import names
 from hast_jax.models.layers import FULL_PRECISION, Activation, BatchNormTap, ConvNorm, Dense, Precision, Taps
 
 Array = jax.Array
@@ -49,6 +51,11 @@ class ResNet(nn.Module):
     units: Sequence[int]
     imagenet_stem: bool = False
     precision: Precision = FULL_PRECISION
+
+    def state_dict_names(self) -> dict[str, names.NameOf]:
+        """Name maps of pytorchcv and, for the ImageNet network, torchvision."""
+        ours = {"pytorchcv": partial(names.resnet_pytorchcv, imagenet_stem=self.imagenet_stem)}
+        return ours | ({"torchvision": names.resnet_torchvision} if self.imagenet_stem else {})
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, Taps]:

@@ -1,4 +1,4 @@
-"""Weights of networks as files: pytorchcv state dicts read and written by an explicit name map.
+"""Weights of networks as files: state dicts of other libraries, read and written by explicit name maps (names.py).
 
 A state dict is a flat `{name: array}` in PyTorch's layout (convolutions OIHW, linear layers [out, in]). It is read from
 `.safetensors`, `.npz`, or, where torch is installed, `.pth`; it is written as `.safetensors`, which can hold no code.
@@ -22,7 +22,6 @@ from hast_jax.errors import UserError
 Variables = Mapping[str, Any]
 StateDict = dict[str, np.ndarray]
 
-LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 BUILT_IN = ("digits", "cifar10", "cifar100")
 
 
@@ -35,26 +34,14 @@ class Metadata(NamedTuple):
     top1: float | None = None
 
 
-def pytorchcv_name(path: tuple[str, ...], imagenet_stem: bool = False) -> str:
-    """The state dict's name of one of our variables.
+def name_map(model: nn.Module, library: str | None = None) -> dict[str, tuple[str, ...]]:
+    """State dict name -> path of our variable, for each weight and running statistic of `model`.
 
-    path: collection, then the names of modules, then the leaf, as in
-    ("params", "stage2_unit1", "conv1", "bn", "scale") -> "features.stage2.unit1.body.conv1.bn.weight".
+    library: one of `model.state_dict_names()`, by default the first.
     """
-    _, block, *inner, leaf = path
-    if block == "output":
-        modules = [block]
-    elif block == "init_block":
-        modules = ["features", block, *(["conv"] if imagenet_stem else []), *inner]
-    else:
-        body = [] if inner[0] == "identity_conv" else ["body"]
-        modules = ["features", *block.split("_"), *body, *inner]
-    return ".".join([*modules, LEAVES[leaf]])
-
-
-def name_map(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """State dict name -> path of our variable, for each weight and running statistic of `model`."""
-    return {pytorchcv_name(path, model.imagenet_stem): path for path in flatten_dict(abstract_variables(model))}
+    maps = model.state_dict_names()
+    name_of = maps[library or next(iter(maps))]
+    return {name_of(path): path for path in flatten_dict(abstract_variables(model))}
 
 
 def abstract_variables(model: nn.Module, channels: int = 3) -> Variables:
@@ -75,18 +62,21 @@ def to_our_layout(array: np.ndarray) -> np.ndarray:
 
 
 def from_state_dict(model: nn.Module, state: Mapping[str, np.ndarray], channels: int = 3) -> Variables:
-    """`params` and `batch_stats` of `model` from a state dict.
+    """`params` and `batch_stats` of `model` from a state dict of any library that it has a name map for.
 
     Raises UserError that names each tensor that is missing, unknown or of the wrong shape.
     """
     state = {name: array for name, array in state.items() if not name.endswith("num_batches_tracked")}
-    names = name_map(model)
+    maps = [name_map(model, library) for library in model.state_dict_names()]
+    names = max(maps, key=lambda names: len(names.keys() & state.keys()))
     expected = flatten_dict(abstract_variables(model, channels))
     faults = [f"{name} is missing" for name in sorted(names.keys() - state.keys())]
     faults += [f"{name} is unknown" for name in sorted(state.keys() - names.keys())]
     variables = {}
     for name in sorted(names.keys() & state.keys()):
         path, array = names[name], np.asarray(state[name])
+        if len(expected[path].shape) == 2 and array.shape[2:] == (1, 1):  # a 1x1 convolution after pooling is a linear layer
+            array = array[:, :, 0, 0]
         ours = to_our_layout(array) if array.ndim in (1, 2, 4) else array
         if ours.shape != expected[path].shape:
             wanted = to_torch_layout(np.empty(expected[path].shape, np.bool_)).shape
@@ -101,10 +91,8 @@ def from_state_dict(model: nn.Module, state: Mapping[str, np.ndarray], channels:
 def to_state_dict(model: nn.Module, variables: Variables) -> StateDict:
     """The inverse of `from_state_dict`, as contiguous NumPy arrays."""
     flat = flatten_dict({name: variables[name] for name in ("params", "batch_stats")})
-    return {
-        pytorchcv_name(path, model.imagenet_stem): np.ascontiguousarray(to_torch_layout(np.asarray(array)))
-        for path, array in flat.items()
-    }
+    names = name_map(model)
+    return {name: np.ascontiguousarray(to_torch_layout(np.asarray(flat[path]))) for name, path in names.items()}
 
 
 def locate(name: str) -> Path:
