@@ -1,44 +1,69 @@
-"""Top-1 accuracy of a network on real images, on all devices."""
+"""Accuracy of a network on real images, on all devices."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import track
 
 from hast_jax import models, parallel
-from hast_jax.data import Dataset, check, normalise
+from hast_jax.data import Dataset, normalise
 from hast_jax.models.weights import Variables
 
 Array = jax.Array
 
+TOP = 5
 
-def make_evaluator(network: nn.Module, dataset: Dataset, config: ConfigDict, devices: int) -> Callable[[Variables], float]:
-    """A function from the network's variables to its top-1 accuracy (%) on `dataset`, computed on all devices.
 
-    Raises UserError where the data set does not fit the network.
+class Accuracy(NamedTuple):
+    """In per cent of the images: the label is the largest logit, or one of the five largest."""
+
+    top1: float
+    top5: float
+
+
+def make_evaluator(
+    network: nn.Module, dataset: Dataset, config: ConfigDict, devices: int, console: Console
+) -> Callable[[Variables], Accuracy]:
+    """A function from the network's variables to its accuracy on `dataset`, computed on all devices.
+
+    On a terminal it shows its progress on `console` while it runs.
     """
-    check(dataset, config.eval.dataset, config.teacher.image, config.teacher.classes)
     batch = config.eval.batch + -config.eval.batch % devices
-    n = len(dataset.labels)
-    padding = -n % batch
-    images = np.pad(dataset.images, ((0, padding), (0, 0), (0, 0), (0, 0)))
-    labels = np.pad(dataset.labels, (0, padding), constant_values=-1)  # no logit has this index
+    labels = np.pad(dataset.labels, (0, -len(dataset.labels) % batch), constant_values=-1)  # -1: no image
 
-    def correct(variables: Variables, images: Array, labels: Array) -> Array:
+    def correct(variables: Variables, images: Array, labels: Array) -> tuple[Array, Array]:
         logits, _ = models.apply(network, variables, normalise(images, config.teacher.mean, config.teacher.std))
-        return jnp.sum(jnp.argmax(logits, 1) == labels)
+        # A label's rank is the number of larger logits, or as large ones of smaller index, as argmax and top-k count.
+        own = jnp.take_along_axis(logits, labels[:, None], 1)
+        before = jnp.arange(logits.shape[1])[None] < labels[:, None]
+        rank = jnp.sum((logits > own) | ((logits == own) & before), 1)
+        valid = (labels >= 0) & jnp.isfinite(own[:, 0])
+        return jnp.sum(valid & (rank == 0)), jnp.sum(valid & (rank < TOP))
 
     count_correct = parallel.pmap(correct, devices)
 
-    def evaluate(variables: Variables) -> float:
+    def evaluate(variables: Variables) -> Accuracy:
         replicated = parallel.replicate(variables, devices)
+        batches = track(
+            dataset.batches(batch),
+            "evaluate",
+            total=len(labels) // batch,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
         counts = []
-        for start in range(0, n + padding, batch):
-            rows = slice(start, start + batch)
-            counts.append(count_correct(replicated, *parallel.split((images[rows], labels[rows]), devices)))
-        return 100 * int(np.sum(jax.device_get(counts))) / n
+        for i, images in enumerate(batches):
+            images = np.pad(images, ((0, batch - len(images)), (0, 0), (0, 0), (0, 0)))
+            shares = parallel.split((images, labels[i * batch : (i + 1) * batch]), devices)
+            counts.append(count_correct(replicated, *shares))
+        top1, top5 = (int(np.sum(column)) for column in zip(*jax.device_get(counts)))
+        return Accuracy(100 * top1 / len(dataset.labels), 100 * top5 / len(dataset.labels))
 
     return evaluate

@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "calibration.batches": 100,
         "calibration.batch": 64,
         "finetune.straight_through": "clipped",
-        "finetune.lr": 2e-5,
+        "finetune.lr": 4e-6,
         "finetune.schedule": "cosine",
     },
 }

@@ -3,6 +3,9 @@
 The method itself never sees one.
 """
 
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,40 +13,69 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from hast_jax import image_files
 from hast_jax.errors import UserError
+from hast_jax.image_files import ImageFiles
 
 Array = jax.Array
 
-TFDS_DATASETS = ("cifar10", "cifar100")
-DATASETS = ("none", "digits", *TFDS_DATASETS)
+# `folder` is config.eval.data_dir / config.eval.split with a folder of images for each class.
+DATASETS = ("none", "digits", "cifar10", "cifar100", "imagenet2012", "folder")
 DIGITS_TEST_FRACTION = 0.4
 
 
-class Dataset(NamedTuple):
-    """images: uint8 [n, height, width, channels]; labels: int32 [n]."""
+class Arrays(NamedTuple):
+    """A data set in memory. images: uint8 [n, height, width, channels]; labels: int32 [n]."""
 
     images: np.ndarray
     labels: np.ndarray
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image: height, width, channels."""
+        return self.images.shape[1:]
 
-def load(name: str, split: str, data_dir: str = "") -> Dataset | None:
-    """A split of a data set in memory; None for the data set "none".
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return int(self.labels.max()) + 1
 
-    Raises UserError that says how to get the data where they are missing.
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """All images in their order, `size` at a time, the last batch as it comes."""
+        return (self.images[start : start + size] for start in range(0, len(self.images), size))
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """The images of these rows."""
+        return self.images[rows]
+
+
+Dataset = Arrays | ImageFiles
+
+
+def load(config: ConfigDict, split: str) -> Dataset | None:
+    """A split of `config.eval.dataset`, for images of the teacher's size; None for the data set "none".
+
+    Raises UserError that says how to get the data where they are missing, or why they cannot judge this network.
     """
+    name, data_dir = config.eval.dataset, config.eval.data_dir
     if name == "none":
         return None
-    return _digits(split) if name == "digits" else _tfds(name, split, data_dir)
-
-
-def check(dataset: Dataset, name: str, image: tuple[int, ...], classes: int) -> None:
-    """Raise UserError where a network for images of shape `image` and `classes` classes cannot be judged by `dataset`."""
-    shape, found = dataset.images.shape[1:], int(dataset.labels.max()) + 1
-    if shape != tuple(image) or found > classes:
+    dataset: Dataset
+    if name == "digits":
+        dataset = _digits(split)
+    elif name == "folder":
+        dataset = image_files.folder(Path(data_dir) / split, config.teacher.image[0])
+    elif name == "imagenet2012":
+        dataset = _imagenet(split, data_dir, config.teacher.image[0])
+    else:
+        dataset = _cifar(name, split, data_dir)
+    image, classes = tuple(config.teacher.image), config.teacher.classes
+    if dataset.shape != image or dataset.classes != classes:
         raise UserError(
-            f"{name} has images {shape} of {found} classes, the network takes {tuple(image)} and knows {classes}: "
+            f"{name} has images {dataset.shape} of {dataset.classes} classes, the network takes {image} and knows {classes}: "
             "set config.eval.dataset to the data set that it was trained on, or to none."
         )
+    return dataset
 
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
@@ -58,17 +90,16 @@ def sample(config: ConfigDict, count: int) -> tuple[np.ndarray, np.ndarray]:
 
     Raises UserError where there are none, or they do not fit the teacher.
     """
-    dataset = load(config.eval.dataset, config.synthesis.real_split, config.eval.data_dir)
+    dataset = load(config, config.synthesis.real_split)
     if dataset is None:
         raise UserError("config.synthesis.real_split needs a data set: set config.eval.dataset.")
-    check(dataset, config.eval.dataset, config.teacher.image, config.teacher.classes)
     key = jax.random.fold_in(jax.random.key(config.seed), 4)
     rows = np.asarray(jax.random.permutation(key, len(dataset.labels)))[:count]
-    images = normalise(jnp.asarray(dataset.images[rows]), config.teacher.mean, config.teacher.std)
+    images = normalise(jnp.asarray(dataset.read(rows)), config.teacher.mean, config.teacher.std)
     return np.asarray(images), dataset.labels[rows]
 
 
-def _digits(split: str) -> Dataset:
+def _digits(split: str) -> Arrays:
     """scikit-learn's 1,797 handwritten digits, 8 x 8, 40 % of each class held out as "test"."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -81,14 +112,33 @@ def _digits(split: str) -> Dataset:
     rows = {"train": train, "test": test}.get(split)
     if rows is None:
         raise UserError(f"the digits have no split {split!r}: use train or test.")
-    return Dataset(images[rows], bunch.target[rows].astype(np.int32))
+    return Arrays(images[rows], bunch.target[rows].astype(np.int32))
 
 
-def _tfds(name: str, split: str, data_dir: str) -> Dataset:
+def _cifar(name: str, split: str, data_dir: str) -> Arrays:
+    source = _tfds(name, split, data_dir)
+    records = [source[i] for i in range(len(source))]
+    images = np.stack([record["image"] for record in records])
+    return Arrays(images, np.asarray([record["label"] for record in records], np.int32))
+
+
+def _imagenet(split: str, data_dir: str, size: int) -> ImageFiles:
+    import tensorflow_datasets as tfds
+
+    source = _tfds("imagenet2012", split, data_dir, decoders={"image": tfds.decode.SkipDecoding()})
+    labels = np.asarray([source[i]["label"] for i in range(len(source))], np.int32)
+    return ImageFiles(partial(_encoded, source), labels, 1000, size)
+
+
+def _encoded(source: Any, row: int) -> bytes:
+    return source[row]["image"]
+
+
+def _tfds(name: str, split: str, data_dir: str, **options: Any) -> Any:
     import tensorflow_datasets as tfds
 
     try:
-        source: Any = tfds.data_source(name, split=split, data_dir=data_dir or None, download=False)
+        return tfds.data_source(name, split=split, data_dir=data_dir or None, download=False, **options)
     except Exception as error:  # TFDS raises many kinds where data are missing or were prepared otherwise
         place = f" --data_dir={data_dir}" if data_dir else ""
         raise UserError(
@@ -96,6 +146,3 @@ def _tfds(name: str, split: str, data_dir: str) -> Dataset:
             f"pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{place}, "
             f"or set --config.eval.dataset=none to run without evaluation."
         ) from error
-    records = [source[i] for i in range(len(source))]
-    images = np.stack([record["image"] for record in records])
-    return Dataset(images, np.asarray([record["label"] for record in records], np.int32))

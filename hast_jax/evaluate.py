@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from hast_jax import accuracy, cli, data, finetune, networks, parallel, run_folder
+from hast_jax import cli, data, finetune, networks, parallel, run_folder
+from hast_jax.accuracy import Accuracy, make_evaluator
 from hast_jax.checkpoint import Checkpoints
 from hast_jax.errors import UserError
 from hast_jax.models.weights import Variables
@@ -37,27 +38,32 @@ def restore_student(
     return {**variables, "params": state.params, "ranges": folder.read_ranges()}, int(state.step)
 
 
-def run(workdir: Path, checkpoint: str, devices: int, data_dir: str | None, console: Console) -> dict[str, float]:
-    """Print and return the top-1 (%) of teacher and student of a run folder. Raises UserError."""
+def run(workdir: Path, checkpoint: str, devices: int, data_dir: str | None, console: Console) -> dict[str, Accuracy]:
+    """Print and return the accuracy of teacher and student of a run folder. Raises UserError."""
     folder, config = run_folder.open_for_reading(workdir)
     count = parallel.setup(devices)
     name, split = config.eval.dataset, config.eval.split
-    dataset = data.load(name, split, config.eval.data_dir if data_dir is None else data_dir)
+    if data_dir is not None:
+        config.eval.data_dir = data_dir
+    dataset = data.load(config, split)
     if dataset is None:
         raise UserError(f"{workdir} was run with config.eval.dataset none: there is nothing to evaluate on.")
     teacher, variables = networks.teacher(config)
     student_variables, steps = restore_student(folder, variables, config, checkpoint)
-    top1 = {
-        "teacher": accuracy.make_evaluator(teacher, dataset, config, count)(variables),
-        "student": accuracy.make_evaluator(networks.student(config), dataset, config, count)(student_variables),
+    found = {
+        "teacher": make_evaluator(teacher, dataset, config, count, console)(variables),
+        "student": make_evaluator(networks.student(config), dataset, config, count, console)(student_variables),
     }
     bits = f"W{config.bits.weights}A{config.bits.activations}"
-    table = Table("", "top-1 %", "drop", title=f"{config.teacher.network} on {len(dataset.labels)} images, {name} {split}")
-    table.add_row("full precision (teacher)", f"{top1['teacher']:.2f}", "")
-    drop = f"{top1['teacher'] - top1['student']:.2f}"
-    table.add_row(f"{bits} student, {checkpoint}, after {steps} steps", f"{top1['student']:.2f}", drop)
+    table = Table(
+        "", "top-1 %", "drop", "top-5 %", title=f"{config.teacher.network} on {len(dataset.labels)} images, {name} {split}"
+    )
+    full, quantized = found["teacher"], found["student"]
+    table.add_row("full precision (teacher)", f"{full.top1:.2f}", "", f"{full.top5:.2f}")
+    name, drop = f"{bits} student, {checkpoint}, after {steps} steps", full.top1 - quantized.top1
+    table.add_row(name, f"{quantized.top1:.2f}", f"{drop:.2f}", f"{quantized.top5:.2f}")
     console.print(table)
-    return top1
+    return found
 
 
 def main(_: list[str]) -> None:

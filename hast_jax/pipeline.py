@@ -14,7 +14,7 @@ from rich.console import Console
 
 from hast_jax import calibrate, data, finetune, networks, parallel, run_folder, synthesize, synthetic_set
 from hast_jax import config as config_lib
-from hast_jax.accuracy import make_evaluator
+from hast_jax.accuracy import Accuracy, make_evaluator
 from hast_jax.checkpoint import Checkpoints
 from hast_jax.errors import UserError
 from hast_jax.files import write_json
@@ -24,7 +24,7 @@ from hast_jax.report import Reporter, save_picture
 from hast_jax.run_folder import RunFolder
 
 Array = jax.Array
-Evaluator = Callable[[weights.Variables], float]
+Evaluator = Callable[[weights.Variables], Accuracy]
 
 
 class Job(NamedTuple):
@@ -49,12 +49,12 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> tuple[Job, f
     devices = parallel.setup(config.devices, config.finetune.batch)
     teacher, variables = networks.teacher(config)
     student = networks.student(config)
-    dataset = data.load(config.eval.dataset, config.eval.split, config.eval.data_dir)
+    dataset = data.load(config, config.eval.split)
     folder = run_folder.open_for_run(workdir, config)
     teacher_accuracy = accuracy = None
     if dataset is not None:
-        teacher_accuracy = make_evaluator(teacher, dataset, config, devices)(variables)
-        accuracy = make_evaluator(student, dataset, config, devices)
+        teacher_accuracy = make_evaluator(teacher, dataset, config, devices, console)(variables).top1
+        accuracy = make_evaluator(student, dataset, config, devices, console)
     reporter = Reporter(folder.path, console)
     return Job(config, devices, folder, reporter, teacher, student, variables, accuracy), teacher_accuracy
 
@@ -122,7 +122,7 @@ def fine_tune(job: Job, frozen: finetune.Frozen) -> dict[int, float]:
 
     def evaluate(epoch: int, params: Any) -> None:
         if job.accuracy is not None:
-            evaluations[epoch] = job.accuracy({**job.variables, "params": params, "ranges": frozen.ranges})
+            evaluations[epoch] = job.accuracy({**job.variables, "params": params, "ranges": frozen.ranges}).top1
         write_json(job.folder.evaluations, evaluations)
 
     with (

@@ -45,7 +45,7 @@ def shift(images: Array, key: Array, pixels: int) -> Array:
     return jax.vmap(crop)(padded, corners)
 
 
-def train(model: nn.Module, dataset: data.Dataset, config: ConfigDict, console: Console) -> Mapping[str, Any]:
+def train(model: nn.Module, dataset: data.Arrays, config: ConfigDict, console: Console) -> Mapping[str, Any]:
     """`params` and `batch_stats` after SGD with Nesterov momentum and a cosine schedule. config: the whole config."""
     cfg, teacher = config.pretrain, config.teacher
     images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
@@ -88,12 +88,12 @@ def main(_: list[str]) -> None:
         config_lib.validate(config)
         devices = parallel.setup(config.devices)
         model = models.create(config.teacher.network, config.teacher.classes)
-        train_set = data.load(config.eval.dataset, "train", config.eval.data_dir)
-        test_set = data.load(config.eval.dataset, config.eval.split, config.eval.data_dir)
-        if train_set is None or test_set is None:
-            raise UserError("a teacher needs real images: config.eval.dataset is none.")
+        train_set = data.load(config, "train")
+        test_set = data.load(config, config.eval.split)
+        if not isinstance(train_set, data.Arrays) or test_set is None:
+            raise UserError("a teacher needs real images in memory: set config.eval.dataset to digits, cifar10 or cifar100.")
         variables = train(model, train_set, config, console)
-        top1 = accuracy.make_evaluator(model, test_set, config, devices)(variables)
+        top1 = accuracy.make_evaluator(model, test_set, config, devices, console)(variables).top1
         recipe = ", ".join(f"{name} {value}" for name, value in config.pretrain.items())
         metadata = {
             "architecture": f"{config.teacher.network} (pytorchcv names, OIHW)",

@@ -48,7 +48,7 @@ SECTIONS: dict[str, Callable[[Sweep], Section]] = {
 def run(name: str, sweep: Sweep) -> str:
     """Run one experiment, or all; write and return the Markdown. Raises UserError where nothing can be compared."""
     parallel.setup(sweep.config.devices, sweep.config.finetune.batch)
-    dataset = data.load(sweep.config.eval.dataset, sweep.config.eval.split, sweep.config.eval.data_dir)
+    dataset = data.load(sweep.config, sweep.config.eval.split)
     if dataset is None:
         raise UserError("a table needs accuracies: set config.eval.dataset to the data set of the teacher.")
     context = tables.context(sweep, len(dataset.labels))

@@ -33,7 +33,7 @@ def test_a_pretrained_teacher_is_a_weight_file_with_its_metadata(tmp_path) -> No
 
 def test_pretraining_without_real_images_is_refused(tmp_path) -> None:
     done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={tmp_path}/a.safetensors", "--config.eval.dataset=none"])
-    assert done.returncode == 1 and "needs real images" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "needs real images in memory" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["main", "evaluate", "pretrain", "benchmark"])

@@ -95,7 +95,7 @@ def test_images_that_are_there_already_must_be_those_of_the_config(tmp_path: Pat
 def test_real_images_are_those_of_the_train_split(tmp_path: Path) -> None:
     config = tiny.config(synthesis__real_split="train")
     images, labels = data.sample(config, 10**7)
-    train, test = (data.load("digits", split) for split in ("train", "test"))
+    train, test = (data.load(config, split) for split in ("train", "test"))
     assert len(images) == len(train.labels) and np.array_equal(np.bincount(labels), np.bincount(train.labels))
     back = np.round((images * 0.3762 + 0.3053) * 255).astype(np.uint8)
     seen = {image.tobytes() for image in back}

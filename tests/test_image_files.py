@@ -1,0 +1,113 @@
+"""Images in class folders are read in order, cropped as torchvision does it, and judged by top-1 and top-5."""
+
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+from rich.console import Console
+
+from hast_jax import data, image_files, parallel
+from hast_jax.accuracy import make_evaluator
+from hast_jax.errors import UserError
+
+SIZES = [(300, 200), (200, 300), (257, 255), (64, 500), (256, 256), (301, 299)]
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Ten classes with two or three images each, of several forms."""
+    for label in range(10):
+        place = tmp_path / "val" / f"n{label:04d}"
+        place.mkdir(parents=True)
+        for i in range(2 + label % 2):
+            name, mode = [("a.JPEG", "RGB"), ("b.png", "L"), ("c.jpg", "RGB")][i]
+            picture(80 + 10 * label, 100, label).convert(mode).save(place / name)
+    (tmp_path / "val" / "n0000" / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_the_crop_is_pillows_resize_of_the_shorter_side_to_256_and_its_centre(width: int, height: int) -> None:
+    image = picture(width, height)
+    if width <= height:
+        resized = image.resize((256, 256 * height // width), Image.Resampling.BILINEAR)
+    else:
+        resized = image.resize((256 * width // height, 256), Image.Resampling.BILINEAR)
+    top, left = (round((length - 224) / 2) for length in reversed(resized.size))
+    expected = np.asarray(resized)[top : top + 224, left : left + 224]
+    np.testing.assert_array_equal(image_files.centre_crop(image, 224), expected)
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_the_crop_is_torchvisions(width: int, height: int) -> None:
+    transforms = pytest.importorskip("torchvision.transforms", reason="needs pip install -e '.[parity]'")
+    image = picture(width, height)
+    expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(image)
+    np.testing.assert_array_equal(image_files.centre_crop(image, 224), np.asarray(expected))
+
+
+def test_a_folder_is_read_in_the_order_of_classes_and_names(folder: Path) -> None:
+    dataset = image_files.folder(folder / "val", 64)
+    assert dataset.shape == (64, 64, 3) and dataset.classes == 10
+    assert np.array_equal(np.bincount(dataset.labels), [2 + label % 2 for label in range(10)])
+    batches = list(dataset.batches(7))
+    assert [len(batch) for batch in batches] == [7, 7, 7, 4] and batches[0].dtype == np.uint8
+    np.testing.assert_array_equal(np.concatenate(batches), dataset.read(np.arange(25)))
+    with Image.open(folder / "val" / "n0001" / "b.png") as image:
+        np.testing.assert_array_equal(dataset.read(np.asarray([3]))[0], image_files.centre_crop(image.convert("RGB"), 64))
+
+
+class PixelNet(nn.Module):
+    """Logits that are the image's first pixels."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple]:
+        return x.reshape(len(x), -1)[:, :10], ()
+
+
+def test_top_1_and_top_5_are_those_of_sorted_logits(folder: Path) -> None:
+    config = tiny.config(eval__dataset="folder", eval__data_dir=str(folder), eval__split="val", eval__batch=7)
+    config.teacher.image, config.teacher.mean, config.teacher.std = (64, 64, 3), (0.5,) * 3, (0.2,) * 3
+    dataset = data.load(config, "val")
+    found = make_evaluator(PixelNet(), dataset, config, parallel.setup(2), Console(quiet=True))({})
+    logits = dataset.read(np.arange(25)).astype(np.float64) / 255
+    logits = ((logits - 0.5) / 0.2).reshape(25, -1)[:, :10]
+    ranked = np.argsort(-logits.round(6), 1, kind="stable")
+    hits = ranked == dataset.labels[:, None]
+    assert found.top1 == pytest.approx(100 * hits[:, 0].mean()) and found.top5 == pytest.approx(100 * hits[:, :5].any(1).mean())
+    assert found.top1 < found.top5
+
+
+def test_a_network_without_finite_logits_is_right_about_nothing() -> None:
+    config = tiny.config()
+    dataset = data.load(config, "test")
+
+    class NotANumber(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple]:
+            return jnp.full((len(x), 10), jnp.nan), ()
+
+    assert make_evaluator(NotANumber(), dataset, config, 1, Console(quiet=True))({}) == (0, 0)
+
+
+def test_what_is_wrong_with_a_folder_is_said(folder: Path) -> None:
+    config = tiny.config(eval__dataset="folder", eval__data_dir=str(folder), eval__split="val")
+    config.teacher.image, config.teacher.mean, config.teacher.std = (64, 64, 3), (0.5,) * 3, (0.2,) * 3
+    config.teacher.classes = 1000
+    with pytest.raises(UserError, match=r"10 classes, the network takes .* knows 1000"):
+        data.load(config, "val")
+    with pytest.raises(UserError, match="one folder for each class"):
+        data.load(config, "test")
+    (folder / "val" / "n0003" / "a.JPEG").write_bytes(b"no jpeg")
+    with pytest.raises(Exception, match=r"n0003/a.JPEG cannot be decoded"):
+        list(image_files.folder(folder / "val", 64).batches(8))
