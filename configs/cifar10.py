@@ -16,7 +16,7 @@ from hast_jax import config as config_lib
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """argument: bits such as w4a4, and `small`, joined by a comma."""
+    """argument: bits such as w4a4, `small` and `tuned`, joined by a comma."""
     config = config_lib.default()
     config.teacher.weights = "cifar10"
     config.teacher.classes = 10

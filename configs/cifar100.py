@@ -7,7 +7,7 @@ A full run (5,120 images x 1,000 iterations, 29,400 steps of 256) is meant for a
 
     python -m hast_jax.main --config=configs/cifar100.py:w3a3,small --workdir=runs/c100-w3a3-small
 
-It makes 1,536 images x 500 iterations and takes 4,000 steps of 64. W3A3 gave 42.34 (seed 0).
+It makes 1,536 images x 500 iterations and takes 4,000 steps of 64. W3A3 gave 42.34, with `w3a3,small,tuned` 51.10 (seed 0).
 """
 
 from ml_collections import ConfigDict
@@ -16,5 +16,5 @@ from hast_jax import config as config_lib
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """argument: bits such as w4a4, and `small`, joined by a comma."""
+    """argument: bits such as w4a4, `small` and `tuned`, joined by a comma."""
     return config_lib.variant(config_lib.default(), argument)
