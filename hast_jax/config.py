@@ -45,6 +45,7 @@ FREE_FIELDS = (
     "eval.data_dir",
     "eval.batch",
     "synthesis.save_every",
+    "synthesis.micro_batch",
     "finetune.keep_every",
     "synthesis.source",  # a run knows its images by their content: RunFolder.check_images
 )
@@ -79,6 +80,7 @@ def default() -> ConfigDict:
                 "real_split": "",  # split of eval.dataset to train on instead: the upper bound; not data-free
                 "images": 5120,
                 "batch": 256,  # images optimised together: BN statistics are of one batch
+                "micro_batch": 0,  # images of a batch that pass the network together; 0: all, or 32 on a CPU
                 "iterations": 1000,  # 0: the images stay the noise that they start from
                 "beta": 10.0,  # weight of the hard-sample loss
                 "gamma": 2.0,  # exponent of the difficulty, Eq. 8
@@ -187,7 +189,7 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
     not_negative = {
         "devices": config,
         "steps_per_call": config,
-        **{f"synthesis.{n}": synthesis for n in ("iterations", "beta", "gamma", "patience", "threshold")},
+        **{f"synthesis.{n}": synthesis for n in ("micro_batch", "iterations", "beta", "gamma", "patience", "threshold")},
         **{f"finetune.{n}": finetune for n in ("lam", "ce", "eps", "a", "b", "weight_decay", "momentum", "keep_every")},
     }
     for path, section in not_negative.items():
@@ -202,6 +204,8 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
     base = lambda split: split.split("[")[0]
     same = bool(synthesis.real_split) and base(synthesis.real_split) == base(config.eval.split)
     yield "synthesis.real_split", same, "another split than the one of the evaluation, eval.split"
+    odd = synthesis.micro_batch > 0 and synthesis.batch % synthesis.micro_batch != 0
+    yield "synthesis.micro_batch", odd, f"a divisor of the batch, {synthesis.batch}"
     yield "synthesis.factor", not 0 < synthesis.factor < 1, "between 0 and 1"
     image = teacher.image
     yield "teacher.image", len(image) != 3 or image[0] != image[1] or image[2] not in (1, 3), "(size, size, 1 or 3 channels)"

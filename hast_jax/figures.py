@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import AsinhLocator, MaxNLocator
 
 STYLES: tuple[dict[str, Any], ...] = (
     {"linestyle": "-", "marker": "o"},
@@ -55,7 +55,7 @@ def spectra(spectra: dict[str, tuple[np.ndarray, np.ndarray]], linear_width: flo
         axis.plot(eigenvalues, np.maximum(density, 1e-12), color=COLOURS[0])
         axis.set_xscale("asinh", linear_width=linear_width)
         axis.set(title=name, xlabel="eigenvalue", yscale="log", ylim=(1e-7, None))
-        axis.tick_params(axis="x", labelrotation=45)
+        axis.xaxis.set_major_locator(AsinhLocator(linear_width, numticks=5))
     figure.axes[0].set_ylabel("density")
     save(figure, path)
 

@@ -15,8 +15,10 @@ from hast_jax.models.layers import BatchNormTap
 Array = jax.Array
 
 
-def bn_statistics(taps: Sequence[BatchNormTap]) -> tuple[Array, Array]:
+def bn_statistics(*parts: Sequence[BatchNormTap]) -> tuple[Array, Array]:
     """The two parts of L_BNS, for the means and for the variances; their sum is the loss.
+
+    parts: the taps of a batch, or of each of several equal parts of it, whose moments combine to those of the batch.
 
         L_BNS = (1/L) sum_l [ mean_c (m_lc - running_mean_lc)^2 + mean_c (v_lc - running_var_lc)^2 ]
 
@@ -24,12 +26,14 @@ def bn_statistics(taps: Sequence[BatchNormTap]) -> tuple[Array, Array]:
     pass over the input; taken around the running mean, which m approaches, v = E[(x - r)^2] - (m - r)^2 loses no digits.
     """
     means, variances = [], []
-    for tap in taps:
-        mean = jnp.mean(tap.inputs, (0, 1, 2))
-        spread = jnp.mean(jnp.square(tap.inputs - tap.mean[None, None, None]), (0, 1, 2))
-        variance = spread - jnp.square(mean - tap.mean)
-        means.append(jnp.mean(jnp.square(mean - tap.mean)))
-        variances.append(jnp.mean(jnp.square(variance - tap.var)))
+    for layer in zip(*parts):
+        average = lambda values: sum(values) / len(parts)
+        running = layer[0]
+        mean = average([jnp.mean(tap.inputs, (0, 1, 2)) for tap in layer])
+        spread = average([jnp.mean(jnp.square(tap.inputs - tap.mean[None, None, None]), (0, 1, 2)) for tap in layer])
+        variance = spread - jnp.square(mean - running.mean)
+        means.append(jnp.mean(jnp.square(mean - running.mean)))
+        variances.append(jnp.mean(jnp.square(variance - running.var)))
     return jnp.mean(jnp.stack(means)), jnp.mean(jnp.stack(variances))
 
 

@@ -22,6 +22,7 @@ MAX_DEFAULT_CPU_DEVICES = 8
 KEEP_BARRIERS = "--xla_disable_hlo_passes=cse_barrier_expander"
 COMPILATION_CACHE = "~/.cache/hast_jax"
 CPU_STEPS_PER_CALL, ACCELERATOR_STEPS_PER_CALL = 1, 50
+CPU_MICRO_BATCH = 32
 
 
 def setup(devices: int, batch: int | None = None) -> int:
@@ -81,6 +82,15 @@ def steps_per_call(requested: int) -> int:
     """
     on_cpu = jax.default_backend() == "cpu"
     return requested or (CPU_STEPS_PER_CALL if on_cpu else ACCELERATOR_STEPS_PER_CALL)
+
+
+def micro_batch(requested: int, batch: int) -> int:
+    """How many images of a batch pass the network together: `requested`, or by default all, but at most 32 on a CPU.
+
+    A CPU's cache then holds what one layer leaves to the next. See docs/performance.md.
+    """
+    most = CPU_MICRO_BATCH if jax.default_backend() == "cpu" else batch
+    return requested or max(d for d in range(1, min(most, batch) + 1) if batch % d == 0)
 
 
 def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1) -> Callable[..., tuple[Any, Any]]:

@@ -53,11 +53,15 @@ def plateau_update(plateau: Plateau, loss: Array, config: ConfigDict) -> Plateau
 
 
 def objective(
-    images: Array, labels: Array, teacher: nn.Module, variables: Variables, beta: float, gamma: float
+    images: Array, labels: Array, teacher: nn.Module, variables: Variables, beta: float, gamma: float, parts: int = 1
 ) -> tuple[Array, dict[str, Array]]:
-    """L_syn = L_BNS + beta * L_HIL of one batch, and its parts."""
-    logits, taps = models.apply(teacher, variables, images)
-    mean_loss, var_loss = losses.bn_statistics(taps.batch_norms)
+    """L_syn = L_BNS + beta * L_HIL of one batch, and its terms.
+
+    The batch passes the network in `parts`: the same values, from smaller intermediate arrays.
+    """
+    passes = [models.apply(teacher, variables, part) for part in jnp.split(images, parts)]
+    mean_loss, var_loss = losses.bn_statistics(*(taps.batch_norms for _, taps in passes))
+    logits = jnp.concatenate([logits for logits, _ in passes])
     hard = losses.hard_sample(logits, labels, gamma)
     loss = mean_loss + var_loss + beta * hard
     accuracy = jnp.mean(jnp.argmax(logits, 1) == labels)
@@ -77,12 +81,14 @@ def step(
     state: State, variables: Variables, teacher: nn.Module, key: Array, config: ConfigDict
 ) -> tuple[State, dict[str, Array]]:
     """One Adam step on the images. config: `config.synthesis`."""
+    batch = state.images.shape[0]
+    parts = batch // parallel.micro_batch(config.micro_batch, batch)
 
     def loss_fn(images: Array) -> tuple[Array, dict[str, Array]]:
         if config.crop_probability > 0:
             step_key = jax.random.fold_in(jax.random.fold_in(key, state.batch), state.iteration)
             images = _see_through_crop(images, step_key, config)
-        return objective(images, state.labels, teacher, variables, config.beta, config.gamma)
+        return objective(images, state.labels, teacher, variables, config.beta, config.gamma, parts)
 
     gradient, metrics = jax.grad(loss_fn, has_aux=True)(state.images)
     update, adam = optax.scale_by_adam().update(gradient, state.adam)

@@ -42,6 +42,7 @@ def test_every_config_and_variant_is_valid(path: Path, argument: str) -> None:
         ("finetune.momentum", 1.0, "below 1"),
         ("synthesis.images", 100, "at most synthesis.images"),
         ("synthesis.images", 5000, "multiple of the batch"),
+        ("synthesis.micro_batch", 48, "a divisor of the batch"),
         ("synthesis.gamma", -1.0, "zero or positive"),
         ("synthesis.crop_probability", 1.5, "between 0 and 1"),
         ("eval.dataset", "cifar11", "did you mean cifar1"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from hast_jax import finetune, networks, parallel
+from hast_jax import finetune, networks, parallel, synthesize
 
 
 def test_the_synthetic_images_are_the_same_on_one_and_on_four_devices(tmp_path) -> None:
@@ -71,6 +71,29 @@ def test_several_steps_in_one_call_are_the_same_steps() -> None:
     final, metrics = many(state, add)
     np.testing.assert_array_equal(final, expected)
     np.testing.assert_array_equal(metrics["sum"], expected)
+
+
+def test_a_batch_in_parts_has_the_objective_and_gradient_of_the_whole() -> None:
+    config = tiny.config()
+    teacher, variables = networks.teacher(config)
+    images, labels = jax.random.normal(jax.random.key(1), (24, 8, 8, 1)), jnp.arange(24) % 10
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def look(images: jax.Array, parts: int):
+        loss = lambda x: synthesize.objective(x, labels, teacher, variables, 10.0, 2.0, parts)
+        return jax.value_and_grad(loss, has_aux=True)(images)
+
+    (whole, terms), gradient = look(images, 1)
+    for parts in (2, 3, 24):
+        (loss, same_terms), same_gradient = look(images, parts)
+        np.testing.assert_allclose(loss, whole, rtol=1e-5)
+        for name, value in terms.items():
+            np.testing.assert_allclose(same_terms[name], value, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(same_gradient, gradient, atol=1e-4 * float(jnp.abs(gradient).max()))
+
+
+def test_on_a_cpu_few_images_pass_the_network_together() -> None:
+    assert parallel.micro_batch(0, 256) == 32 and parallel.micro_batch(0, 100) == 25 and parallel.micro_batch(64, 256) == 64
 
 
 def test_devices_that_are_not_there_are_refused() -> None:
