@@ -49,7 +49,7 @@ def spectra(spectra: dict[str, tuple[np.ndarray, np.ndarray]], linear_width: flo
     The eigenvalues' axis is linear within `linear_width` of zero and logarithmic beyond, so that both the bulk and single
     large eigenvalues show.
     """
-    figure = Figure(figsize=(3.2 * len(spectra), 3), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(spectra), 3.2), layout="constrained")
     axes = figure.subplots(1, len(spectra), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (name, (eigenvalues, density)) in zip(axes, spectra.items()):
         axis.plot(eigenvalues, np.maximum(density, 1e-12), color=COLOURS[0])
