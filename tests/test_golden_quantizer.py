@@ -7,7 +7,7 @@ import pytest
 from golden_data import Golden, nchw, nhwc
 from jax import lax
 
-from hast_jax import quant
+from hast_jax import models, quant
 from hast_jax.models.layers import Activation
 
 pytestmark = pytest.mark.golden
@@ -142,7 +142,7 @@ def test_the_settled_range_is_a_running_average_with_decay_09(golden: Golden) ->
     """The authors' tracker, once its bias correction has died out, is the running average used here."""
     golden.need("qact/long")
     # A layer that observes the stored extremes instead of those of its ReLU.
-    layer = Activation(bits=4, range_rule=lambda x, bits: (x[0], x[1]))
+    layer = Activation(models.Precision(4, 4, lambda x, bits: (x[0], x[1])))
     stored = np.stack([golden["qact/long/x_min"], golden["qact/long/x_max"]], 1)
     shift = 10.0  # so that ReLU lets them through
     ranges = {"low": jnp.float32(stored[200, 0] + shift), "high": jnp.float32(stored[200, 1] + shift)}
