@@ -17,6 +17,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 os.environ.setdefault("HAST_JAX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
 jax.config.update("jax_compilation_cache_dir", os.environ["HAST_JAX_CACHE"])
 jax.config.update("jax_numpy_rank_promotion", "raise")
+assert jax.local_device_count() == 4  # up now, so that no test's parallel.setup can change their number
 
 GOLDEN = Path(__file__).parent / "golden"
 
