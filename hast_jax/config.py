@@ -5,6 +5,7 @@ settings of HAST for CIFAR-100.
 """
 
 import difflib
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -148,10 +149,12 @@ def validate(config: ConfigDict) -> None:
     """Raise UserError, in one sentence, for the first impossible value."""
     for path, wrong, wanted in _faults(config):
         if wrong:
-            value = config
-            for name in path.split("."):
-                value = value[name]
-            raise UserError(f"config.{path} is {value!r}: it must be {wanted}.")
+            raise UserError(f"config.{path} is {field(config, path)!r}: it must be {wanted}.")
+
+
+def field(config: ConfigDict, path: str) -> Any:
+    """The value of a field such as "finetune.eps"."""
+    return functools.reduce(lambda section, name: section[name], path.split("."), config)
 
 
 def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:

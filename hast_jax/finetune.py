@@ -93,7 +93,10 @@ def distances(teacher: nn.Module, student: nn.Module, frozen: Frozen, labels: Ar
 def loss_and_gradient(
     between: Distances, params: Any, images: Array, strengths: Strengths, config: ConfigDict
 ) -> tuple[dict[str, Array], Any]:
-    """L = a * [L_KL(x) + L_FA(x)] + b * [L_KL(x') + L_FA(x')] on images x and promoted images x', with its gradient."""
+    """L = a * [L_KL(x) + L_FA(x)] + b * [L_KL(x') + L_FA(x')] on images x and promoted images x', with its gradient.
+
+    Where `between` gives a cross-entropy too, it is part of both brackets.
+    """
     clean, clean_gradient, hard_images = promote(between, params, images, strengths.eps, config.direction)
     loss, gradient = strengths.a * sum(clean.values()), jax.tree.map(lambda g: strengths.a * g, clean_gradient)
     metrics = clean

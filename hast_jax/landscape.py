@@ -20,9 +20,6 @@ from hast_jax.errors import UserError
 
 Array = jax.Array
 
-LOSSES = ("ce", "kl", "fa")
-
-
 LossFunctions = Callable[..., dict[str, Array]]
 
 

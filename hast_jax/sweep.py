@@ -109,7 +109,7 @@ class Sweep:
 
     def _effective(self, changes: dict[str, Any]) -> dict[str, Any]:
         """Without what the base config says too, so that equal cells of two experiments are one run."""
-        return {path: value for path, value in changes.items() if _field(self.config, path) != value}
+        return {path: value for path, value in changes.items() if config_lib.field(self.config, path) != value}
 
     def _stage_console(self) -> Console:
         """Progress bars on a terminal; elsewhere one line a cell is enough."""
@@ -128,12 +128,6 @@ def _check_source(config: ConfigDict, seeds: int) -> None:
     if lines or len(images) != config.synthesis.images or made.teacher != config.teacher:
         found = "; ".join(lines) or f"{len(images)} images of {made.teacher.weights}"
         raise UserError(f"{source} is not what this config would make ({found}): leave config.synthesis.source empty.")
-
-
-def _field(config: ConfigDict, path: str) -> Any:
-    for name in path.split("."):
-        config = config[name]
-    return config
 
 
 def _name(changes: dict[str, Any]) -> str:

@@ -114,7 +114,7 @@ def context(sweep: Sweep, images: int) -> str:
     return (
         f"{config.teacher.network} on {config.eval.dataset}, {bits}: {made}, {steps}, seed {seeds}, {hardware}. Top-1 in per "
         f"cent on {images} real images at the last epoch; ± is the standard deviation over seeds, drop the distance from the "
-        "full-precision teacher. The paper: 5120 images x 1000 iterations, 29400 steps of 256."
+        "full-precision teacher. The paper: 5120 images x 1000 iterations, 29400 steps."
     )
 
 

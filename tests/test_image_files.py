@@ -1,12 +1,14 @@
 """Images in class folders are read in order, cropped as torchvision does it, and judged by top-1 and top-5."""
 
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 import tiny
 from PIL import Image
 from rich.console import Console
@@ -65,6 +67,18 @@ def test_a_folder_is_read_in_the_order_of_classes_and_names(folder: Path) -> Non
     np.testing.assert_array_equal(np.concatenate(batches), dataset.read(np.arange(25)))
     with Image.open(folder / "val" / "n0001" / "b.png") as image:
         np.testing.assert_array_equal(dataset.read(np.asarray([3]))[0], image_files.centre_crop(image.convert("RGB"), 64))
+
+
+def test_imagenet_of_tfds_is_decoded_and_cropped_like_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = image_files.folder(folder / "val", 64)
+    paths = sorted(path for path in (folder / "val").rglob("*") if path.suffix != ".txt" and path.is_file())
+    records = [{"image": path.read_bytes(), "label": int(label)} for path, label in zip(paths, files.labels)]
+    monkeypatch.setattr(tfds, "data_source", create_autospec(tfds.data_source, return_value=records))
+    config = tiny.config(eval__dataset="imagenet2012", eval__split="validation")
+    config.teacher.image, config.teacher.classes = (64, 64, 3), 1000
+    dataset = data.load(config, "validation")
+    np.testing.assert_array_equal(dataset.labels, files.labels)
+    np.testing.assert_array_equal(np.concatenate(list(dataset.batches(7))), files.read(np.arange(25)))
 
 
 class PixelNet(nn.Module):
