@@ -1,29 +1,32 @@
-"""Time one synthesis step and one fine-tuning step on this machine.
+"""Time one synthesis step and one fine-tuning step on this machine, or only compile them.
 
     python -m hast_jax.benchmark --config=configs/cifar100.py
+    python -m hast_jax.benchmark --config=configs/imagenet.py --compile_only
 
 Prints one JSON line for each part: images (samples) a second, compile time apart; the step's FLOPs by XLA's own cost
-analysis (the zero taps of models/conv.py included); the fraction of the float32 matrix-product rate that is measured on the
-same devices.
+analysis (the zero taps of models/conv.py included; a loop's body, as of `synthesis.remat`, counts once); its memory by XLA's
+own memory analysis, in GiB of one device: arguments, and the largest sum of intermediate arrays; the fraction of the float32
+matrix-product rate that is measured on the same devices. Weights and images are random.
 """
 
 import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from hast_jax import calibrate, cli, finetune, networks, parallel, synthesize
+from hast_jax import calibrate, cli, finetune, models, networks, parallel, synthesize
 from hast_jax import config as config_lib
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
 PART = flags.DEFINE_enum("part", "all", ["all", "synthesize", "finetune"], "The step to time.")
 STEPS = flags.DEFINE_integer("steps", 10, "Timed calls of each step.", lower_bound=1)
+COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Print what the compiler says of a step, without running it.")
 
 MATMUL_SIZE = 1024
 
@@ -46,64 +49,75 @@ def matmul_rate(devices: int) -> float:
     return devices * 2 * MATMUL_SIZE**3 / time_calls(lambda: product(a, a), 20)
 
 
-def measure(
-    part: str, step: Any, state: Any, constants: tuple[Any, ...], batch: int, devices: int, calls: int, steps: int
-) -> dict:
-    """The JSON line of one step: `step(state, *constants)` handles `batch` images on all devices, `calls` times a call."""
-    start = time.perf_counter()
-    compiled = step.lower(state, *constants).compile()
-    compile_seconds = time.perf_counter() - start
-    box = [state]
+class Part(NamedTuple):
+    """A step to time. build() -> (state, constants) of one device; images: that the step handles on all devices."""
 
-    def call() -> Any:
-        box[0], metrics = step(box[0], *constants)
-        return metrics
-
-    seconds = time_calls(call, steps) / calls
-    analysis = compiled.cost_analysis()
-    flops = (
-        devices * (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
-    )  # of one step: a loop's body counts once
-    return {
-        "part": part,
-        "batch": batch,
-        "per_second": round(batch / seconds, 1),
-        "step_seconds": round(seconds, 4),
-        "compile_seconds": round(compile_seconds, 1),
-        "flops": flops,
-        "matmul_fraction": round(flops / seconds / matmul_rate(devices), 3),
-        "devices": devices,
-        "device": jax.devices()[0].device_kind,
-    }
+    step: Callable[..., Any]
+    build: Callable[[], tuple[Any, Any]]
+    batch: int
+    images: int
 
 
-def synthesis_line(config: ConfigDict, devices: int, steps: int) -> dict:
-    """One Adam step on one batch a device, with the config's teacher."""
-    teacher, variables = networks.teacher(config)
+def synthesis(config: ConfigDict, devices: int) -> Part:
+    """One Adam step on one batch a device."""
+    teacher = models.create(config.teacher.network, config.teacher.classes)
     key, cfg = jax.random.key(config.seed), config.synthesis
     shape = (cfg.batch, *config.teacher.image)
-    calls = parallel.steps_per_call(config.steps_per_call)
-    start = parallel.pmap(lambda b: synthesize.init(b, key, shape, config.teacher.classes, cfg.lr), devices)
-    step = parallel.pmap_steps(lambda s, v: synthesize.step(s, v, teacher, key, cfg), devices, calls)
-    constants = (parallel.replicate(variables, devices),)
-    line = measure("synthesize", step, start(jnp.arange(devices)), constants, devices * cfg.batch, devices, calls, steps)
-    return line | {"batch": cfg.batch}
+
+    def build() -> tuple[synthesize.State, Any]:
+        variables = teacher.init(key, jnp.zeros((1, *config.teacher.image)))
+        return synthesize.init(jnp.zeros((), jnp.int32), key, shape, config.teacher.classes, cfg.lr), variables
+
+    step = lambda state, variables: synthesize.step(state, variables, teacher, key, cfg)
+    return Part(step, build, cfg.batch, devices * cfg.batch)
 
 
-def finetune_line(config: ConfigDict, devices: int, steps: int) -> dict:
-    """One step of fine-tuning on random images, augmentation and promotion included."""
-    teacher, variables = networks.teacher(config)
-    student = networks.student(config)
-    images = jax.random.normal(jax.random.key(config.seed), (max(256, config.finetune.batch), *config.teacher.image))
-    labels = jnp.zeros(len(images), jnp.int32)
-    ranges = jax.jit(lambda v, x: calibrate.step(student, v, {}, x))(variables, images[: config.calibration.batch])
-    calls = parallel.steps_per_call(config.steps_per_call)
-    step = finetune.make_step(teacher, student, devices, config.finetune)
-    state = parallel.replicate(finetune.init(variables["params"], config.finetune), devices)
-    frozen = finetune.freeze(variables, ranges, images, labels, config)
-    batch = config.finetune.batch
-    run, constants = parallel.pmap_steps(step, devices, calls), (parallel.replicate(frozen, devices),)
-    return measure("finetune", run, state, constants, batch, devices, calls, steps)
+def fine_tuning(config: ConfigDict, devices: int) -> Part:
+    """One step of fine-tuning, augmentation and promotion included."""
+    teacher, student = models.create(config.teacher.network, config.teacher.classes), networks.student(config)
+    key, cfg, image = jax.random.key(config.seed), config.finetune, tuple(config.teacher.image)
+    shape = (1, cfg.batch // devices) if cfg.stream else (max(256, cfg.batch),)
+
+    def build() -> tuple[finetune.State, finetune.Frozen]:
+        variables = teacher.init(key, jnp.zeros((1, *image)))
+        some = jax.random.normal(key, (config.calibration.batch, *image))
+        ranges = calibrate.step(student, variables, {}, some)
+        data = jax.random.normal(key, (*shape, *image)), jnp.zeros(shape, jnp.int32)
+        return finetune.init(variables["params"], cfg), finetune.freeze(variables, ranges, *data, config)
+
+    return Part(finetune.make_step(teacher, student, devices, cfg), build, cfg.batch, cfg.batch)
+
+
+PARTS: dict[str, Callable[[ConfigDict, int], Part]] = {"synthesize": synthesis, "finetune": fine_tuning}
+
+
+def measure(part: Part, devices: int, calls: int, repeats: int) -> dict[str, Any]:
+    """The JSON line of a part: `calls` steps a call, `repeats` timed calls; 0: compiled only."""
+    step = parallel.pmap_steps(part.step, devices, calls)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype), jax.eval_shape(part.build))
+    start = time.perf_counter()
+    compiled = step.lower(*shapes).compile()
+    line: dict[str, Any] = {"batch": part.batch, "compile_seconds": round(time.perf_counter() - start, 1)}
+    analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    flops = devices * (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+    gib = lambda size: round(size / 2**30, 3)
+    line["flops"] = flops
+    line["arguments_gib"], line["intermediate_gib"] = gib(memory.argument_size_in_bytes), gib(memory.temp_size_in_bytes)
+    if repeats:
+        box, constants = parallel.replicate(jax.jit(part.build)(), devices)
+
+        def call() -> Any:
+            nonlocal box
+            box, metrics = step(box, constants)
+            return metrics
+
+        seconds = time_calls(call, repeats) / calls
+        line |= {
+            "per_second": round(part.images / seconds, 1),
+            "step_seconds": round(seconds, 4),
+            "matmul_fraction": round(flops / seconds / matmul_rate(devices), 3),
+        }
+    return line | {"devices": devices, "device": jax.devices()[0].device_kind}
 
 
 def main(_: list[str]) -> None:
@@ -113,9 +127,10 @@ def main(_: list[str]) -> None:
         config_lib.validate(config)
         devices = parallel.setup(config.devices, config.finetune.batch)
         jax.config.update("jax_enable_compilation_cache", False)  # compile times are part of what is measured
-        for part, line in {"synthesize": synthesis_line, "finetune": finetune_line}.items():
-            if PART.value in ("all", part):
-                print(json.dumps(line(config, devices, STEPS.value)), flush=True)
+        calls, repeats = parallel.steps_per_call(config.steps_per_call), 0 if COMPILE_ONLY.value else STEPS.value
+        for name, part in PARTS.items():
+            if PART.value in ("all", name):
+                print(json.dumps({"part": name, **measure(part(config, devices), devices, calls, repeats)}), flush=True)
 
 
 if __name__ == "__main__":

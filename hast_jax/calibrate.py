@@ -1,10 +1,12 @@
 """Stage 2, calibration: one range for each activation layer, the weights untouched; frozen afterwards."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from hast_jax.report import Reporter
@@ -19,24 +21,20 @@ def step(student: nn.Module, variables: Variables, ranges: Variables, images: Ar
     return updated["ranges"]
 
 
-def run(student: nn.Module, variables: Variables, images: Array, config: ConfigDict, reporter: Reporter) -> Variables:
-    """Ranges of every activation layer from random batches of `images`.
+def run(student: nn.Module, variables: Variables, images: np.ndarray, config: ConfigDict, reporter: Reporter) -> Variables:
+    """Ranges of every activation layer from random batches of `images`, which may be memory-mapped.
 
     The authors calibrate on images of a small generator; hard samples need no second network and are what the student is
     trained on.
     """
     cfg = config.calibration
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
-
-    @jax.jit
-    def batch_step(ranges: Variables, index: Array, variables: Variables, images: Array) -> Variables:
-        chosen = jax.random.choice(jax.random.fold_in(key, index), len(images), (cfg.batch,), replace=False)
-        return step(student, variables, ranges, images[chosen])
-
+    choose = jax.jit(lambda index: jax.random.choice(jax.random.fold_in(key, index), len(images), (cfg.batch,), replace=False))
+    batch_step = jax.jit(partial(step, student))
     ranges: Variables = {}
     with reporter.stage("calibrate", cfg.batches) as progress:
         for index in range(cfg.batches):
-            ranges = batch_step(ranges, index, variables, images)
+            ranges = batch_step(variables, ranges, images[np.asarray(choose(index))])
             if (index + 1) % config.log_every == 0:
                 jax.block_until_ready(ranges)
                 progress.update(index + 1)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from hast_jax import losses, promote, quant
 from hast_jax.data import DATASETS
 from hast_jax.errors import UserError
-from hast_jax.models import ARCHITECTURES
+from hast_jax.models import ARCHITECTURES, own
 
 SCHEDULES = ("step", "cosine")
 
@@ -47,6 +47,8 @@ FREE_FIELDS = (
     "eval.batch",
     "synthesis.save_every",
     "synthesis.micro_batch",
+    "synthesis.remat",
+    "finetune.stream",
     "finetune.keep_every",
     "synthesis.source",  # a run knows its images by their content: RunFolder.check_images
 )
@@ -62,7 +64,7 @@ def default() -> ConfigDict:
             "log_every": 50,  # steps between two looks at the metrics
             "bits": {"weights": 3, "activations": 3},
             "teacher": {
-                "network": "resnet20",
+                "network": "resnet20",  # one of models.ARCHITECTURES, or FILE.py:CLASS for one of your own
                 "weights": "cifar100",  # a built-in teacher, or the path of a .safetensors, .npz or .pth file
                 "classes": 100,
                 "image": (32, 32, 3),  # height, width, channels
@@ -82,6 +84,7 @@ def default() -> ConfigDict:
                 "images": 5120,
                 "batch": 256,  # images optimised together: BN statistics are of one batch
                 "micro_batch": 0,  # images of a batch that pass the network together; 0: all, or 32 on a CPU
+                "remat": False,  # compute a part's intermediate arrays again for the gradient: the memory of one part
                 "iterations": 1000,  # 0: the images stay the noise that they start from
                 "beta": 10.0,  # weight of the hard-sample loss
                 "gamma": 2.0,  # exponent of the difficulty, Eq. 8
@@ -114,6 +117,7 @@ def default() -> ConfigDict:
                 "direction": "kl+fa",  # loss whose gradient promotes: kl, fa or kl+fa
                 "a": 1.0,  # weight of the loss on clean images
                 "b": 1.0,  # weight of the loss on promoted images; 0: no promotion
+                "stream": False,  # read images from disk as they are drawn, instead of keeping all on every device
                 "keep_every": 0,  # epochs between checkpoints that are kept for good; 0: none
                 "augment": True,
                 "crop_scale": 0.5,  # smallest area of the random resized crop
@@ -165,7 +169,6 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
         yield f"bits.{name}", not quant.MIN_BITS <= config.bits[name] <= quant.MAX_BITS, bits
     yield "seed", not 0 <= config.seed < 2**32, "between 0 and 2**32 - 1"
     choices: dict[str, tuple[str, Any]] = {
-        "teacher.network": (teacher.network, ARCHITECTURES),
         "calibration.range": (calibration.range, quant.RANGE_RULES),
         "finetune.schedule": (finetune.schedule, SCHEDULES),
         "finetune.straight_through": (finetune.straight_through, quant.STRAIGHT_THROUGH),
@@ -173,6 +176,8 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
         "finetune.direction": (finetune.direction, promote.DIRECTIONS),
         "eval.dataset": (config.eval.dataset, DATASETS),
     }
+    if not own.is_own(teacher.network):
+        choices["teacher.network"] = teacher.network, [*ARCHITECTURES, "FILE.py:CLASS"]
     for path, (value, known) in choices.items():
         close = difflib.get_close_matches(str(value), known, 1)
         hint = f" (did you mean {close[0]}?)" if close else ""

@@ -14,11 +14,13 @@ from hast_jax import cli, data, finetune, networks, parallel, run_folder
 from hast_jax.accuracy import Accuracy, make_evaluator
 from hast_jax.checkpoint import Checkpoints
 from hast_jax.errors import UserError
+from hast_jax.models import own
 from hast_jax.models.weights import Variables
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which student: best was selected on test data.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of TFDS, where it is not the run's.")
+NETWORK = flags.DEFINE_string("network", None, "FILE.py:CLASS of a network of your own, whose code is run.")
 DEVICES = flags.DEFINE_integer("devices", 0, "Local devices used; 0: all.", lower_bound=0)
 
 
@@ -38,9 +40,20 @@ def restore_student(
     return {**variables, "params": state.params, "ranges": folder.read_ranges()}, int(state.step)
 
 
-def run(workdir: Path, checkpoint: str, devices: int, data_dir: str | None, console: Console) -> dict[str, Accuracy]:
-    """Print and return the accuracy of teacher and student of a run folder. Raises UserError."""
+def run(
+    workdir: Path, checkpoint: str, devices: int, data_dir: str | None, network: str | None, console: Console
+) -> dict[str, Accuracy]:
+    """Print and return the accuracy of teacher and student of a run folder. Raises UserError.
+
+    A network of one's own must be named by `network`: code that a run folder names is never run, as it may be a stranger's.
+    """
     folder, config = run_folder.open_for_reading(workdir)
+    if network is not None:
+        config.teacher.network = network
+    elif own.is_own(config.teacher.network):
+        raise UserError(
+            f"{workdir} holds a network of someone's own: if you trust its code, --network={config.teacher.network}"
+        )
     count = parallel.setup(devices)
     name, split = config.eval.dataset, config.eval.split
     if data_dir is not None:
@@ -69,7 +82,7 @@ def run(workdir: Path, checkpoint: str, devices: int, data_dir: str | None, cons
 def main(_: list[str]) -> None:
     """Evaluate a run folder."""
     with cli.user_errors():
-        run(Path(WORKDIR.value), CHECKPOINT.value, DEVICES.value, DATA_DIR.value, Console())
+        run(Path(WORKDIR.value), CHECKPOINT.value, DEVICES.value, DATA_DIR.value, NETWORK.value, Console())
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def base(sweep: Sweep) -> Base:
     folder, config = open_for_reading(sweep.path(cell, seed))
     teacher, variables = networks.teacher(config)
     images, labels = synthetic_set.load(sweep.images({}, seed), tuple(config.teacher.image))
-    count = config.synthesis.images
+    most = max(BATCHES * config.finetune.batch, HESSIAN_IMAGES)  # that are looked at
+    count = min(most, config.synthesis.images)
     constants = jnp.asarray(images[:count]), jnp.asarray(labels[:count])
     frozen = finetune.freeze(variables, folder.read_ranges(), *constants, config)
     losses = landscape.losses(teacher, networks.student(config), config.finetune)

@@ -1,11 +1,13 @@
 """Stage 3, fine-tuning: the quantized student follows the teacher on clean and on promoted images."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -13,6 +15,7 @@ from hast_jax import augment, losses, models, parallel
 from hast_jax.promote import Distances, promote
 
 Array = jax.Array
+Images = Array | np.ndarray
 Variables = Mapping[str, Any]
 
 
@@ -41,12 +44,14 @@ class Frozen(NamedTuple):
     """What it does not change.
 
     teacher: its variables. ranges: of the activations. images [n, h, w, c], labels [n]: the synthetic set. seed: scalar.
+    Where images are streamed they are instead those of the steps of one call, this device's share of each:
+    images [steps, share, h, w, c], labels [steps, share].
     """
 
     teacher: Variables
     ranges: Variables
-    images: Array
-    labels: Array
+    images: Images
+    labels: Images
     seed: Array
     strengths: Strengths
 
@@ -64,7 +69,7 @@ def optimizer(schedule: optax.ScalarOrSchedule, momentum: float, weight_decay: f
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum, nesterov=True))
 
 
-def freeze(teacher: Variables, ranges: Variables, images: Array, labels: Array, config: ConfigDict) -> Frozen:
+def freeze(teacher: Variables, ranges: Variables, images: Images, labels: Images, config: ConfigDict) -> Frozen:
     """`Frozen`, with the seed and the strengths of the whole `config`."""
     strengths = Strengths(*(jnp.asarray(config.finetune[name]) for name in Strengths._fields))
     return Frozen(teacher, ranges, images, labels, jnp.uint32(config.seed), strengths)
@@ -112,19 +117,61 @@ def loss_and_gradient(
     return metrics | {"loss": loss}, gradient
 
 
+def step_key(seed: Array, step: Array) -> Array:
+    """The key of everything random in this step."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 3), step)
+
+
+def chosen_rows(key: Array, images: int, batch: int) -> Array:
+    """Rows [batch] of the synthetic set of `images` images that are the global batch of the step with this key."""
+    return jax.random.choice(key, images, (batch,), replace=False)
+
+
 def draw(frozen: Frozen, step: Array, count: int, config: ConfigDict) -> tuple[Array, Array]:
     """This device's share of the images and labels of this step, augmented.
 
-    The global batch depends on the seed and the step, not on the number of devices.
+    The global batch depends on the seed and the step, not on the number of devices, nor on whether images are streamed.
     """
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(frozen.seed), 3), step)
-    chosen = jax.random.choice(key, len(frozen.images), (config.batch,), replace=False)
+    key = step_key(frozen.seed, step)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.batch))
-    chosen, keys = parallel.own_share(chosen, count), parallel.own_share(keys, count)
-    images = frozen.images[chosen]
+    if config.stream:
+        rows = step % len(frozen.images)
+    else:
+        rows = parallel.own_share(chosen_rows(key, len(frozen.images), config.batch), count)
+    images, labels = frozen.images[rows], frozen.labels[rows]
     if config.augment:
+        keys = parallel.own_share(keys, count)
         images = augment.random_resized_crop_and_flip(keys, images, (config.crop_scale, 1.0))
-    return images, frozen.labels[chosen]
+    return jnp.asarray(images), jnp.asarray(labels)
+
+
+def inputs(frozen: Frozen, calls: range, count: int, config: ConfigDict) -> Iterator[tuple[Frozen]]:
+    """What each call gets beside the state, on `count` devices.
+
+    frozen: with all images, as NumPy arrays that may be memory-mapped. calls: the first step of each call. All images are
+    copied to every device, once; or, with `config.stream`, a thread that runs ahead of the device reads those of each call.
+    """
+    if config.stream:
+        return _stream(frozen, calls, count, config)
+    return itertools.repeat((parallel.replicate(frozen, count),))
+
+
+def _stream(frozen: Frozen, calls: range, count: int, config: ConfigDict) -> Iterator[tuple[Frozen]]:
+    import grain
+
+    images, labels = frozen.images, frozen.labels
+    rows_of = jax.jit(jax.vmap(lambda step: chosen_rows(step_key(frozen.seed, step), len(images), config.batch)))
+
+    def read(first: int) -> tuple[Images, Images]:
+        rows = np.asarray(rows_of(first + np.arange(calls.step)))  # [steps, batch]
+        rows = np.moveaxis(rows.reshape(calls.step, count, -1), 1, 0)
+        return images[rows], labels[rows]
+
+    rest = parallel.replicate(frozen._replace(images=np.zeros(0), labels=np.zeros(0)), count)
+    reader = grain.MapDataset.range(calls.start, calls.stop, calls.step).map(read)
+    for batch in reader.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)):
+        chosen, of_labels = parallel.shard(batch, count)
+        yield (rest._replace(images=chosen, labels=of_labels),)
 
 
 def make_step(

@@ -15,7 +15,7 @@ Metrics = dict[str, float]
 def drive(
     step: Callable[..., tuple[Any, Any]],
     state: Any,
-    constants: tuple[Any, ...],
+    inputs: Iterator[tuple[Any, ...]],
     *,
     start: int,
     stop: int,
@@ -23,7 +23,7 @@ def drive(
     every: tuple[int, ...],
     what: str,
 ) -> Iterator[tuple[int, Any, Metrics]]:
-    """Call `step(state, *constants)` from `start` to `stop`; yield (steps done, state, metrics) now and then.
+    """Call `step(state, *next(inputs))` from `start` to `stop`; yield (steps done, state, metrics) now and then.
 
     It yields at each multiple of any number in `every`, and at `stop`.
 
@@ -35,7 +35,7 @@ def drive(
     """
     done = start
     while done < stop:
-        state, metrics = step(state, *constants)
+        state, metrics = step(state, *next(inputs))
         done += steps_per_call
         if done >= stop or any(done % number == 0 for number in every):
             values = {name: float(np.mean(value)) for name, value in jax.device_get(metrics).items()}

@@ -5,6 +5,7 @@ t the full-precision teacher, s the quantized student.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +16,38 @@ from hast_jax.models.layers import BatchNormTap
 Array = jax.Array
 
 
-def bn_statistics(*parts: Sequence[BatchNormTap]) -> tuple[Array, Array]:
-    """The two parts of L_BNS, for the means and for the variances; their sum is the loss.
+class Moments(NamedTuple):
+    """Of the input x of one batch-norm layer [c]: E[x], E[(x - running mean)^2]; and the layer's running moments [c].
 
-    parts: the taps of a batch, or of each of several equal parts of it, whose moments combine to those of the batch.
+    Those of a batch are the averages of those of its equal parts.
+    """
+
+    mean: Array
+    spread: Array
+    running_mean: Array
+    running_var: Array
+
+
+def bn_moments(taps: Sequence[BatchNormTap]) -> tuple[Moments, ...]:
+    """The moments of every batch-norm layer, over batch, height and width, in one pass over its input."""
+    over = lambda x: tuple(range(x.ndim - 1))
+    mean = lambda tap: jnp.mean(tap.inputs, over(tap.inputs))
+    spread = lambda tap: jnp.mean(jnp.square(tap.inputs - jnp.expand_dims(tap.mean, over(tap.inputs))), over(tap.inputs))
+    return tuple(Moments(mean(tap), spread(tap), tap.mean, tap.var) for tap in taps)
+
+
+def bn_statistics(layers: Sequence[Moments]) -> tuple[Array, Array]:
+    """The two parts of L_BNS, for the means and for the variances; their sum is the loss.
 
         L_BNS = (1/L) sum_l [ mean_c (m_lc - running_mean_lc)^2 + mean_c (v_lc - running_var_lc)^2 ]
 
-    m, v: mean and biased variance over batch, height and width of the input of batch-norm layer l. Both come from one
-    pass over the input; taken around the running mean, which m approaches, v = E[(x - r)^2] - (m - r)^2 loses no digits.
+    m, v: mean and biased variance of the input of batch-norm layer l. Taken around the running mean r, which m approaches,
+    v = E[(x - r)^2] - (m - r)^2 loses no digits.
     """
-    means, variances = [], []
-    for layer in zip(*parts):
-        average = lambda values: sum(values) / len(parts)
-        running = layer[0]
-        mean = average([jnp.mean(tap.inputs, (0, 1, 2)) for tap in layer])
-        spread = average([jnp.mean(jnp.square(tap.inputs - tap.mean[None, None, None]), (0, 1, 2)) for tap in layer])
-        variance = spread - jnp.square(mean - running.mean)
-        means.append(jnp.mean(jnp.square(mean - running.mean)))
-        variances.append(jnp.mean(jnp.square(variance - running.var)))
-    return jnp.mean(jnp.stack(means)), jnp.mean(jnp.stack(variances))
+    means = [jnp.mean(jnp.square(layer.mean - layer.running_mean)) for layer in layers]
+    variances = [layer.spread - jnp.square(layer.mean - layer.running_mean) for layer in layers]
+    errors = [jnp.mean(jnp.square(variance - layer.running_var)) for variance, layer in zip(variances, layers)]
+    return jnp.mean(jnp.stack(means)), jnp.mean(jnp.stack(errors))
 
 
 def hard_sample(logits: Array, labels: Array, gamma: float) -> Array:

@@ -6,19 +6,25 @@ from ml_collections import ConfigDict
 
 from hast_jax import models, quant
 from hast_jax.errors import UserError
-from hast_jax.models import weights
+from hast_jax.models import own, weights
 
 
 def teacher(config: ConfigDict) -> tuple[nn.Module, weights.Variables]:
-    """The full-precision network and its variables. Raises UserError where the file does not fit the config."""
+    """The full-precision network and its variables.
+
+    Raises UserError where the network cannot be quantized by the stages, or the file does not fit the config.
+    """
     model = models.create(config.teacher.network, config.teacher.classes)
+    image = tuple(config.teacher.image)
+    if own.is_own(config.teacher.network):
+        own.check(model, student(config), image, alignment=config.finetune.lam > 0)
     path = weights.locate(config.teacher.weights)
     state, metadata = weights.read(path)
     for name in ("mean", "std"):
         said, ours = getattr(metadata, name), config.teacher[name]
         if said is not None and not (len(said) == len(ours) and np.allclose(said, ours, atol=1e-3)):
             raise UserError(f"{path} was trained with {name} {said}, not config.teacher.{name} {ours}: change the config.")
-    return model, weights.from_state_dict(model, state, config.teacher.image[-1])
+    return model, weights.from_state_dict(model, state, image)
 
 
 def student(config: ConfigDict) -> nn.Module:

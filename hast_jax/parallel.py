@@ -93,7 +93,7 @@ def micro_batch(requested: int, batch: int) -> int:
     return requested or max(d for d in range(1, min(most, batch) + 1) if batch % d == 0)
 
 
-def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1) -> Callable[..., tuple[Any, Any]]:
+def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1) -> Any:
     """`step(state, *constants) -> (state, metrics)` run `steps` times on each of `count` devices in one call.
 
     All arguments carry the devices' axis; the state is donated. Returns the new state and the last step's metrics.

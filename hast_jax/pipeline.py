@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -23,7 +23,6 @@ from hast_jax.models import weights
 from hast_jax.report import Reporter, save_picture
 from hast_jax.run_folder import RunFolder
 
-Array = jax.Array
 Evaluator = Callable[[weights.Variables], Accuracy]
 
 
@@ -82,8 +81,8 @@ def run_synthesis(config: ConfigDict, workdir: Path, console: Console) -> Path:
     return job.folder.synthetic
 
 
-def training_images(job: Job) -> tuple[Array, Array]:
-    """Stage 1: the images and labels that the student learns from, on the device.
+def training_images(job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """Stage 1: the images and labels that the student learns from, memory-mapped where they come from a file.
 
     They are synthesized, or come from `config.synthesis.source`, or are real ones of `config.synthesis.real_split`.
     """
@@ -104,10 +103,10 @@ def training_images(job: Job) -> tuple[Array, Array]:
         raise UserError(f"{place} holds {len(images)} images, fewer than the batch of {most}: lower the batch.")
     folder.check_images(images, labels)
     save_picture(folder.picture, images, config.teacher.mean, config.teacher.std)
-    return jnp.asarray(images), jnp.asarray(labels)
+    return images, labels
 
 
-def activation_ranges(job: Job, images: Array) -> weights.Variables:
+def activation_ranges(job: Job, images: np.ndarray) -> weights.Variables:
     """Stage 2: the ranges of the activations, read from `ranges.json` where it exists."""
     if not job.folder.ranges.exists():
         job.folder.write_ranges(calibrate.run(job.student, job.variables, images, job.config, job.reporter))
@@ -137,7 +136,7 @@ def fine_tune(job: Job, frozen: finetune.Frozen) -> dict[int, float]:
             loop = drive(
                 parallel.pmap_steps(finetune.make_step(job.teacher, job.student, devices, cfg), devices, calls),
                 parallel.replicate(state, devices),
-                (parallel.replicate(frozen, devices),),
+                finetune.inputs(frozen, range(start, stop, calls), devices, cfg),
                 start=start,
                 stop=stop,
                 steps_per_call=calls,

@@ -95,8 +95,9 @@ def main(_: list[str]) -> None:
         variables = train(model, train_set, config, console)
         top1 = accuracy.make_evaluator(model, test_set, config, devices, console)(variables).top1
         recipe = ", ".join(f"{name} {value}" for name, value in config.pretrain.items())
+        state = weights.to_state_dict(model, variables, tuple(config.teacher.image))
         metadata = {
-            "architecture": f"{config.teacher.network} (pytorchcv names, OIHW)",
+            "architecture": f"{config.teacher.network} ({next(iter(weights.libraries(model)))} names)",
             "dataset": config.eval.dataset,
             "num_classes": str(config.teacher.classes),
             "mean": str(list(config.teacher.mean)),
@@ -104,7 +105,7 @@ def main(_: list[str]) -> None:
             "test_top1": f"{top1:.2f}",
             "training": f"SGD nesterov, cosine, {recipe}, {len(train_set.labels)} images, seed {config.seed}",
         }
-        weights.write(Path(OUTPUT.value), weights.to_state_dict(model, variables), metadata)
+        weights.write(Path(OUTPUT.value), state, metadata)
         console.print(f"{OUTPUT.value}: top-1 {top1:.2f} % on {len(test_set.labels)} held-out images")
 
 

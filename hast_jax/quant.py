@@ -37,6 +37,13 @@ def dequantize(codes: Array, scale: Array, zero_point: Array) -> Array:
     return (codes + zero_point) / scale
 
 
+def limits(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
+    """The smallest and the largest real value of a code; near `low` and `high`, which need not be on the grid."""
+    scale, zero_point = scale_and_zero_point(low, high, bits)
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return dequantize(jnp.asarray(lowest), scale, zero_point), dequantize(jnp.asarray(highest), scale, zero_point)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def fake_quantize(x: Array, low: Array, high: Array, bits: int) -> Array:
     """`x` moved onto the grid of [low, high], with the identity as its derivative, of any order and in any mode.

@@ -1,6 +1,7 @@
 """Stage 1, hard-sample synthesis: images optimised from noise against the teacher's own batch-norm statistics."""
 
 import functools
+import itertools
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from ml_collections import ConfigDict
 
 from hast_jax import augment, losses, models, parallel
@@ -53,17 +55,27 @@ def plateau_update(plateau: Plateau, loss: Array, config: ConfigDict) -> Plateau
 
 
 def objective(
-    images: Array, labels: Array, teacher: nn.Module, variables: Variables, beta: float, gamma: float, parts: int = 1
+    images: Array, labels: Array, teacher: nn.Module, variables: Variables, config: ConfigDict
 ) -> tuple[Array, dict[str, Array]]:
-    """L_syn = L_BNS + beta * L_HIL of one batch, and its terms.
+    """L_syn = L_BNS + beta * L_HIL of one batch, and its terms. config: `config.synthesis`.
 
-    The batch passes the network in `parts`: the same values, from smaller intermediate arrays.
+    The batch passes the network in parts of `micro_batch` images: the same values, as the moments of the batch come from
+    those of its parts. With `remat` a part's intermediate arrays are computed again for the gradient instead of kept.
     """
-    passes = [models.apply(teacher, variables, part) for part in jnp.split(images, parts)]
-    mean_loss, var_loss = losses.bn_statistics(*(taps.batch_norms for _, taps in passes))
-    logits = jnp.concatenate([logits for logits, _ in passes])
-    hard = losses.hard_sample(logits, labels, gamma)
-    loss = mean_loss + var_loss + beta * hard
+
+    def look(part: Array) -> tuple[Array, tuple[losses.Moments, ...]]:
+        logits, taps = models.apply(teacher, variables, part)
+        return logits, losses.bn_moments(taps.batch_norms)
+
+    parts = images.reshape(-1, parallel.micro_batch(config.micro_batch, len(images)), *images.shape[1:])
+    if config.remat:
+        logits, moments = lax.map(jax.checkpoint(look), parts)  # one part after the other, whatever the compiler prefers
+    else:
+        logits, moments = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(look(part) for part in parts))
+    mean_loss, var_loss = losses.bn_statistics(jax.tree.map(lambda moment: jnp.mean(moment, 0), moments))
+    logits = logits.reshape(len(images), -1)
+    hard = losses.hard_sample(logits, labels, config.gamma)
+    loss = mean_loss + var_loss + config.beta * hard
     accuracy = jnp.mean(jnp.argmax(logits, 1) == labels)
     return loss, {"loss": loss, "bn_mean": mean_loss, "bn_var": var_loss, "hard": hard, "accuracy": accuracy}
 
@@ -81,14 +93,12 @@ def step(
     state: State, variables: Variables, teacher: nn.Module, key: Array, config: ConfigDict
 ) -> tuple[State, dict[str, Array]]:
     """One Adam step on the images. config: `config.synthesis`."""
-    batch = state.images.shape[0]
-    parts = batch // parallel.micro_batch(config.micro_batch, batch)
 
     def loss_fn(images: Array) -> tuple[Array, dict[str, Array]]:
         if config.crop_probability > 0:
             step_key = jax.random.fold_in(jax.random.fold_in(key, state.batch), state.iteration)
             images = _see_through_crop(images, step_key, config)
-        return objective(images, state.labels, teacher, variables, config.beta, config.gamma, parts)
+        return objective(images, state.labels, teacher, variables, config)
 
     gradient, metrics = jax.grad(loss_fn, has_aux=True)(state.images)
     update, adam = optax.scale_by_adam().update(gradient, state.adam)
@@ -141,7 +151,7 @@ def run(
             loop = drive(
                 step_for(count, calls),
                 state,
-                (parallel.replicate(variables, count),),
+                itertools.repeat((parallel.replicate(variables, count),)),
                 start=iteration,
                 stop=cfg.iterations,
                 steps_per_call=calls,

@@ -22,6 +22,14 @@ def test_the_benchmark_prints_a_json_line_for_each_step() -> None:
         assert 0 < line["matmul_fraction"] < 1.5
 
 
+def test_what_the_compiler_says_of_a_step_is_printed_without_running_it() -> None:
+    arguments = [f"--config={tiny.ROOT}/configs/imagenet.py:small,mobilenetv2", "--config.teacher.image=(64, 64, 3)"]
+    done = tiny.call([*tiny.module("benchmark"), *arguments, "--compile_only", "--part=synthesize", "--config.devices=1"])
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    assert line["flops"] > 1e9 and line["intermediate_gib"] > 0 and "per_second" not in line
+
+
 def test_a_pretrained_teacher_is_a_weight_file_with_its_metadata(tmp_path) -> None:
     path = tmp_path / "teacher.safetensors"
     done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={path}", "--config.pretrain.epochs=3"])

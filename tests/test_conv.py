@@ -1,4 +1,4 @@
-"""The packed convolution is the plain one, in value and in both gradients."""
+"""The packed and the depthwise convolution are the plain one, in value and in both gradients."""
 
 import jax
 import numpy as np
@@ -8,10 +8,16 @@ from jax import lax
 from hast_jax.models.conv import conv
 
 
-def plain(x, kernel, stride):
+def plain(x, kernel, stride, groups):
     pad = kernel.shape[0] // 2
-    names = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (stride, stride), ((pad, pad), (pad, pad)), dimension_numbers=names)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        ((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
 @pytest.mark.parametrize("channels", [(3, 16), (16, 16), (16, 32), (32, 32), (1, 16)])
@@ -19,11 +25,23 @@ def plain(x, kernel, stride):
     ("width", "size", "stride"), [(8, 3, 1), (7, 3, 1), (2, 3, 1), (8, 3, 2), (8, 1, 1), (8, 7, 2), (8, 7, 1)]
 )
 def test_it_is_the_plain_convolution(channels: tuple[int, int], width: int, size: int, stride: int) -> None:
+    check(channels, width, size, stride, groups=1)
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "stride"), [(8, 3, 1), (7, 3, 1), (8, 3, 2), (7, 3, 2), (8, 5, 2), (8, 1, 1), (2, 3, 2)]
+)
+@pytest.mark.parametrize(("channels", "groups"), [((6, 6), 6), ((1, 1), 1), ((6, 12), 6), ((6, 6), 2)])
+def test_so_it_is_in_groups(channels: tuple[int, int], groups: int, width: int, size: int, stride: int) -> None:
+    check(channels, width, size, stride, groups)
+
+
+def check(channels: tuple[int, int], width: int, size: int, stride: int, groups: int) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2, width, width, channels[0]))
-    kernel = jax.random.normal(keys[1], (size, size, *channels))
-    y, pull_back = jax.vjp(lambda x, k: conv(x, k, stride), x, kernel)
-    expected, expected_pull_back = jax.vjp(lambda x, k: plain(x, k, stride), x, kernel)
+    kernel = jax.random.normal(keys[1], (size, size, channels[0] // groups, channels[1]))
+    y, pull_back = jax.vjp(lambda x, k: conv(x, k, stride, groups), x, kernel)
+    expected, expected_pull_back = jax.vjp(lambda x, k: plain(x, k, stride, groups), x, kernel)
     upstream = jax.random.normal(keys[2], expected.shape)
     for actual, wanted in zip((y, *pull_back(upstream)), (expected, *expected_pull_back(upstream)), strict=True):
         np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.abs(wanted).max())

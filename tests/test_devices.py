@@ -1,6 +1,7 @@
 """One device and four give the same synthetic images and the same fine-tuning trajectory."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -78,18 +79,57 @@ def test_a_batch_in_parts_has_the_objective_and_gradient_of_the_whole() -> None:
     teacher, variables = networks.teacher(config)
     images, labels = jax.random.normal(jax.random.key(1), (24, 8, 8, 1)), jnp.arange(24) % 10
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def look(images: jax.Array, parts: int):
-        loss = lambda x: synthesize.objective(x, labels, teacher, variables, 10.0, 2.0, parts)
-        return jax.value_and_grad(loss, has_aux=True)(images)
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def look(images: jax.Array, micro_batch: int, remat: bool):
+        cfg = tiny.config(synthesis__micro_batch=micro_batch, synthesis__remat=remat).synthesis
+        return jax.value_and_grad(synthesize.objective, has_aux=True)(images, labels, teacher, variables, cfg)
 
-    (whole, terms), gradient = look(images, 1)
-    for parts in (2, 3, 24):
-        (loss, same_terms), same_gradient = look(images, parts)
+    (whole, terms), gradient = look(images, 24, False)
+    for micro_batch, remat in ((12, False), (8, False), (1, False), (24, True), (8, True)):
+        (loss, same_terms), same_gradient = look(images, micro_batch, remat)
         np.testing.assert_allclose(loss, whole, rtol=1e-5)
         for name, value in terms.items():
             np.testing.assert_allclose(same_terms[name], value, rtol=1e-4, err_msg=name)
         np.testing.assert_allclose(same_gradient, gradient, atol=1e-4 * float(jnp.abs(gradient).max()))
+
+
+def test_computing_again_needs_the_memory_of_one_part() -> None:
+    teacher, variables = networks.teacher(tiny.config())
+    images, labels = jnp.zeros((256, 8, 8, 1)), jnp.zeros(256, jnp.int32)
+
+    def memory(micro_batch: int, remat: bool) -> int:
+        cfg = tiny.config(synthesis__micro_batch=micro_batch, synthesis__remat=remat).synthesis
+        gradient = jax.jit(jax.grad(lambda x: synthesize.objective(x, labels, teacher, variables, cfg)[0]))
+        return gradient.lower(images).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(16, True) < memory(256, False) / 4
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_streamed_images_are_those_of_the_set_on_the_device(devices: int, steps: int, tmp_path) -> None:
+    """The batches of twelve steps, six of them after a resume."""
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).normal(size=(40, 8, 8, 1)).astype(np.float32))
+    images, labels = np.load(tmp_path / "images.npy", mmap_mode="r"), np.arange(40, dtype=np.int32)
+
+    def batches(stream: bool) -> list[jax.Array]:
+        cfg = tiny.config(finetune__stream=stream).finetune
+        frozen = finetune.Frozen({}, {}, images, labels, jnp.uint32(7), ())
+
+        def step(state: jax.Array, frozen: finetune.Frozen):
+            return state + 1, finetune.draw(frozen, state, devices, cfg)
+
+        found = []
+        for start, stop in ((0, 6), (6, 12)):
+            state = parallel.replicate(jnp.int32(start), devices)
+            run = parallel.pmap_steps(step, devices, steps)
+            for inputs in itertools.islice(finetune.inputs(frozen, range(start, stop, steps), devices, cfg), 6 // steps):
+                state, drawn = run(state, *inputs)
+                found += drawn
+        return found
+
+    for ours, expected in zip(batches(True), batches(False), strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 def test_on_a_cpu_few_images_pass_the_network_together() -> None:

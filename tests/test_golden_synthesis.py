@@ -34,9 +34,10 @@ def parts_at_start(golden: Golden, name: str, scaled: bool, dtype=np.float32):
     """{golden's name of a loss: (value, image gradient [n, channels, height, width])} at iteration 0."""
     beta, gamma = beta_and_gamma(name)
     model, variables, labels, _ = setting(golden, name, scaled=scaled, dtype=dtype)
+    config = ConfigDict({"beta": beta, "gamma": gamma, "micro_batch": 0, "remat": False})
 
     def values(images):
-        loss, parts = synthesize.objective(images, labels, model, variables, beta, gamma)
+        loss, parts = synthesize.objective(images, labels, model, variables, config)
         hard = beta * parts["hard"]  # the authors' trace holds it with its weight
         return {"mean_loss": parts["bn_mean"], "var_loss": parts["bn_var"], "loss_target": hard, "total_loss": loss}
 

@@ -1,5 +1,7 @@
 """The loop around a step: when it looks, and what it refuses."""
 
+import itertools
+
 import jax.numpy as jnp
 import pytest
 
@@ -13,7 +15,7 @@ def count(state, add):
 
 def looks(**changes) -> list[int]:
     arguments = {"start": 0, "stop": 20, "steps_per_call": 1, "every": (6, 10), "what": "finetune"} | changes
-    return [done for done, _, _ in drive(count, 0, (1,), **arguments)]
+    return [done for done, _, _ in drive(count, 0, itertools.repeat((1,)), **arguments)]
 
 
 def test_it_looks_at_multiples_of_each_interval_and_at_the_end() -> None:
@@ -23,16 +25,14 @@ def test_it_looks_at_multiples_of_each_interval_and_at_the_end() -> None:
 
 
 def test_the_metrics_are_those_of_the_step_just_done() -> None:
-    assert [
-        (done, metrics["value"])
-        for done, _, metrics in drive(count, 0, (1,), start=0, stop=4, steps_per_call=1, every=(2,), what="finetune")
-    ] == [(2, 2.0), (4, 4.0)]
+    loop = drive(count, 0, itertools.repeat((1,)), start=0, stop=4, steps_per_call=1, every=(2,), what="finetune")
+    assert [(done, metrics["value"]) for done, _, metrics in loop] == [(2, 2.0), (4, 4.0)]
 
 
 def test_a_value_that_is_not_finite_stops_it_with_the_step_and_what_to_do() -> None:
     bad = lambda state: (state, {"loss": jnp.asarray([jnp.nan]), "lr": jnp.ones(1)})
     with pytest.raises(UserError, match=r"synthesis diverged: loss not finite at step 3; lower config\.synthesis\.lr"):
-        list(drive(bad, 0, (), start=0, stop=9, steps_per_call=1, every=(3,), what="synthesis"))
+        list(drive(bad, 0, itertools.repeat(()), start=0, stop=9, steps_per_call=1, every=(3,), what="synthesis"))
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,9 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PJRT_NPROC", "XLA_FLAGS")}
 
 
-def call(arguments: list[str]) -> subprocess.CompletedProcess:
-    """Run a command to its end."""
-    return subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+def call(arguments: list[str], place: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a command to its end, in a folder."""
+    return subprocess.run(arguments, cwd=place, env=environment(), capture_output=True, text=True, check=False)
 
 
 def kill_when(arguments: list[str], moment: Callable[[], bool]) -> None:

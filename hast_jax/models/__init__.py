@@ -6,7 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from hast_jax.models.layers import FULL_PRECISION, BatchNormTap, Precision, Taps
+from hast_jax.models import own
+from hast_jax.models.layers import ACTIVATIONS, FULL_PRECISION, BatchNormTap, Precision, Taps
 from hast_jax.models.mobilenet import MobileNetV1, MobileNetV2
 from hast_jax.models.resnet import ResNet
 
@@ -21,8 +22,13 @@ ARCHITECTURES: dict[str, Any] = {
 
 
 def create(name: str, classes: int, precision: Precision = FULL_PRECISION) -> nn.Module:
-    """The network called `name` in `ARCHITECTURES`: the teacher by default, a student with a `precision`."""
-    return ARCHITECTURES[name](classes=classes, precision=precision)
+    """The network called `name`: the teacher by default, a student with a `precision`.
+
+    name: one of `ARCHITECTURES`, or "FILE.py:CLASS" for a network of one's own (docs/your_network.md). Raises UserError where
+    there is none.
+    """
+    make = ARCHITECTURES[name] if name in ARCHITECTURES else own.load(name)
+    return make(classes=classes, precision=precision)
 
 
 def apply(model: nn.Module, variables: Any, images: jax.Array) -> tuple[jax.Array, Taps]:
@@ -31,4 +37,4 @@ def apply(model: nn.Module, variables: Any, images: jax.Array) -> tuple[jax.Arra
     return outputs
 
 
-__all__ = ["ARCHITECTURES", "BatchNormTap", "Precision", "ResNet", "Taps", "apply", "create"]
+__all__ = ["ACTIVATIONS", "ARCHITECTURES", "BatchNormTap", "Precision", "ResNet", "Taps", "apply", "create"]

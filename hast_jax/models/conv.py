@@ -3,10 +3,11 @@
 On a CPU, XLA's convolutions come near the rate of its matrix products with 32 output channels or more and reach less than
 half of it below. A narrow convolution of stride 1 therefore computes `pack` neighbouring pixels of a row at once, as
 `pack * out` channels of one convolution with stride (1, pack); its result reshapes to the wanted one without moving a
-byte. The gradient of the image is such a convolution too. The added taps are zeros: the result is the same. See
-docs/performance.md for what it gains.
+byte. The gradient of the image is such a convolution too. The added taps are zeros: the result is the same. A depthwise
+convolution is a sum of shifted products instead, as XLA's own is slow there. See docs/performance.md for what both gain.
 """
 
+import functools
 from functools import partial
 
 import jax
@@ -23,8 +24,11 @@ def conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
 
     The padding is explicit, as in PyTorch: XLA's "SAME" pads stride-2 layers on one side only.
     """
-    if jax.default_backend() == "cpu" and stride == groups == 1 and kernel.shape[0] > 1:
-        return _packed_conv(x, kernel)
+    if jax.default_backend() == "cpu":
+        if stride == groups == 1 and kernel.shape[0] > 1:
+            return _packed_conv(x, kernel)
+        if groups == x.shape[-1] == kernel.shape[-1]:
+            return _depthwise(x, kernel, stride)
     return _direct(x, kernel, (stride, stride), groups)
 
 
@@ -38,6 +42,16 @@ def _direct(x: Array, kernel: Array, strides: tuple[int, int], groups: int = 1) 
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
+
+
+def _depthwise(x: Array, kernel: Array, stride: int) -> Array:
+    size = kernel.shape[0]
+    pad = size // 2
+    height, width = ((length + 2 * pad - size) // stride + 1 for length in x.shape[1:3])
+    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    window = lambda first, count: slice(first, first + stride * (count - 1) + 1, stride)
+    terms = (x[:, window(i, height), window(j, width)] * kernel[i, j][None, None] for i in range(size) for j in range(size))
+    return functools.reduce(jnp.add, terms)
 
 
 def _packed(x: Array, kernel: Array) -> Array:

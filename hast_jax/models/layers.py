@@ -8,12 +8,23 @@ import jax
 import jax.numpy as jnp
 
 from hast_jax import quant
+from hast_jax.errors import UserError
 from hast_jax.models.conv import conv
 
 Array = jax.Array
 RangeRule = Callable[[Array, int], tuple[Array, Array]]
 
 RANGE_DECAY = 0.9
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu,
+    "relu6": lambda x: jnp.minimum(nn.relu(x), 6.0),
+    "leaky_relu": nn.leaky_relu,
+    "elu": nn.elu,
+    "silu": nn.silu,
+    "hard_swish": nn.hard_swish,
+    "gelu": nn.gelu,
+}
 
 
 class BatchNormTap(NamedTuple):
@@ -53,13 +64,17 @@ FULL_PRECISION = Precision()
 
 
 class Conv(nn.Module):
-    """Convolution without bias, its kernel [height, width, in / groups, out] fake-quantized for each output channel."""
+    """Square convolution, padded by size // 2; its kernel [size, size, in / groups, out] fake-quantized for each output.
+
+    bits: of the kernel, as for every layer here; None is full precision. groups: the input channels for a depthwise one.
+    """
 
     features: int
     size: int
     stride: int = 1
     bits: int | None = None
     groups: int = 1
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -68,7 +83,10 @@ class Conv(nn.Module):
         kernel = self.param("kernel", nn.initializers.variance_scaling(2.0, "fan_out", "normal"), shape)
         if self.bits is not None:
             kernel = quant.fake_quantize_weight(kernel, self.bits)
-        return conv(x, kernel, self.stride, self.groups)
+        x = conv(x, kernel, self.stride, self.groups)
+        if not self.use_bias:
+            return x
+        return x + self.param("bias", nn.initializers.zeros_init(), (self.features,))[None, None, None]
 
 
 class Dense(nn.Module):
@@ -89,8 +107,24 @@ class Dense(nn.Module):
         return x @ kernel + self.param("bias", nn.initializers.zeros_init(), (self.features,))[None]
 
 
+class BatchNorm(nn.BatchNorm):
+    """Flax's batch norm with PyTorch's conventions; returns the output and its tap."""
+
+    # PyTorch's momentum 0.1 is 0.9 here, and the variance is not computed as E[x^2] - E[x]^2.
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    use_fast_variance: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> tuple[Array, BatchNormTap]:  # type: ignore[override]
+        """Any shape whose last axis are channels, kept; `train` normalises with the moments of the batch."""
+        y = super().__call__(x, use_running_average=not train)
+        moments: Any = self.variables["batch_stats"]
+        return y, BatchNormTap(x, moments["mean"], moments["var"])
+
+
 class ConvNorm(nn.Module):
-    """Convolution and batch norm; returns the output and the batch norm's tap."""
+    """Convolution and batch norm; returns the output and the batch norm's tap. Fields as those of `Conv`."""
 
     features: int
     size: int
@@ -100,32 +134,28 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> tuple[Array, BatchNormTap]:
-        """As `Conv`; `train` normalises with the moments of the batch."""
+        """[batch, height, width, in] -> [batch, height / stride, width / stride, features]; `train` as `BatchNorm`."""
         x = Conv(self.features, self.size, self.stride, self.bits, self.groups, name="conv")(x)
-        # PyTorch's conventions: momentum 0.1 there is 0.9 here, and the variance is not computed as E[x^2] - E[x]^2.
-        norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, name="bn")
-        y = norm(x)
-        moments: Any = norm.variables["batch_stats"]
-        return y, BatchNormTap(x, moments["mean"], moments["var"])
+        return BatchNorm(name="bn")(x, train)
 
 
 class Activation(nn.Module):
-    """ReLU, or with a `limit` ReLU6 and the like, whose output is fake-quantized with one range for the layer.
+    """One of `ACTIVATIONS`, whose output is fake-quantized with one range for the layer.
 
     The range lives in the collection `ranges` (scalars `low` and `high`). Where that collection is mutable the layer is
     calibrating: the range of the batch enters a running average with decay 0.9, the first batch setting it. Elsewhere
-    the range is frozen. An uncalibrated range is NaN, so that it cannot go unnoticed.
+    the range is frozen. An uncalibrated range is NaN, so that it cannot go unnoticed. Raises UserError for an unknown function.
     """
 
     precision: Precision
-    limit: float | None = None
+    function: str = "relu"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Any shape, kept."""
-        x, bits = nn.relu(x), self.precision.activations
-        if self.limit is not None:
-            x = jnp.minimum(x, self.limit)
+        if self.function not in ACTIVATIONS:
+            raise UserError(f"the activation {self.function!r} is unknown: choose from {', '.join(ACTIVATIONS)}.")
+        x, bits = ACTIVATIONS[self.function](x), self.precision.activations
         if bits is None:
             return x
         low = self.variable("ranges", "low", jnp.full, (), jnp.nan, x.dtype)
@@ -136,5 +166,6 @@ class Activation(nn.Module):
                 average = RANGE_DECAY * limit.value + (1 - RANGE_DECAY) * new
                 limit.value = jnp.where(jnp.isnan(limit.value), new, average)
         if self.precision.straight_through == "clipped":
-            x = jnp.clip(x, low.value, high.value)  # low is 0, so this changes no code; it stops the gradient of what it cuts
+            # This changes no code; it stops the gradient of what it cuts.
+            x = jnp.clip(x, *quant.limits(low.value, high.value, bits))
         return quant.fake_quantize(x, low.value, high.value, bits)

@@ -11,7 +11,6 @@ from hast_jax.models.layers import FULL_PRECISION, Activation, BatchNormTap, Con
 
 Array = jax.Array
 
-RELU6 = 6.0
 EXPANSION = 6
 
 
@@ -79,10 +78,10 @@ class LinearBottleneck(nn.Module):
         bits, shortcut, width, taps = self.precision.weights, x, x.shape[-1] * self.expansion, []
         if self.expand:
             x, tap = ConvNorm(width, 1, 1, bits, name="conv1")(x, train)
-            x = Activation(self.precision, RELU6, name="activ1")(x)
+            x = Activation(self.precision, "relu6", name="activ1")(x)
             taps.append(tap)
         x, tap = ConvNorm(width, 3, self.stride, bits, groups=width, name="conv2")(x, train)
-        x = Activation(self.precision, RELU6, name="activ2")(x)
+        x = Activation(self.precision, "relu6", name="activ2")(x)
         branch, last = ConvNorm(self.features, 1, 1, bits, name="conv3")(x, train)
         skip = self.stride == 1 and shortcut.shape[-1] == self.features
         return branch + shortcut if skip else branch, [*taps, tap, last], branch
@@ -115,7 +114,7 @@ class MobileNetV2(nn.Module):
         """Logits [batch, classes] and taps of normalised images [batch, height, width, channels]; see `ResNet`."""
         bits = self.precision.weights
         x, tap = ConvNorm(self.stem, 3, 2, bits, name="init_block")(x, train)
-        x = Activation(self.precision, RELU6, name="init_activ")(x)
+        x = Activation(self.precision, "relu6", name="init_activ")(x)
         taps, branches = [tap], []
         for i, stage in enumerate(self.widths):
             for j, features in enumerate(stage):
@@ -128,6 +127,6 @@ class MobileNetV2(nn.Module):
                 taps += unit_taps
                 branches.append(branch)
         x, tap = ConvNorm(self.head, 1, 1, bits, name="final_block")(x, train)
-        x = Activation(self.precision, RELU6, name="final_activ")(x)
+        x = Activation(self.precision, "relu6", name="final_activ")(x)
         logits = Dense(self.classes, bits, use_bias=self.torchvision, name="output")(x.mean((1, 2)))
         return logits, Taps((*taps, tap), tuple(branches))

@@ -12,6 +12,11 @@ NameOf = Callable[[Path], str]
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
+def flax(path: Path) -> str:
+    """("params", "stage2_unit1", "conv1", "bn", "scale") -> "params/stage2_unit1/conv1/bn/scale": for any network of Flax."""
+    return "/".join(path)
+
+
 def resnet_pytorchcv(path: Path, imagenet_stem: bool) -> str:
     """("params", "stage2_unit1", "conv1", "bn", "scale") -> "features.stage2.unit1.body.conv1.bn.weight"."""
     _, block, *inner, leaf = path

@@ -1,7 +1,8 @@
 """Weights of networks as files: state dicts of other libraries, read and written by explicit name maps (names.py).
 
-A state dict is a flat `{name: array}` in PyTorch's layout (convolutions OIHW, linear layers [out, in]). It is read from
-`.safetensors`, `.npz`, or, where torch is installed, `.pth`; it is written as `.safetensors`, which can hold no code.
+A state dict is a flat `{name: array}` in PyTorch's layout (convolutions OIHW, linear layers [out, in]); under Flax's names in
+Flax's. It is read from `.safetensors`, `.npz`, or, where torch is installed, `.pth`; it is written as `.safetensors`, which
+can hold no code.
 """
 
 import json
@@ -18,11 +19,15 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hast_jax.errors import UserError
+from hast_jax.models import names as names_lib
 
 Variables = Mapping[str, Any]
 StateDict = dict[str, np.ndarray]
 
+Shape = tuple[int, ...]
+
 BUILT_IN = ("digits", "cifar10", "cifar100")
+FLAX = "flax"
 
 
 class Metadata(NamedTuple):
@@ -34,21 +39,27 @@ class Metadata(NamedTuple):
     top1: float | None = None
 
 
-def name_map(model: nn.Module, library: str | None = None) -> dict[str, tuple[str, ...]]:
+def libraries(model: nn.Module) -> dict[str, names_lib.NameOf]:
+    """The libraries whose state dicts fit `model`, each with its name map: those that the model declares, and Flax."""
+    declared = model.state_dict_names() if hasattr(model, "state_dict_names") else {}
+    return {**declared, FLAX: names_lib.flax}
+
+
+def name_map(model: nn.Module, library: str | None = None, image: Shape = (32, 32, 3)) -> dict[str, tuple[str, ...]]:
     """State dict name -> path of our variable, for each weight and running statistic of `model`.
 
-    library: one of `model.state_dict_names()`, by default the first.
+    library: one of `libraries(model)`, by default the first.
     """
-    maps = model.state_dict_names()
+    maps = libraries(model)
     name_of = maps[library or next(iter(maps))]
-    return {name_of(path): path for path in flatten_dict(abstract_variables(model))}
+    return {name_of(path): path for path in flatten_dict(abstract_variables(model, image))}
 
 
-def abstract_variables(model: nn.Module, channels: int = 3) -> Variables:
+def abstract_variables(model: nn.Module, image: Shape = (32, 32, 3)) -> Variables:
     """Shapes and dtypes of the `params` and `batch_stats` of `model`, without computing anything."""
-    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.zeros(()).dtype)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    return {name: variables[name] for name in ("params", "batch_stats")}
+    images = jax.ShapeDtypeStruct((1, *image), jnp.zeros(()).dtype)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return {name: variables.get(name, {}) for name in ("params", "batch_stats")}
 
 
 def to_torch_layout(array: np.ndarray) -> np.ndarray:
@@ -61,42 +72,50 @@ def to_our_layout(array: np.ndarray) -> np.ndarray:
     return np.transpose(array, {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[array.ndim])
 
 
-def from_state_dict(model: nn.Module, state: Mapping[str, np.ndarray], channels: int = 3) -> Variables:
-    """`params` and `batch_stats` of `model` from a state dict of any library that it has a name map for.
+def from_state_dict(model: nn.Module, state: Mapping[str, np.ndarray], image: Shape = (32, 32, 3)) -> Variables:
+    """`params` and `batch_stats` of `model` for images [height, width, channels], from a state dict of any of its libraries.
 
     Raises UserError that names each tensor that is missing, unknown or of the wrong shape.
     """
     state = {name: array for name, array in state.items() if not name.endswith("num_batches_tracked")}
-    maps = [name_map(model, library) for library in model.state_dict_names()]
-    names = max(maps, key=lambda names: len(names.keys() & state.keys()))
-    expected = flatten_dict(abstract_variables(model, channels))
+    maps = {library: name_map(model, library, image) for library in libraries(model)}
+    library, names = max(maps.items(), key=lambda each: len(each[1].keys() & state.keys()))
+    expected = flatten_dict(abstract_variables(model, image))
     faults = [f"{name} is missing" for name in sorted(names.keys() - state.keys())]
     faults += [f"{name} is unknown" for name in sorted(state.keys() - names.keys())]
     variables = {}
     for name in sorted(names.keys() & state.keys()):
-        path, array = names[name], np.asarray(state[name])
-        if len(expected[path].shape) == 2 and array.shape[2:] == (1, 1):  # a 1x1 convolution after pooling is a linear layer
-            array = array[:, :, 0, 0]
-        ours = to_our_layout(array) if array.ndim in (1, 2, 4) else array
-        if ours.shape != expected[path].shape:
-            wanted = to_torch_layout(np.empty(expected[path].shape, np.bool_)).shape
-            faults.append(f"{name} has the shape {array.shape} instead of {wanted}")
-        variables[path] = jnp.asarray(ours, jnp.promote_types(ours.dtype, jnp.float32))
+        wanted, array = expected[names[name]].shape, np.asarray(state[name])
+        ours = array if library == FLAX else _from_torch(array, len(wanted))
+        if ours.shape != wanted:
+            shown = wanted if library == FLAX else to_torch_layout(np.empty(wanted, np.bool_)).shape
+            faults.append(f"{name} has the shape {array.shape} instead of {shown}")
+        variables[names[name]] = jnp.asarray(ours, jnp.promote_types(ours.dtype, jnp.float32))
     if faults:
         shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise UserError(f"the weights do not fit the network: {shown}.")
     return unflatten_dict(variables)
 
 
-def to_state_dict(model: nn.Module, variables: Variables) -> StateDict:
-    """The inverse of `from_state_dict`, as contiguous NumPy arrays."""
-    flat = flatten_dict({name: variables[name] for name in ("params", "batch_stats")})
-    names = name_map(model)
-    return {name: np.ascontiguousarray(to_torch_layout(np.asarray(flat[path]))) for name, path in names.items()}
+def _from_torch(array: np.ndarray, axes: int) -> np.ndarray:
+    if axes == 2 and array.shape[2:] == (1, 1):  # a 1x1 convolution after pooling is a linear layer
+        array = array[:, :, 0, 0]
+    return to_our_layout(array) if array.ndim in (1, 2, 4) else array
+
+
+def to_state_dict(model: nn.Module, variables: Variables, image: Shape = (32, 32, 3)) -> StateDict:
+    """A state dict of the first of the model's libraries, as contiguous NumPy arrays: the inverse of `from_state_dict`."""
+    library = next(iter(libraries(model)))
+    flat = flatten_dict({name: variables.get(name, {}) for name in ("params", "batch_stats")})
+    layout = (lambda array: array) if library == FLAX else to_torch_layout
+    names = name_map(model, library, image)
+    return {name: np.ascontiguousarray(layout(np.asarray(flat[path]))) for name, path in names.items()}
 
 
 def locate(name: str) -> Path:
     """The file of a built-in teacher (`BUILT_IN`) or the path itself. Raises UserError where there is no file."""
+    if not name:
+        raise UserError("config.teacher.weights is empty: give the file of the trained network's weights.")
     path = Path(str(resources.files("hast_jax") / "teachers" / f"{name}.safetensors")) if name in BUILT_IN else Path(name)
     if not path.is_file():
         known = ", ".join(BUILT_IN)
