@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from hast_jax import models, parallel
+from hast_jax import models, parallel, preemption
 from hast_jax.data import Dataset, normalise
 from hast_jax.models.weights import Variables
 
@@ -60,6 +60,8 @@ def make_evaluator(
         )
         counts = []
         for i, images in enumerate(batches):
+            if preemption.asked():
+                preemption.leave()  # whoever evaluates has saved before, and does it again
             images = np.pad(images, ((0, batch - len(images)), (0, 0), (0, 0), (0, 0)))
             shares = parallel.split((images, labels[i * batch : (i + 1) * batch]), devices)
             counts.append(count_correct(replicated, *shares))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from hast_jax import preemption
 from hast_jax.report import Reporter
 
 Array = jax.Array
@@ -34,6 +35,8 @@ def run(student: nn.Module, variables: Variables, images: np.ndarray, config: Co
     ranges: Variables = {}
     with reporter.stage("calibrate", cfg.batches) as progress:
         for index in range(cfg.batches):
+            if preemption.asked():
+                preemption.leave()  # calibration is short: it begins anew
             ranges = batch_step(variables, ranges, images[np.asarray(choose(index))])
             if (index + 1) % config.log_every == 0:
                 jax.block_until_ready(ranges)

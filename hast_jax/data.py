@@ -3,6 +3,8 @@
 The method itself never sees one.
 """
 
+import math
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -88,13 +90,19 @@ def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
 def sample(config: ConfigDict, count: int) -> tuple[np.ndarray, np.ndarray]:
     """`count` random real images of `config.synthesis.real_split` (all where it has fewer), normalised, and their labels.
 
-    Raises UserError where there are none, or they do not fit the teacher.
+    Raises UserError where there are none, or they do not fit the teacher or this machine's memory.
     """
     dataset = load(config, config.synthesis.real_split)
     if dataset is None:
         raise UserError("config.synthesis.real_split needs a data set: set config.eval.dataset.")
     key = jax.random.fold_in(jax.random.key(config.seed), 4)
     rows = np.asarray(jax.random.permutation(key, len(dataset.labels)))[:count]
+    needed, memory = 8 * len(rows) * math.prod(dataset.shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"{len(rows)} real images need {needed >> 30} GiB of memory, and there are {memory >> 30}: "
+            "lower config.synthesis.images."
+        )
     images = normalise(jnp.asarray(dataset.read(rows)), config.teacher.mean, config.teacher.std)
     return np.asarray(images), dataset.labels[rows]
 

@@ -51,9 +51,8 @@ def run(
     if network is not None:
         config.teacher.network = network
     elif own.is_own(config.teacher.network):
-        raise UserError(
-            f"{workdir} holds a network of someone's own: if you trust its code, --network={config.teacher.network}"
-        )
+        name = config.teacher.network
+        raise UserError(f"{workdir} names {name}, a network of its maker's own: if you trust its code, add --network={name}.")
     count = parallel.setup(devices)
     name, split = config.eval.dataset, config.eval.split
     if data_dir is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hast_jax import preemption
 from hast_jax.errors import UserError
 
 Metrics = dict[str, float]
@@ -25,7 +26,7 @@ def drive(
 ) -> Iterator[tuple[int, Any, Metrics]]:
     """Call `step(state, *next(inputs))` from `start` to `stop`; yield (steps done, state, metrics) now and then.
 
-    It yields at each multiple of any number in `every`, and at `stop`.
+    It yields at each multiple of any number in `every`, at `stop`, and where SIGTERM asks the run to end.
 
     The metrics are those of the step just done, averaged over devices; fetching them is the only wait for the device.
     `steps_per_call` must divide all these (`call_length`). The yielded state is donated to the next
@@ -37,7 +38,7 @@ def drive(
     while done < stop:
         state, metrics = step(state, *next(inputs))
         done += steps_per_call
-        if done >= stop or any(done % number == 0 for number in every):
+        if done >= stop or preemption.asked() or any(done % number == 0 for number in every):
             values = {name: float(np.mean(value)) for name, value in jax.device_get(metrics).items()}
             _check_finite(values, what, done)
             yield done, state, values

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from hast_jax import calibrate, data, finetune, networks, parallel, run_folder, synthesize, synthetic_set
+from hast_jax import calibrate, data, finetune, networks, parallel, preemption, run_folder, synthesize, synthetic_set
 from hast_jax import config as config_lib
 from hast_jax.accuracy import Accuracy, make_evaluator
 from hast_jax.checkpoint import Checkpoints
@@ -119,10 +119,14 @@ def fine_tune(job: Job, frozen: finetune.Frozen) -> dict[int, float]:
     stop, every = cfg.epochs * cfg.steps_per_epoch, cfg.steps_per_epoch
     calls = call_length(parallel.steps_per_call(config.steps_per_call), config.log_every, every)
 
-    def evaluate(epoch: int, params: Any) -> None:
+    def evaluate(state: finetune.State) -> None:
+        epoch = int(state.step) // every
         if job.accuracy is not None:
-            evaluations[epoch] = job.accuracy({**job.variables, "params": params, "ranges": frozen.ranges}).top1
-        write_json(job.folder.evaluations, evaluations)
+            variables = {**job.variables, "params": state.params, "ranges": frozen.ranges}
+            evaluations[epoch] = job.accuracy(variables).top1
+        if best_epoch(evaluations) == epoch:
+            best.save(int(state.step), state)
+        write_json(job.folder.evaluations, evaluations)  # last: a run killed before evaluates this epoch again
 
     with (
         Checkpoints(job.folder.checkpoints("latest"), keep=2, keep_every=cfg.keep_every * every) as latest,
@@ -130,9 +134,10 @@ def fine_tune(job: Job, frozen: finetune.Frozen) -> dict[int, float]:
     ):
         state, evaluations = _resume(latest, finetune.init(job.variables["params"], cfg), job.folder, every)
         start = int(state.step)
+        due = lambda step: step % every == 0 and (step // every % config.eval.every == 0 or step == stop)
         with job.reporter.stage("finetune", stop, start) as progress:
-            if start == 0:
-                evaluate(0, state.params)
+            if due(start) and start // every not in evaluations:
+                evaluate(state)
             loop = drive(
                 parallel.pmap_steps(finetune.make_step(job.teacher, job.student, devices, cfg), devices, calls),
                 parallel.replicate(state, devices),
@@ -145,15 +150,13 @@ def fine_tune(job: Job, frozen: finetune.Frozen) -> dict[int, float]:
             )
             for done, state, metrics in loop:
                 progress.update(done, metrics)
-                epoch, rest = divmod(done, every)
-                if rest:
-                    continue
-                one = parallel.unreplicate(state)
-                if epoch % config.eval.every == 0 or done == stop:
-                    evaluate(epoch, one.params)
-                    if best_epoch(evaluations) == epoch:
-                        best.save(done, one)
-                latest.save(done, one)
+                if done % every == 0 or preemption.asked():
+                    one = jax.device_get(parallel.unreplicate(state))
+                    latest.save(done, one)
+                    if preemption.asked():
+                        preemption.leave()
+                    if due(done):
+                        evaluate(one)
     return evaluations
 
 

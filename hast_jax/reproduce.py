@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from hast_jax import cli, data, figure2, parallel, tables
+from hast_jax import cli, data, figure2, parallel, preemption, tables
 from hast_jax.errors import UserError
 from hast_jax.experiments import EXPERIMENTS
 from hast_jax.files import write_json, write_text
@@ -77,6 +77,7 @@ def main(arguments: list[str]) -> None:
         known = [*SECTIONS, "all"]
         if len(arguments) != 2 or arguments[1] not in known:
             raise UserError(f"name one experiment of: {', '.join(known)}.")
+        preemption.listen()
         console = Console()
         sweep = Sweep(CONFIG.value, Path(WORKDIR.value), SEEDS.value, console)
         console.print(run(arguments[1], sweep), markup=False, highlight=False, soft_wrap=True)

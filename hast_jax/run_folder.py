@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from filelock import BaseFileLock, FileLock, Timeout
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
@@ -15,6 +16,8 @@ from hast_jax.errors import UserError
 from hast_jax.files import write_json
 from hast_jax.models.weights import Variables
 from hast_jax.synthetic_set import checksum
+
+_held: dict[Path, BaseFileLock] = {}  # of this process, which may open a folder more than once
 
 
 class RunFolder:
@@ -61,13 +64,18 @@ class RunFolder:
 
 
 def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
-    """Make the folder, or go on in one made with the same config.
+    """Make the folder, or go on in one made with the same config; this process holds it until its end.
 
-    Raises UserError where it cannot be written or was made with another config, whose differences are shown.
+    Raises UserError where it cannot be written, another process holds it, something in it is a link to elsewhere, or it was
+    made with another config, whose differences are shown.
     """
     folder, values = RunFolder(path), config_lib.to_dict(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        _hold(path)
+        for each in path.rglob("*"):
+            if each.is_symlink():  # a stranger's folder could have us write anywhere
+                raise UserError(f"{each} is a link: a run folder must hold its own files; use another --workdir.")
         if folder.config.exists():
             lines = config_lib.difference(_read_config(folder.config), values)
             if lines:
@@ -78,6 +86,14 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
     except OSError as error:
         raise UserError(f"the run folder {path} cannot be written: {error.strerror}; choose another --workdir.") from error
     return folder
+
+
+def _hold(path: Path) -> None:
+    """Keep every other process out of the folder until this one ends, however it ends."""
+    try:
+        _held.setdefault(path.resolve(), FileLock(path / ".lock")).acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"another run is going on in {path}: wait for its end, or use another --workdir.") from error
 
 
 def open_for_reading(path: Path) -> tuple[RunFolder, ConfigDict]:

@@ -14,7 +14,7 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict
 
-from hast_jax import augment, losses, models, parallel
+from hast_jax import augment, losses, models, parallel, preemption
 from hast_jax.checkpoint import Checkpoints
 from hast_jax.loop import call_length, drive
 from hast_jax.report import Reporter
@@ -160,8 +160,10 @@ def run(
             )
             for iteration, state, metrics in loop:
                 progress.update(done + iteration * count, metrics)
-                if iteration % cfg.save_every == 0 and iteration < cfg.iterations:
+                if iteration < cfg.iterations and (iteration % cfg.save_every == 0 or preemption.asked()):
                     checkpoints.save(done + iteration * count, state)
+                    if preemption.asked():
+                        preemption.leave()
             for i, batch in enumerate(batches):
                 store.write(batch, np.asarray(state.images[i]), np.asarray(state.labels[i]))
             done += count * cfg.iterations

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from hast_jax import figures
+from hast_jax import experiments, figures
 from hast_jax.experiments import FINDINGS, PAPER_TEACHERS, Experiment, Finding
 from hast_jax.sweep import Result, Sweep
 
@@ -37,8 +37,9 @@ def section(experiment: Experiment, results: Results, config: ConfigDict) -> Sec
 
 def rows(experiment: Experiment, results: Results, config: ConfigDict) -> list[Row]:
     """One row a cell: accuracy over seeds (%), drop from the teacher, and the paper's where it has one."""
-    setting = (config.eval.dataset, f"W{config.bits.weights}A{config.bits.activations}")
-    paper_teacher = PAPER_TEACHERS.get((config.teacher.network, config.eval.dataset))
+    data_set = experiments.data_set(config)
+    setting = (data_set, f"W{config.bits.weights}A{config.bits.activations}")
+    paper_teacher = PAPER_TEACHERS.get((config.teacher.network, data_set))
     found = []
     for cell in experiment.cells:
         row = _row(cell.label, results[cell.label], cell.epoch)

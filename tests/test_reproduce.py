@@ -42,6 +42,16 @@ def test_every_cell_of_every_experiment_is_a_valid_config(name: str, dataset: st
     assert all(row.keys() <= labels for row in experiment.paper.values())
 
 
+@pytest.mark.parametrize(
+    ("dataset", "classes", "compared"), [("imagenet2012", 1000, 1), ("folder", 1000, 1), ("folder", 37, 0)]
+)
+def test_a_folder_of_a_thousand_classes_is_compared_with_the_papers_imagenet(dataset: str, classes: int, compared: int) -> None:
+    config = config_lib.default()
+    config.update_from_flattened_dict({"teacher.network": "resnet18", "eval.dataset": dataset, "teacher.classes": classes})
+    text = tables.section(EXPERIMENTS["table3"](config), {name: [result(60.0)] for name in ("DFA", "RFA")}, config).body
+    assert text.count("| 51.15 |") == compared
+
+
 def result(top1: float) -> dict:
     return {"last": top1, "no_finetuning": top1 - 10, "teacher": 90.0}
 

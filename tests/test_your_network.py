@@ -74,10 +74,7 @@ def test_flax_weights_are_read_as_the_page_writes_them(densenet: type[nn.Module]
 
 def test_foreign_names_are_mapped_as_the_page_shows(densenet: type[nn.Module]) -> None:
     method = {}
-    exec(
-        next(block for block in BLOCKS if "state_dict_names" in block).replace("    def", "def", 1).replace("\n    ", "\n"),
-        method,
-    )
+    exec(textwrap.dedent(next(block for block in BLOCKS if "state_dict_names" in block)), method)
     named = type("Named", (densenet,), {"state_dict_names": method["state_dict_names"]})
     state = weights.to_state_dict(named(10), named(10).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))), (8, 8, 1))
     assert state["block1.layer2.conv.weight"].shape == (6, 18, 3, 3)

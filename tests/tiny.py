@@ -75,11 +75,16 @@ def call(arguments: list[str], place: Path = ROOT) -> subprocess.CompletedProces
 def kill_when(arguments: list[str], moment: Callable[[], bool]) -> None:
     """Start a command and SIGKILL it as soon as `moment()`."""
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not moment():
-        time.sleep(0.02)
-    assert process.poll() is None, "the run ended before it could be killed"
+    wait_until(process, moment)
     process.kill()
     process.wait()
+
+
+def wait_until(process: subprocess.Popen, moment: Callable[[], bool]) -> None:
+    """Wait for `moment()` of a running command."""
+    while process.poll() is None and not moment():
+        time.sleep(0.02)
+    assert process.poll() is None, "the run ended before that moment"
 
 
 def logged(workdir: Path, stage: str, step: int) -> Callable[[], bool]:

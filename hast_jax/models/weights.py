@@ -6,6 +6,7 @@ can hold no code.
 """
 
 import json
+import zipfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -28,6 +29,7 @@ Shape = tuple[int, ...]
 
 BUILT_IN = ("digits", "cifar10", "cifar100")
 FLAX = "flax"
+MAX_COMPRESSION = 100  # trained weights hardly compress at all
 
 
 class Metadata(NamedTuple):
@@ -90,6 +92,9 @@ def from_state_dict(model: nn.Module, state: Mapping[str, np.ndarray], image: Sh
         if ours.shape != wanted:
             shown = wanted if library == FLAX else to_torch_layout(np.empty(wanted, np.bool_)).shape
             faults.append(f"{name} has the shape {array.shape} instead of {shown}")
+        if not jnp.issubdtype(ours.dtype, jnp.floating):
+            faults.append(f"{name} holds {ours.dtype} instead of floating point numbers")
+            continue
         variables[names[name]] = jnp.asarray(ours, jnp.promote_types(ours.dtype, jnp.float32))
     if faults:
         shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
@@ -151,8 +156,17 @@ def _read_safetensors(path: Path) -> tuple[StateDict, Metadata]:
 
 
 def _read_npz(path: Path) -> tuple[StateDict, Metadata]:
+    _check_archive(path)
     with np.load(path, allow_pickle=False) as file:
         return dict(file), Metadata()
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError where a zip file would become far larger in memory than it is on disk."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > MAX_COMPRESSION * path.stat().st_size:
+        raise ValueError(f"{unpacked / 2**30:.1f} GiB are packed into {path.stat().st_size} bytes, as no weights are")
 
 
 def _read_torch(path: Path) -> tuple[StateDict, Metadata]:
@@ -162,5 +176,7 @@ def _read_torch(path: Path) -> tuple[StateDict, Metadata]:
         raise UserError(
             f"reading {path} needs PyTorch: pip install -e '.[torch]', or save the weights as .safetensors."
         ) from error
+    if zipfile.is_zipfile(path):
+        _check_archive(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
     return {name: tensor.detach().numpy() for name, tensor in state.items()}, Metadata()

@@ -1,0 +1,54 @@
+"""What befalls a run from outside: it ends in a sentence, goes on where it was, and loses nothing that was finished."""
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny
+
+from hast_jax import run_folder
+from hast_jax.errors import UserError
+
+
+def start(workdir: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        tiny.command(workdir), cwd=tiny.ROOT, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(("stage", "step"), [("synthesis", 20), ("finetune", 5)])
+def test_sigterm_saves_and_ends_the_run_with_status_0(finished: Path, tmp_path: Path, stage: str, step: int) -> None:
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    tiny.wait_until(process, tiny.logged(workdir, stage, step))
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command goes on where it was" in errors and "Traceback" not in errors
+    assert not (workdir / "result.json").exists()
+    saved = workdir / "checkpoints" / ("latest" if stage == "finetune" else "synthesis")
+    assert any(int(path.name) >= step for path in saved.iterdir() if path.name.isdigit())
+    assert tiny.call(tiny.command(workdir)).returncode == 0
+    assert tiny.outcome(workdir) == tiny.outcome(finished)
+
+
+def test_a_second_run_in_the_same_folder_refuses_while_the_first_goes_on(tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    tiny.wait_until(process, (workdir / "config.json").exists)
+    done = tiny.call(tiny.command(workdir))
+    assert done.returncode == 1 and "another run is going on" in done.stderr and "Traceback" not in done.stderr
+    process.kill()
+    process.communicate()
+    with pytest.raises(UserError, match="made with another config"):  # the lock died with its holder
+        run_folder.open_for_run(workdir, tiny.config(seed=5))
+
+
+def test_a_run_folder_with_a_link_to_elsewhere_is_refused(copy: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "precious"
+    outside.write_text("mine")
+    (copy / "metrics.jsonl").unlink()
+    (copy / "metrics.jsonl").symlink_to(outside)
+    with pytest.raises(UserError, match=r"metrics.jsonl is a link"):
+        tiny.run(copy)
+    assert outside.read_text() == "mine"
