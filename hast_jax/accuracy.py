@@ -32,10 +32,12 @@ def make_evaluator(
 ) -> Callable[[Variables], Accuracy]:
     """A function from the network's variables to its accuracy on `dataset`, computed on all devices.
 
-    On a terminal it shows its progress on `console` while it runs.
+    Several processes share its batches. On a terminal it shows its progress on `console` while it runs.
     """
     batch = config.eval.batch + -config.eval.batch % devices
-    labels = np.pad(dataset.labels, (0, -len(dataset.labels) % batch), constant_values=-1)  # -1: no image
+    padded = np.pad(dataset.labels, (0, -len(dataset.labels) % batch), constant_values=-1)  # -1: no image
+    process, processes = parallel.process_index(), parallel.process_count()
+    own_labels = padded.reshape(-1, batch)[process::processes]
 
     def correct(variables: Variables, images: Array, labels: Array) -> tuple[Array, Array]:
         logits, _ = models.apply(network, variables, normalise(images, config.teacher.mean, config.teacher.std))
@@ -51,21 +53,21 @@ def make_evaluator(
     def evaluate(variables: Variables) -> Accuracy:
         replicated = parallel.replicate(variables, devices)
         batches = track(
-            dataset.batches(batch),
+            dataset.batches(batch, process, processes),
             "evaluate",
-            total=len(labels) // batch,
+            total=len(own_labels),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
         counts = []
-        for i, images in enumerate(batches):
+        for images, labels in zip(batches, own_labels):
             if preemption.asked():
                 preemption.leave()  # whoever evaluates has saved before, and does it again
             images = np.pad(images, ((0, batch - len(images)), (0, 0), (0, 0), (0, 0)))
-            shares = parallel.split((images, labels[i * batch : (i + 1) * batch]), devices)
+            shares = parallel.split((images, labels), devices)
             counts.append(count_correct(replicated, *shares))
-        top1, top5 = (int(np.sum(column)) for column in zip(*jax.device_get(counts)))
-        return Accuracy(100 * top1 / len(dataset.labels), 100 * top5 / len(dataset.labels))
+        own = np.sum(jax.device_get(counts), (0, 2)) if counts else np.zeros(2, np.int32)
+        return Accuracy(*(100 * int(correct) / len(dataset.labels) for correct in parallel.total(own)))
 
     return evaluate

@@ -85,7 +85,7 @@ def fine_tuning(config: ConfigDict, devices: int) -> Part:
         data = jax.random.normal(key, (*shape, *image)), jnp.zeros(shape, jnp.int32)
         return finetune.init(variables["params"], cfg), finetune.freeze(variables, ranges, *data, config)
 
-    return Part(finetune.make_step(teacher, student, devices, cfg), build, cfg.batch, cfg.batch)
+    return Part(finetune.make_step(teacher, student, cfg), build, cfg.batch, cfg.batch)
 
 
 PARTS: dict[str, Callable[[ConfigDict, int], Part]] = {"synthesize": synthesis, "finetune": fine_tuning}

@@ -6,17 +6,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
+from hast_jax import parallel, preemption
 from hast_jax.errors import UserError
 
+PROCESSES = flags.DEFINE_string(
+    "processes", "", "Several processes, one run: auto (Slurm, TPU, MPI), or HOST:PORT,NUMBER,INDEX with process 0's address."
+)
 CAUSES = {
     errno.ENOSPC: "the disk is full: make room and run the same command again, it goes on where it was",
     errno.EDQUOT: "the disk quota is used up: make room and run the same command again, it goes on where it was",
     errno.EACCES: "no permission",
     errno.EROFS: "the file system is read-only",
 }
+
+
+def start() -> None:
+    """Join the other processes, where there are some, and end well on SIGTERM. The first thing that a command does."""
+    if PROCESSES.value:
+        parallel.join(PROCESSES.value)
+    else:
+        preemption.listen()
 
 
 @contextmanager
@@ -30,6 +43,10 @@ def user_errors() -> Iterator[None]:
         if error.errno not in CAUSES:
             raise
         _fail(f"{error.filename or 'a file of the run'}: {CAUSES[error.errno]}.")
+    except jax.errors.JaxRuntimeError as error:
+        if parallel.process_count() == 1:
+            raise
+        parallel.leave_broken(error)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it was.")
 

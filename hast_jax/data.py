@@ -42,9 +42,9 @@ class Arrays(NamedTuple):
         """How many there are."""
         return int(self.labels.max()) + 1
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """All images in their order, `size` at a time, the last batch as it comes."""
-        return (self.images[start : start + size] for start in range(0, len(self.images), size))
+    def batches(self, size: int, first: int = 0, every: int = 1) -> Iterator[np.ndarray]:
+        """All images in their order, `size` at a time, the last batch as it comes; or only every so many of these batches."""
+        return (self.images[i : i + size] for i in range(first * size, len(self.images), every * size))
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """The images of these rows."""

@@ -54,6 +54,7 @@ def run(
         name = config.teacher.network
         raise UserError(f"{workdir} names {name}, a network of its maker's own: if you trust its code, add --network={name}.")
     count = parallel.setup(devices)
+    console.quiet = console.quiet or not parallel.is_main()
     name, split = config.eval.dataset, config.eval.split
     if data_dir is not None:
         config.eval.data_dir = data_dir
@@ -81,6 +82,7 @@ def run(
 def main(_: list[str]) -> None:
     """Evaluate a run folder."""
     with cli.user_errors():
+        cli.start()
         run(Path(WORKDIR.value), CHECKPOINT.value, DEVICES.value, DATA_DIR.value, NETWORK.value, Console())
 
 

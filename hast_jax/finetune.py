@@ -127,7 +127,7 @@ def chosen_rows(key: Array, images: int, batch: int) -> Array:
     return jax.random.choice(key, images, (batch,), replace=False)
 
 
-def draw(frozen: Frozen, step: Array, count: int, config: ConfigDict) -> tuple[Array, Array]:
+def draw(frozen: Frozen, step: Array, config: ConfigDict) -> tuple[Array, Array]:
     """This device's share of the images and labels of this step, augmented.
 
     The global batch depends on the seed and the step, not on the number of devices, nor on whether images are streamed.
@@ -137,16 +137,16 @@ def draw(frozen: Frozen, step: Array, count: int, config: ConfigDict) -> tuple[A
     if config.stream:
         rows = step % len(frozen.images)
     else:
-        rows = parallel.own_share(chosen_rows(key, len(frozen.images), config.batch), count)
+        rows = parallel.own_share(chosen_rows(key, len(frozen.images), config.batch))
     images, labels = frozen.images[rows], frozen.labels[rows]
     if config.augment:
-        keys = parallel.own_share(keys, count)
+        keys = parallel.own_share(keys)
         images = augment.random_resized_crop_and_flip(keys, images, (config.crop_scale, 1.0))
     return jnp.asarray(images), jnp.asarray(labels)
 
 
 def inputs(frozen: Frozen, calls: range, count: int, config: ConfigDict) -> Iterator[tuple[Frozen]]:
-    """What each call gets beside the state, on `count` devices.
+    """What each call gets beside the state, on `count` devices of this process.
 
     frozen: with all images, as NumPy arrays that may be memory-mapped. calls: the first step of each call. All images are
     copied to every device, once; or, with `config.stream`, a thread that runs ahead of the device reads those of each call.
@@ -164,7 +164,7 @@ def _stream(frozen: Frozen, calls: range, count: int, config: ConfigDict) -> Ite
 
     def read(first: int) -> tuple[Images, Images]:
         rows = np.asarray(rows_of(first + np.arange(calls.step)))  # [steps, batch]
-        rows = np.moveaxis(rows.reshape(calls.step, count, -1), 1, 0)
+        rows = parallel.own_rows(rows, count)
         return images[rows], labels[rows]
 
     rest = parallel.replicate(frozen._replace(images=np.zeros(0), labels=np.zeros(0)), count)
@@ -175,14 +175,14 @@ def _stream(frozen: Frozen, calls: range, count: int, config: ConfigDict) -> Ite
 
 
 def make_step(
-    teacher: nn.Module, student: nn.Module, count: int, config: ConfigDict
+    teacher: nn.Module, student: nn.Module, config: ConfigDict
 ) -> Callable[[State, Frozen], tuple[State, dict[str, Array]]]:
-    """One step of fine-tuning for `parallel.pmap_steps` over `count` devices. config: `config.finetune`."""
+    """One step of fine-tuning for `parallel.pmap_steps`. config: `config.finetune`."""
     schedule = learning_rate(config)
     transform = optimizer(schedule, config.momentum, config.weight_decay)
 
     def step(state: State, frozen: Frozen) -> tuple[State, dict[str, Array]]:
-        images, labels = draw(frozen, state.step, count, config)
+        images, labels = draw(frozen, state.step, config)
         between = distances(teacher, student, frozen, labels, config)
         metrics, gradient = loss_and_gradient(between, state.params, images, frozen.strengths, config)
         metrics, gradient = parallel.mean((metrics, gradient))

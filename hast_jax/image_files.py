@@ -23,11 +23,11 @@ class ImageFiles:
         self.labels, self.classes, self.shape = labels, classes, (size, size, 3)
         self._sources = sources
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """All images in their order, `size` at a time, the last batch as it comes; read ahead by threads."""
+    def batches(self, size: int, first: int = 0, every: int = 1) -> Iterator[np.ndarray]:
+        """As `data.Arrays.batches`; read ahead by threads."""
         import grain
 
-        rows = grain.MapDataset.range(len(self.labels)).map(self._read).batch(size)
+        rows = grain.MapDataset.range(len(self.labels)).map(self._read).batch(size)[first::every]
         yield from rows.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2))
 
     def read(self, rows: np.ndarray) -> np.ndarray:

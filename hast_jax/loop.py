@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +11,15 @@ from hast_jax import preemption
 from hast_jax.errors import UserError
 
 Metrics = dict[str, float]
+
+
+class Look(NamedTuple):
+    """Steps done, the state and the metrics after them; preempted: the run is to be saved and ended here."""
+
+    done: int
+    state: Any
+    metrics: Metrics
+    preempted: bool
 
 
 def drive(
@@ -23,14 +32,15 @@ def drive(
     steps_per_call: int,
     every: tuple[int, ...],
     what: str,
-) -> Iterator[tuple[int, Any, Metrics]]:
-    """Call `step(state, *next(inputs))` from `start` to `stop`; yield (steps done, state, metrics) now and then.
+) -> Iterator[Look]:
+    """Call `step(state, *next(inputs))` from `start` to `stop`; yield what a look shows now and then.
 
-    It yields at each multiple of any number in `every`, at `stop`, and where SIGTERM asks the run to end.
+    It yields at each multiple of any number in `every`, at `stop`, and where SIGTERM asks the run to end: then for the last
+    time, with `preempted` true.
 
-    The metrics are those of the step just done, averaged over devices; fetching them is the only wait for the device.
-    `steps_per_call` must divide all these (`call_length`). The yielded state is donated to the next
-    call: use it before going on.
+    The metrics are those of the step just done, averaged over this process's devices; fetching them is the only wait for the
+    device. `steps_per_call` must divide all these (`call_length`). The yielded state is donated to the next call: use it
+    before going on.
 
     Raises UserError where a metric is not finite.
     """
@@ -38,10 +48,13 @@ def drive(
     while done < stop:
         state, metrics = step(state, *next(inputs))
         done += steps_per_call
-        if done >= stop or preemption.asked() or any(done % number == 0 for number in every):
+        preempted = preemption.agreed()
+        if done >= stop or preempted or any(done % number == 0 for number in every):
             values = {name: float(np.mean(value)) for name, value in jax.device_get(metrics).items()}
             _check_finite(values, what, done)
-            yield done, state, values
+            yield Look(done, state, values, preempted)
+        if preempted:
+            return
 
 
 def call_length(requested: int, *intervals: int) -> int:

@@ -1,11 +1,13 @@
-"""The only room that knows devices: how many there are, what is replicated, what runs on each.
+"""The only room that knows devices and processes: how many there are, what is replicated, what runs on each.
 
-Steps are `pmap`ped over the axis `AXIS`. An argument that belongs to one device carries a leading axis of that length;
-the replicated state does too.
+Steps are `pmap`ped over the axis `AXIS`. An argument that belongs to one device carries a leading axis of as many rows as this
+process uses devices; the replicated state does too. A step runs on the devices of this process, or together on those of
+all processes, whose gradients `mean` brings together.
 """
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 
 from hast_jax.errors import UserError
@@ -23,13 +26,36 @@ KEEP_BARRIERS = "--xla_disable_hlo_passes=cse_barrier_expander"
 COMPILATION_CACHE = "~/.cache/hast_jax"
 CPU_STEPS_PER_CALL, ACCELERATOR_STEPS_PER_CALL = 1, 50
 CPU_MICRO_BATCH = 32
+HEARTBEAT_SECONDS = 30  # without a sign of life of another process, until the run ends
+MAX_MESSAGE = 4096  # bytes of a sentence that one process tells the others
+
+
+def join(processes: str) -> None:
+    """Become one of several processes that work on one run; call it before `setup`.
+
+    processes: "auto" on a Slurm, TPU or MPI cluster, which JAX knows, or "HOST:PORT,NUMBER,INDEX": the address of process 0,
+    how many processes there are, and which one this is. Raises UserError where it is neither, or not all of them come.
+    """
+    options: dict[str, Any] = {}
+    if processes != "auto":
+        try:
+            address, number, index = processes.split(",")
+            options = {"coordinator_address": address, "num_processes": int(number), "process_id": int(index)}
+        except ValueError as error:
+            raise UserError(f"--processes is {processes!r}: it must be auto, or HOST:PORT,NUMBER,INDEX.") from error
+    try:
+        jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=60)
+    except (RuntimeError, ValueError) as error:
+        words = str(error).split("\n")[0]
+        raise UserError(f"the processes of --processes={processes} did not come together: {words}") from error
 
 
 def setup(devices: int, batch: int | None = None) -> int:
-    """Make the local devices ready and return how many are used; call it before any other JAX computation.
+    """Make the local devices ready and return how many this process uses; call it before any other JAX computation.
 
-    devices: 0 for the default, which is all local accelerators, or on a CPU as many devices as cores (up to 8) that
-    divide `batch`, where one is given. Raises UserError where `devices` are not there or do not divide `batch`.
+    devices: of each process; 0 for the default, which is all local accelerators, or on a CPU as many devices as cores (up to 8)
+    that divide `batch`, where one is given. Raises UserError where `devices` are not there or, together with those of the
+    other processes, do not divide `batch`.
     """
     cores = os.cpu_count() or 1
     most = min(cores, MAX_DEFAULT_CPU_DEVICES)
@@ -48,24 +74,82 @@ def setup(devices: int, batch: int | None = None) -> int:
     used = devices or (min(on_cpu, found) if jax.default_backend() == "cpu" else found)
     if used > found:
         raise UserError(f"config.devices is {devices}, but there are {found} local devices: lower it.")
-    if batch is not None and batch % used:
-        raise UserError(f"config.finetune.batch {batch} is not divisible by the {used} devices: change one of them.")
+    together = used * jax.process_count()
+    if batch is not None and batch % together:
+        raise UserError(f"config.finetune.batch {batch} is not divisible by the {together} devices: change one of them.")
     return used
 
 
-def devices(count: int) -> list[jax.Device]:
-    """The first `count` local devices."""
-    return jax.local_devices()[:count]
+def is_main() -> bool:
+    """Whether this is process 0, which alone writes; the only one of most runs."""
+    return process_index() == 0
+
+
+def process_count() -> int:
+    """How many processes work on this run."""
+    return jax.process_count()
+
+
+def on_main(action: Callable[[], Any]) -> None:
+    """Do this in process 0 alone; the others wait for its end. A UserError there is raised in all."""
+    message = ""
+    if is_main():
+        try:
+            action()
+        except UserError as error:
+            message = str(error)
+    if jax.process_count() > 1:
+        text = np.zeros(MAX_MESSAGE, np.uint8)
+        encoded = np.frombuffer(message.encode()[:MAX_MESSAGE], np.uint8)
+        text[: len(encoded)] = encoded
+        message = bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b"\0").decode(errors="ignore")
+    if message:
+        raise UserError(message)
+
+
+def process_index() -> int:
+    """Which of the processes this is."""
+    return jax.process_index()
+
+
+def total(values: np.ndarray) -> np.ndarray:
+    """The sum over all processes of an array of the host. Every process must call it."""
+    if jax.process_count() == 1:
+        return values
+    return np.sum(multihost_utils.process_allgather(values), 0)
+
+
+def gather(tree: Any) -> Any:
+    """The rows of all processes, in their order, as NumPy arrays in each of them. Every process must call it."""
+    local = jax.device_get(tree)
+    if jax.process_count() == 1:
+        return local
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), multihost_utils.process_allgather(local))
+
+
+def leave_broken(error: Exception) -> None:
+    """End this process at once, with a sentence: another one has died, and waiting for it in JAX's shutdown would hang."""
+    words = str(error).split("\n")[0][:200]
+    message = f"another process of this run has ended ({words}); start all of them again, they go on where they were."
+    print(f"hast_jax: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def devices(count: int, together: bool = False) -> list[jax.Device]:
+    """The first `count` local devices; or, together, those of every process, in the order of the processes."""
+    if not together:
+        return jax.local_devices()[:count]
+    return [d for process in range(jax.process_count()) for d in jax.local_devices(process)[:count]]
 
 
 def shard(tree: Any, count: int) -> Any:
-    """A tree whose leaves have a leading axis of `count`, each of the first `count` devices holding its row."""
+    """A tree whose leaves have a leading axis of `count`, each of the first `count` local devices holding its row."""
     mesh = jax.sharding.Mesh(devices(count), (AXIS,))
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)))
 
 
 def replicate(tree: Any, count: int) -> Any:
-    """A copy of `tree` on each of the first `count` devices: each leaf gains a leading axis of that length."""
+    """A copy of `tree` on each of the first `count` local devices: each leaf gains a leading axis of that length."""
     return shard(jax.tree.map(lambda x: np.broadcast_to(np.asarray(x)[None], (count, *np.shape(x))), tree), count)
 
 
@@ -93,10 +177,11 @@ def micro_batch(requested: int, batch: int) -> int:
     return requested or max(d for d in range(1, min(most, batch) + 1) if batch % d == 0)
 
 
-def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1) -> Any:
-    """`step(state, *constants) -> (state, metrics)` run `steps` times on each of `count` devices in one call.
+def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1, together: bool = False) -> Any:
+    """`step(state, *constants) -> (state, metrics)` run `steps` times on each of `count` local devices in one call.
 
-    All arguments carry the devices' axis; the state is donated. Returns the new state and the last step's metrics.
+    All arguments carry the devices' axis; the state is donated. Returns the new state and the last step's metrics. together:
+    the devices of all processes take each step as one, and every process must call it.
     """
 
     def run(state: Any, *constants: Any) -> tuple[Any, Any]:
@@ -105,11 +190,11 @@ def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1)
         state, metrics = lax.scan(lambda s, _: step(s, *constants), state, length=steps)
         return state, jax.tree.map(lambda m: m[-1], metrics)
 
-    return jax.pmap(run, axis_name=AXIS, devices=devices(count), donate_argnums=0)
+    return jax.pmap(run, axis_name=AXIS, devices=devices(count, together), donate_argnums=0)
 
 
 def pmap(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """`function` on each of `count` devices; all arguments and results carry the devices' axis."""
+    """`function` on each of `count` local devices; all arguments and results carry the devices' axis."""
     return jax.pmap(function, axis_name=AXIS, devices=devices(count))
 
 
@@ -123,10 +208,21 @@ def mean(tree: Any) -> Any:
     return unravel(lax.pmean(flat, AXIS))
 
 
-def own_share(batch: jax.Array, count: int) -> jax.Array:
-    """This device's rows of a batch that all devices know, inside a step pmapped over `count` devices."""
-    rows = batch.shape[0] // count
+def own_share(batch: jax.Array) -> jax.Array:
+    """This device's rows of a batch that all devices know, inside a pmapped step."""
+    rows = batch.shape[0] // lax.axis_size(AXIS)
     return lax.dynamic_slice_in_dim(batch, lax.axis_index(AXIS) * rows, rows)
+
+
+def own_items(items: list[Any], count: int) -> list[Any]:
+    """This process's part of a list that holds `count` items for each."""
+    return items[jax.process_index() * count :][:count]
+
+
+def own_rows(batch: np.ndarray, count: int) -> np.ndarray:
+    """The shares of this process's `count` devices of a batch on the host [..., batch]: [count, ..., batch / all devices]."""
+    shares = np.split(batch, jax.process_count() * count, -1)
+    return np.stack(shares[jax.process_index() * count :][:count])
 
 
 def split(batch: Any, count: int) -> Any:

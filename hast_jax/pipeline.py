@@ -49,12 +49,14 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> tuple[Job, f
     teacher, variables = networks.teacher(config)
     student = networks.student(config)
     dataset = data.load(config, config.eval.split)
-    folder = run_folder.open_for_run(workdir, config)
+    parallel.on_main(lambda: run_folder.open_for_run(workdir, config))
+    folder = run_folder.RunFolder(workdir)
     teacher_accuracy = accuracy = None
     if dataset is not None:
         teacher_accuracy = make_evaluator(teacher, dataset, config, devices, console)(variables).top1
         accuracy = make_evaluator(student, dataset, config, devices, console)
-    reporter = Reporter(folder.path, console)
+    console.quiet = console.quiet or not parallel.is_main()
+    reporter = Reporter(folder.path, console, writing=parallel.is_main())
     return Job(config, devices, folder, reporter, teacher, student, variables, accuracy), teacher_accuracy
 
 
@@ -68,7 +70,7 @@ def run(config: ConfigDict, workdir: Path, console: Console) -> dict[str, Any]:
     ranges = activation_ranges(job, images)
     evaluations = fine_tune(job, finetune.freeze(job.variables, ranges, images, labels, config))
     result = summarise(job, len(images), teacher_accuracy, evaluations)
-    write_json(job.folder.result, result)
+    parallel.on_main(lambda: write_json(job.folder.result, result))
     job.reporter.close()
     return result
 
@@ -93,23 +95,29 @@ def training_images(job: Job) -> tuple[np.ndarray, np.ndarray]:
     elif cfg.source:
         images, labels = (array[: cfg.images] for array in synthetic_set.load(Path(cfg.source), shape))
     else:
-        store = synthetic_set.SyntheticSet(folder.synthetic, cfg.images, cfg.batch, shape)
+        store = lambda: synthetic_set.SyntheticSet(folder.synthetic, cfg.images, cfg.batch, shape)
+        parallel.on_main(store)  # makes the files
         with Checkpoints(folder.checkpoints("synthesis"), keep=2) as checkpoints:
-            synthesize.run(job.teacher, job.variables, config, job.devices, store, checkpoints, job.reporter)
-        images, labels = store.read()
+            synthesize.run(job.teacher, job.variables, config, job.devices, store(), checkpoints, job.reporter)
+        parallel.on_main(lambda: None)  # until here process 0 may still have been writing
+        images, labels = store().read()
     most = max(config.finetune.batch, config.calibration.batch)
     if len(images) < most:
         place = cfg.source or f"the {cfg.real_split} split"
         raise UserError(f"{place} holds {len(images)} images, fewer than the batch of {most}: lower the batch.")
-    folder.check_images(images, labels)
-    save_picture(folder.picture, images, config.teacher.mean, config.teacher.std)
+    parallel.on_main(lambda: folder.check_images(images, labels))
+    parallel.on_main(lambda: save_picture(folder.picture, images, config.teacher.mean, config.teacher.std))
     return images, labels
 
 
 def activation_ranges(job: Job, images: np.ndarray) -> weights.Variables:
     """Stage 2: the ranges of the activations, read from `ranges.json` where it exists."""
-    if not job.folder.ranges.exists():
-        job.folder.write_ranges(calibrate.run(job.student, job.variables, images, job.config, job.reporter))
+
+    def calibrated() -> None:
+        if not job.folder.ranges.exists():
+            job.folder.write_ranges(calibrate.run(job.student, job.variables, images, job.config, job.reporter))
+
+    parallel.on_main(calibrated)
     return job.folder.read_ranges()
 
 
@@ -117,7 +125,7 @@ def fine_tune(job: Job, frozen: finetune.Frozen) -> dict[int, float]:
     """Stage 3: train the student, saving it after each epoch; returns its accuracy by epoch (0 is before fine-tuning)."""
     config, devices, cfg = job.config, job.devices, job.config.finetune
     stop, every = cfg.epochs * cfg.steps_per_epoch, cfg.steps_per_epoch
-    calls = call_length(parallel.steps_per_call(config.steps_per_call), config.log_every, every)
+    step = finetune.make_step(job.teacher, job.student, cfg)
 
     def evaluate(state: finetune.State) -> None:
         epoch = int(state.step) // every
@@ -126,7 +134,9 @@ def fine_tune(job: Job, frozen: finetune.Frozen) -> dict[int, float]:
             evaluations[epoch] = job.accuracy(variables).top1
         if best_epoch(evaluations) == epoch:
             best.save(int(state.step), state)
-        write_json(job.folder.evaluations, evaluations)  # last: a run killed before evaluates this epoch again
+        parallel.on_main(
+            lambda: write_json(job.folder.evaluations, evaluations)
+        )  # last: a run killed before evaluates this epoch again
 
     with (
         Checkpoints(job.folder.checkpoints("latest"), keep=2, keep_every=cfg.keep_every * every) as latest,
@@ -134,12 +144,13 @@ def fine_tune(job: Job, frozen: finetune.Frozen) -> dict[int, float]:
     ):
         state, evaluations = _resume(latest, finetune.init(job.variables["params"], cfg), job.folder, every)
         start = int(state.step)
+        calls = call_length(parallel.steps_per_call(config.steps_per_call), config.log_every, every, start)
         due = lambda step: step % every == 0 and (step // every % config.eval.every == 0 or step == stop)
         with job.reporter.stage("finetune", stop, start) as progress:
             if due(start) and start // every not in evaluations:
                 evaluate(state)
             loop = drive(
-                parallel.pmap_steps(finetune.make_step(job.teacher, job.student, devices, cfg), devices, calls),
+                parallel.pmap_steps(step, devices, calls, together=True),
                 parallel.replicate(state, devices),
                 finetune.inputs(frozen, range(start, stop, calls), devices, cfg),
                 start=start,
@@ -148,12 +159,12 @@ def fine_tune(job: Job, frozen: finetune.Frozen) -> dict[int, float]:
                 every=(config.log_every, every),
                 what="finetune",
             )
-            for done, state, metrics in loop:
+            for done, state, metrics, preempted in loop:
                 progress.update(done, metrics)
-                if done % every == 0 or preemption.asked():
+                if done % every == 0 or preempted:
                     one = jax.device_get(parallel.unreplicate(state))
                     latest.save(done, one)
-                    if preemption.asked():
+                    if preempted:
                         preemption.leave()
                     if due(done):
                         evaluate(one)
@@ -199,6 +210,6 @@ def summarise(job: Job, images: int, teacher_accuracy: float | None, evaluations
         "steps": config.finetune.epochs * config.finetune.steps_per_epoch,
         "batch": config.finetune.batch,
         "seconds": {name: round(job.reporter.seconds(name), 1) for name in ("synthesis", "calibrate", "finetune")},
-        "hardware": f"{job.devices} x {jax.devices()[0].device_kind} ({platform.machine()})",
+        "hardware": f"{job.devices * parallel.process_count()} x {jax.devices()[0].device_kind} ({platform.machine()})",
         "config": config_lib.to_dict(config),
     }

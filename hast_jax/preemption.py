@@ -1,26 +1,39 @@
 """Stopping when asked: SIGTERM, which schedulers send before they take a machine away, saves and ends the run."""
 
+import itertools
 import signal
 import sys
 import threading
 from types import FrameType
 from typing import NoReturn
 
-_asked = threading.Event()
+from jax.experimental import multihost_utils
+
+from hast_jax import parallel
+
+_heard = threading.Event()
+_looks = itertools.count()
 
 
 def listen() -> None:
-    """From now on SIGTERM ends the run at the next step's end instead of at once."""
+    """From now on SIGTERM ends the run at the next step's end instead of at once. Of several processes JAX itself listens."""
 
     def note(number: int, frame: FrameType | None) -> None:
-        _asked.set()
+        _heard.set()
 
     signal.signal(signal.SIGTERM, note)
 
 
 def asked() -> bool:
-    """Whether SIGTERM has come. Whoever sees it saves what is worth it and calls `leave`."""
-    return _asked.is_set()
+    """Whether SIGTERM has come to this process, the only one. Whoever sees it saves what is worth it and calls `leave`."""
+    return _heard.is_set()
+
+
+def agreed() -> bool:
+    """Whether all processes are to end here, because SIGTERM came to one: each must look as often as the others."""
+    if parallel.process_count() == 1:
+        return asked()
+    return multihost_utils.reached_preemption_sync_point(next(_looks))
 
 
 def leave() -> NoReturn:

@@ -48,17 +48,19 @@ class Reporter:
     `metrics.jsonl` holds one line for each look at the metrics: stage, step, seconds spent in the stage, values.
     """
 
-    def __init__(self, folder: Path, console: Console):
-        self.console = console
+    def __init__(self, folder: Path, console: Console, writing: bool = True):
+        """writing: False for a process that leaves the files to another."""
+        self.console, self._writing = console, writing
         self._path = folder / "metrics.jsonl"
         self._lines = read_metrics(self._path)
-        self._events = SummaryWriter(str(folder / "tensorboard"))
+        self._events = SummaryWriter(str(folder / "tensorboard"), write_to_disk=writing)
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:
         """A stage of `total` steps of which `done` are finished; what was logged after them by a killed run is dropped."""
         self._lines = [line for line in self._lines if line["stage"] != name or line["step"] <= done]
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+        if self._writing:
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
         columns = (
             TextColumn("{task.description:<11}"),
             BarColumn(),
@@ -84,6 +86,8 @@ class Reporter:
         """Append one line to `metrics.jsonl` and the values to TensorBoard."""
         line = {"stage": stage, "step": step, "seconds": round(seconds, 3), **values}
         self._lines.append(line)
+        if not self._writing:
+            return
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in values.items():

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -114,6 +114,19 @@ def _see_through_crop(images: Array, key: Array, config: ConfigDict) -> Array:
     return jnp.where(jax.random.bernoulli(choice_key, config.crop_probability), cropped, images)
 
 
+def plan(pending: list[int], begun: Mapping[int, int], size: int) -> list[tuple[list[int], int]]:
+    """Groups of at most `size` batches that are optimised together, each with the iteration that it goes on from.
+
+    begun: batch -> iteration that it has reached; those furthest come first.
+    """
+    reached = [begun.get(batch, 0) for batch in pending]
+    groups = []
+    for iteration in sorted(set(reached), reverse=True):
+        same = [batch for batch, own in zip(pending, reached) if own == iteration]
+        groups += [(same[i : i + size], iteration) for i in range(0, len(same), size)]
+    return groups
+
+
 def run(
     teacher: nn.Module,
     variables: Variables,
@@ -123,56 +136,66 @@ def run(
     checkpoints: Checkpoints,
     reporter: Reporter,
 ) -> None:
-    """Fill `store` with every batch that it still lacks, as many at a time as there are devices.
+    """Fill `store` with every batch that it still lacks, as many at a time as all processes have devices.
 
     Each device optimises a batch of its own, without communication: BN statistics are those of one batch. A batch's
-    images depend on the seed and its number alone.
+    images depend on the seed and its number alone, so a run may go on with other devices. Where a group does not divide by the
+    processes, some repeat its first batch for nothing.
     """
-    cfg = config.synthesis
+    cfg, processes = config.synthesis, parallel.process_count()
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     shape, classes = (cfg.batch, *config.teacher.image), config.teacher.classes
     init_for = functools.cache(partial(parallel.pmap, lambda batch: init(batch, key, shape, classes, cfg.lr)))
     step_for = functools.cache(partial(parallel.pmap_steps, lambda s, v: step(s, v, teacher, key, cfg)))
 
-    def start(batches: list[int]) -> State:
-        return init_for(len(batches))(jnp.asarray(batches))
-
     pending = store.pending()
-    groups = [pending[i : i + devices] for i in range(0, len(pending), devices)]
-    done = (store.batches - len(pending)) * cfg.iterations
-    iteration, state = _resume(checkpoints, start(groups[0])) if groups else (0, None)
-    calls = parallel.steps_per_call(config.steps_per_call)
-    calls = call_length(calls, cfg.iterations, config.log_every, cfg.save_every, iteration)
-    position = done + iteration * len(groups[0]) if groups else done
-    with reporter.stage("synthesis", store.batches * cfg.iterations, position) as progress:
-        for batches in groups:
-            count = len(batches)
-            state = start(batches) if state is None else state
+    like = jax.eval_shape(init_for(1), jax.ShapeDtypeStruct((1,), jnp.int32))
+    begun = {batch: row for batch, row in _begun(checkpoints, like) if batch in pending}
+    reached = {batch: int(row.iteration) for batch, row in begun.items()}
+    done = (store.batches - len(pending)) * cfg.iterations + sum(reached.values())
+    with reporter.stage("synthesis", store.batches * cfg.iterations, done) as progress:
+        for batches, first in plan(pending, reached, devices * processes):
+            count = -(-len(batches) // processes)
+            own = parallel.own_items(batches + batches[:1] * (count * processes - len(batches)), count)
+            state = parallel.shard(_stack([begun[b] for b in own]), count) if first else init_for(count)(jnp.asarray(own))
+            calls = parallel.steps_per_call(config.steps_per_call)
+            calls = call_length(calls, cfg.iterations, config.log_every, cfg.save_every, first)
             loop = drive(
                 step_for(count, calls),
                 state,
                 itertools.repeat((parallel.replicate(variables, count),)),
-                start=iteration,
+                start=first,
                 stop=cfg.iterations,
                 steps_per_call=calls,
                 every=(config.log_every, cfg.save_every),
                 what="synthesis",
             )
-            for iteration, state, metrics in loop:
-                progress.update(done + iteration * count, metrics)
-                if iteration < cfg.iterations and (iteration % cfg.save_every == 0 or preemption.asked()):
-                    checkpoints.save(done + iteration * count, state)
-                    if preemption.asked():
+            for iteration, state, metrics, preempted in loop:
+                position = done + (iteration - first) * len(batches)
+                progress.update(position, metrics)
+                if iteration < cfg.iterations and (preempted or iteration % cfg.save_every == 0):
+                    begun |= zip(batches, _rows(parallel.gather(state)))
+                    checkpoints.save(position, _stack(list(begun.values())))
+                    if preempted:
                         preemption.leave()
-            for i, batch in enumerate(batches):
-                store.write(batch, np.asarray(state.images[i]), np.asarray(state.labels[i]))
-            done += count * cfg.iterations
-            iteration, state = 0, None
+            images, labels = parallel.gather((state.images, state.labels))
+            for row, batch in enumerate(batches):
+                begun.pop(batch, None)
+                if parallel.is_main():
+                    store.write(batch, images[row], labels[row])
+            done += (cfg.iterations - first) * len(batches)
 
 
-def _resume(checkpoints: Checkpoints, fresh: State) -> tuple[int, State]:
-    """Iteration and state saved in the middle of just the batches of `fresh`; else 0 and `fresh`."""
-    saved = checkpoints.restore(fresh)
-    if saved is None or not np.array_equal(saved.batch, fresh.batch):
-        return 0, fresh
-    return int(saved.iteration[0]), parallel.shard(saved, len(saved.batch))
+def _begun(checkpoints: Checkpoints, like: State) -> Iterator[tuple[int, State]]:
+    """The batches that were saved in the middle, each with its state on the host."""
+    saved = checkpoints.restore(like)
+    for row in _rows(saved) if saved is not None else []:
+        yield int(row.batch), row
+
+
+def _rows(state: State) -> list[State]:
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in range(len(state.batch))]
+
+
+def _stack(rows: list[State]) -> State:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)

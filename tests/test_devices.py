@@ -32,7 +32,7 @@ def trajectory(devices: int, steps: int, **changes) -> list[dict[str, float]]:
     _, updated = student.apply(variables, images, mutable=["ranges"])
     frozen = parallel.replicate(finetune.freeze(variables, updated["ranges"], images, labels, config), devices)
     state = parallel.replicate(finetune.init(variables["params"], config.finetune), devices)
-    step = finetune.make_step(teacher, student, devices, config.finetune)
+    step = finetune.make_step(teacher, student, config.finetune)
     run = parallel.pmap_steps(step, devices)
     found = []
     for _ in range(steps):
@@ -117,7 +117,7 @@ def test_streamed_images_are_those_of_the_set_on_the_device(devices: int, steps:
         frozen = finetune.Frozen({}, {}, images, labels, jnp.uint32(7), ())
 
         def step(state: jax.Array, frozen: finetune.Frozen):
-            return state + 1, finetune.draw(frozen, state, devices, cfg)
+            return state + 1, finetune.draw(frozen, state, cfg)
 
         found = []
         for start, stop in ((0, 6), (6, 12)):

@@ -15,7 +15,7 @@ def count(state, add):
 
 def looks(**changes) -> list[int]:
     arguments = {"start": 0, "stop": 20, "steps_per_call": 1, "every": (6, 10), "what": "finetune"} | changes
-    return [done for done, _, _ in drive(count, 0, itertools.repeat((1,)), **arguments)]
+    return [look.done for look in drive(count, 0, itertools.repeat((1,)), **arguments)]
 
 
 def test_it_looks_at_multiples_of_each_interval_and_at_the_end() -> None:
@@ -26,7 +26,7 @@ def test_it_looks_at_multiples_of_each_interval_and_at_the_end() -> None:
 
 def test_the_metrics_are_those_of_the_step_just_done() -> None:
     loop = drive(count, 0, itertools.repeat((1,)), start=0, stop=4, steps_per_call=1, every=(2,), what="finetune")
-    assert [(done, metrics["value"]) for done, _, metrics in loop] == [(2, 2.0), (4, 4.0)]
+    assert [(done, metrics["value"]) for done, _, metrics, _ in loop] == [(2, 2.0), (4, 4.0)]
 
 
 def test_a_value_that_is_not_finite_stops_it_with_the_step_and_what_to_do() -> None:
