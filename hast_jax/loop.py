@@ -14,7 +14,10 @@ Metrics = dict[str, float]
 
 
 class Look(NamedTuple):
-    """Steps done, the state and the metrics after them; preempted: the run is to be saved and ended here."""
+    """Steps done, the state and the metrics after them; preempted: the run is to be saved and ended here.
+
+    A look that is there only for that has no metrics, so that a log does not show where a run was broken.
+    """
 
     done: int
     state: Any
@@ -49,10 +52,12 @@ def drive(
         state, metrics = step(state, *next(inputs))
         done += steps_per_call
         preempted = preemption.agreed()
-        if done >= stop or preempted or any(done % number == 0 for number in every):
+        if done >= stop or any(done % number == 0 for number in every):
             values = {name: float(np.mean(value)) for name, value in jax.device_get(metrics).items()}
             _check_finite(values, what, done)
             yield Look(done, state, values, preempted)
+        elif preempted:
+            yield Look(done, state, {}, preempted)
         if preempted:
             return
 

@@ -1,7 +1,11 @@
 """What befalls a run from outside: it ends in a sentence, goes on where it was, and loses nothing that was finished."""
 
+import collections
+import json
+import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -52,3 +56,41 @@ def test_a_run_folder_with_a_link_to_elsewhere_is_refused(copy: Path, tmp_path: 
     with pytest.raises(UserError, match=r"metrics.jsonl is a link"):
         tiny.run(copy)
     assert outside.read_text() == "mine"
+
+
+KILLS = 20
+
+
+@pytest.mark.slow
+def test_no_kill_at_any_moment_changes_the_result(finished: Path, tmp_path: Path) -> None:
+    """Runs that are killed again and again, from their first second to their last, end like the unbroken one."""
+    rng, hits, runs = random.Random(0), collections.Counter(), 0
+    while sum(hits.values()) < KILLS:
+        workdir, runs = tmp_path / str(runs), runs + 1
+        while not (workdir / "result.json").exists():
+            process = start(workdir)
+            lines, wanted = progress(workdir), rng.choice([0, 0, 1, 2, 3])
+            while process.poll() is None and progress(workdir) < lines + wanted:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 4 if wanted == 0 else 1))
+            if process.poll() is None and sum(hits.values()) < KILLS:
+                hits[stage(workdir)] += 1
+                process.kill()
+            process.communicate()
+        assert tiny.outcome(workdir) == tiny.outcome(finished)
+    print(json.dumps({"kills": hits, "runs": runs}))
+    assert {"synthesis", "finetune"} <= set(hits)
+
+
+def progress(workdir: Path) -> int:
+    path = workdir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def stage(workdir: Path) -> str:
+    """What a run was doing, by what it has left."""
+    if not (workdir / "config.json").exists():
+        return "start"
+    if not (workdir / "images.json").exists():
+        return "synthesis"
+    return "finetune" if (workdir / "ranges.json").exists() else "calibration"

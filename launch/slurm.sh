@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Several GPU machines under Slurm, one process a GPU:
+#
+#     sbatch --nodes=2 launch/slurm.sh configs/imagenet.py:w4a4 /shared/runs/r18-w4a4 [--config.FIELD=VALUE ...]
+#
+# The run folder must be on a file system that all machines see. Two minutes before its time is up the job gets SIGTERM, saves
+# and ends; the same command goes on where it was, on as many machines as you like.
+#SBATCH --job-name=hast_jax
+#SBATCH --gres=gpu:4
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=04:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?start this with sbatch}"
+config=$1 workdir=$2
+shift 2
+exec srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m hast_jax.main --processes=auto \
+    --config="$config" --workdir="$workdir" "$@"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# A slice of a TPU pod, one process a host. On every host: the project in ~/hast_jax with pip install -e '.[tpu]' in its .venv,
+# and one file system that all hosts see (Filestore, or a bucket mounted with gcsfuse) for the run folder.
+#
+#     launch/tpu_pod.sh NAME ZONE configs/imagenet.py:w4a4 /mnt/runs/r18-w4a4 [--config.FIELD=VALUE ...]
+#
+# Start it again after an interruption, with the same arguments, and it goes on where it was.
+set -euo pipefail
+name=$1 zone=$2 config=$3 workdir=$4
+shift 4
+printf -v arguments '%q ' --config="$config" --workdir="$workdir" "$@"
+exec gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
+    --command="cd ~/hast_jax && .venv/bin/python -m hast_jax.main --processes=auto $arguments"

@@ -1,0 +1,140 @@
+"""Several processes on one run, here two on the loopback address, are as good as one; and a run may change its devices."""
+
+import json
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from rich.console import Console
+
+from hast_jax import evaluate, synthesize
+
+# Steps small enough for a rounding difference to stay one.
+CALM = ["--config.finetune.lr=1e-6", "--config.synthesis.lr=0.05"]
+
+
+def two_processes(workdir: Path) -> list[subprocess.Popen]:
+    """A run on two devices in each of two processes, which stream their shares of the images."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        subprocess.Popen(
+            tiny.command(workdir, *CALM, f"--processes=127.0.0.1:{port},2,{index}", "--config.finetune.stream=True"),
+            cwd=tiny.ROOT,
+            env=tiny.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+
+
+def end(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """Status, output and errors of each."""
+    ends = [process.communicate(timeout=300) for process in processes]
+    return [(process.returncode, *texts) for process, texts in zip(processes, ends)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process, on four devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    done = tiny.call(tiny.command(workdir, *CALM, "--config.devices=4"))
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def assert_same(workdir: Path, other: Path) -> None:
+    """Images, losses and accuracy agree to float tolerance."""
+    images = [np.load(path / "synthetic" / "images.npy") for path in (workdir, other)]
+    np.testing.assert_allclose(*images, atol=1e-2)
+    labels = [np.load(path / "synthetic" / "labels.npy") for path in (workdir, other)]
+    np.testing.assert_array_equal(*labels)
+    lines = [
+        {line["step"]: line for line in tiny.metrics_without_time(path) if line["stage"] == "finetune"}
+        for path in (workdir, other)
+    ]
+    assert lines[0].keys() == lines[1].keys()
+    for step, line in lines[0].items():
+        for name in ("loss", "kl", "fa", "params_norm"):
+            np.testing.assert_allclose(line[name], lines[1][step][name], rtol=2e-2, err_msg=f"{name} at step {step}")
+    results = [json.loads((path / "result.json").read_text()) for path in (workdir, other)]
+    assert results[0]["teacher"] == results[1]["teacher"]
+    for name in ("no_finetuning", "last"):
+        assert abs(results[0][name] - results[1][name]) < 1
+
+
+def test_two_processes_give_the_images_and_the_student_of_one_and_process_0_alone_speaks(alone: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    (status, output, errors), (other_status, silence, _) = end(two_processes(workdir))
+    assert status == other_status == 0, errors
+    assert "last epoch" in output and "last epoch" not in silence
+    assert_same(workdir, alone)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len((alone / "metrics.jsonl").read_text().splitlines())
+    found = evaluate.run(workdir, "latest", 1, None, None, Console(quiet=True))
+    assert found["student"].top1 == pytest.approx(json.loads((workdir / "result.json").read_text())["last"], abs=0.2)
+
+
+def logged_after(workdir: Path, stage: str, step: int) -> Callable[[], bool]:
+    """Whether the run has logged this step or a later one of the stage."""
+
+    def moment() -> bool:
+        lines = tiny.metrics_without_time(workdir) if (workdir / "metrics.jsonl").exists() else []
+        return any(line["stage"] == stage and line["step"] >= step for line in lines)
+
+    return moment
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices_and_processes(alone: Path, tmp_path: Path) -> None:
+    """Four devices, stopped among the images; then two processes, stopped while fine-tuning; then one device."""
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        tiny.command(workdir, *CALM, "--config.devices=4"), cwd=tiny.ROOT, env=tiny.environment(), stderr=subprocess.DEVNULL
+    )
+    tiny.wait_until(process, tiny.logged(workdir, "synthesis", 15))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0 and not (workdir / "ranges.json").exists()
+    saved = [int(path.name) for path in (workdir / "checkpoints" / "synthesis").iterdir() if path.name.isdigit()]
+    processes = two_processes(workdir)
+    tiny.wait_until(processes[0], logged_after(workdir, "finetune", 5))
+    processes[1].send_signal(signal.SIGTERM)  # to either: they agree on a step
+    ends = end(processes)
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert "the same command goes on" in ends[0][2] and max(saved) > 0
+    done = tiny.call(tiny.command(workdir, *CALM, "--config.devices=1"))
+    assert done.returncode == 0, done.stderr
+    assert_same(workdir, alone)
+
+
+def test_where_one_process_dies_the_other_ends_with_a_sentence(tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    processes = two_processes(workdir)
+    tiny.wait_until(processes[0], tiny.logged(workdir, "finetune", 5))
+    processes[1].kill()
+    _, errors = processes[0].communicate(timeout=120)
+    assert processes[0].returncode != 0 and "another process of this run has ended" in errors, errors
+
+
+@pytest.mark.parametrize(
+    ("processes", "words"),
+    [("two", "it must be auto, or HOST:PORT"), ("127.0.0.1:1,2,x", "it must be auto, or HOST:PORT"), ("auto", "did not come")],
+)
+def test_processes_that_cannot_come_together_are_refused(tmp_path: Path, processes: str, words: str) -> None:
+    done = tiny.call(tiny.command(tmp_path / "run", f"--processes={processes}"))
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_batches_that_were_begun_go_on_together_before_others_begin() -> None:
+    assert synthesize.plan([0, 1, 2, 3, 4], {}, 2) == [([0, 1], 0), ([2, 3], 0), ([4], 0)]
+    assert synthesize.plan([1, 2, 3, 4], {2: 500, 3: 500, 4: 250}, 1) == [([2], 500), ([3], 500), ([4], 250), ([1], 0)]
+    assert synthesize.plan([1, 2, 3, 4], {2: 500, 3: 500}, 4) == [([2, 3], 500), ([1, 4], 0)]
+    assert synthesize.plan([], {}, 4) == []
