@@ -45,16 +45,17 @@ class Checkpoints:
             )
         self._checkpointer.save(step, tree, force=True, overwrite=True, custom_metadata=metadata)
 
-    def restore(self, like: Any) -> Any | None:
-        """The newest whole tree with the structure of `like`, as NumPy arrays of the saved shapes; None where there is none.
+    def restore(self, like: Any, rows: int | None = None) -> Any | None:
+        """The newest whole tree with the structure and shapes of `like`, as NumPy arrays; None where there is none.
 
+        rows: where given, arrays may have any leading axis up to that, instead of that of `like`.
         A checkpoint that cannot be read, or is not what was saved, is passed over with a warning for the one before it.
         Raises UserError where there are checkpoints and none is whole.
         """
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
         for step in steps:
             try:
-                return self._restore(step, like)
+                return self._restore(step, like, rows)
             except Exception as error:  # Orbax and TensorStore raise many kinds on damaged files
                 words = f"checkpoint {self._folder}/{step} is damaged and passed over: {_first_line(error)}"
                 print(f"hast_jax: {words}", file=sys.stderr)
@@ -66,15 +67,23 @@ class Checkpoints:
         """(step, tree) of every checkpoint, the oldest first. Raises UserError where one is damaged."""
         for step in sorted(c.step for c in self._checkpointer.checkpoints):
             try:
-                yield step, self._restore(step, like)
+                yield step, self._restore(step, like, None)
             except Exception as error:  # as above
                 words = f"checkpoint {self._folder}/{step} is damaged ({_first_line(error)}): delete the run and repeat it."
                 raise UserError(words) from error
 
-    def _restore(self, step: int, like: Any) -> Any:
+    def _restore(self, step: int, like: Any, rows: int | None) -> Any:
+        metadata = self._checkpointer.metadata(step)
+        tail = lambda leaf: leaf.shape[0 if rows is None else 1 :]
+        saved_leaves, wanted_leaves = jax.tree.leaves(metadata.metadata), jax.tree.leaves(like)
+        # Before any array is read: a forged shape could fill the memory.
+        if sorted(map(tail, saved_leaves)) != sorted(map(tail, wanted_leaves)):
+            raise ValueError("its arrays have other shapes")
+        if rows is not None and max(leaf.shape[0] for leaf in saved_leaves) > rows:
+            raise ValueError(f"it holds more than {rows} rows")
         abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
         tree = jax.tree.map(np.asarray, self._checkpointer.load(step, abstract))
-        saved = self._checkpointer.metadata(step).custom_metadata
+        saved = metadata.custom_metadata
         if saved is None or _checksum(tree) != saved["crc32"]:
             raise ValueError("its arrays are not those that were saved")
         return tree

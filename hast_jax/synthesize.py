@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -150,7 +150,8 @@ def run(
 
     pending = store.pending()
     like = jax.eval_shape(init_for(1), jax.ShapeDtypeStruct((1,), jnp.int32))
-    begun = {batch: row for batch, row in _begun(checkpoints, like) if batch in pending}
+    saved = checkpoints.restore(like, rows=store.batches)
+    begun = {int(row.batch): row for row in (_rows(saved) if saved else []) if int(row.batch) in pending}
     reached = {batch: int(row.iteration) for batch, row in begun.items()}
     done = (store.batches - len(pending)) * cfg.iterations + sum(reached.values())
     with reporter.stage("synthesis", store.batches * cfg.iterations, done) as progress:
@@ -184,13 +185,6 @@ def run(
                 if parallel.is_main():
                     store.write(batch, images[row], labels[row])
             done += (cfg.iterations - first) * len(batches)
-
-
-def _begun(checkpoints: Checkpoints, like: State) -> Iterator[tuple[int, State]]:
-    """The batches that were saved in the middle, each with its state on the host."""
-    saved = checkpoints.restore(like)
-    for row in _rows(saved) if saved is not None else []:
-        yield int(row.batch), row
 
 
 def _rows(state: State) -> list[State]:

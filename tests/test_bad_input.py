@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +41,22 @@ def truncate_checkpoint(folder: Path) -> None:
             os.truncate(path, path.stat().st_size // 2)
 
 
+def flip_a_bit(folder: Path) -> None:
+    largest = max((path for path in folder.rglob("*") if path.parent.name == "d"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
 def newest(folder: Path) -> Path:
     return max((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
 
 
-def test_a_truncated_checkpoint_is_passed_over_for_the_one_before_it(copy: Path, finished: Path) -> None:
-    truncate_checkpoint(newest(copy / "checkpoints" / "latest"))
+@pytest.mark.parametrize("damage", [truncate_checkpoint, flip_a_bit])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
+    copy: Path, finished: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(newest(copy / "checkpoints" / "latest"))
     (copy / "result.json").unlink()
     tiny.run(copy)
     assert tiny.outcome(copy)["accuracies"] == tiny.outcome(finished)["accuracies"]

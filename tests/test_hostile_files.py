@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from hast_jax import models
+from hast_jax.checkpoint import Checkpoints
 from hast_jax.errors import UserError
 from hast_jax.models import weights
 
@@ -101,3 +102,19 @@ def test_whole_numbers_are_no_weights_and_half_precision_is() -> None:
     assert jax.tree.leaves(weights.from_state_dict(model, halves))[0].dtype == np.float32
     with pytest.raises(UserError, match=r"output\.bias holds int64 instead of floating point numbers"):
         weights.from_state_dict(model, state | {"output.bias": np.zeros(10, np.int64)})
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "whole"), [((3, 4), None, True), ((9, 4), None, False), ((9, 4), 9, True), ((9, 4), 8, False)]
+)
+def test_a_checkpoint_with_other_shapes_is_passed_over_before_it_is_read(
+    tmp_path: Path, shape: tuple[int, int], rows: int | None, whole: bool
+) -> None:
+    like = {"a": np.zeros((3, 4), np.float32)}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, {"a": np.ones(shape, np.float32)})
+        if whole:
+            assert checkpoints.restore(like, rows)["a"].shape == shape
+        else:
+            with pytest.raises(UserError, match="every checkpoint"):
+                checkpoints.restore(like, rows)
