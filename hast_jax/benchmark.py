@@ -2,11 +2,14 @@
 
     python -m hast_jax.benchmark --config=configs/cifar100.py
     python -m hast_jax.benchmark --config=configs/imagenet.py --compile_only
+    python -m hast_jax.benchmark --config=configs/imagenet.py --device=gpu
 
 Prints one JSON line for each part: images (samples) a second, compile time apart; the step's FLOPs by XLA's own cost
 analysis (the zero taps of models/conv.py included; a loop's body, as of `synthesis.remat`, counts once); its memory by XLA's
 own memory analysis, in GiB of one device: arguments, and the largest sum of intermediate arrays; the fraction of the float32
 matrix-product rate that is measured on the same devices. Weights and images are random.
+
+With --device it prints one Markdown table instead, of both steps in each arithmetic of the teacher, and needs nobody beside it.
 """
 
 import json
@@ -20,12 +23,15 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from hast_jax import calibrate, cli, finetune, models, networks, parallel, synthesize
+from hast_jax import calibrate, cli, finetune, networks, parallel, synthesize
 from hast_jax import config as config_lib
+from hast_jax.errors import UserError
+from hast_jax.models.conv import ARITHMETIC
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
 PART = flags.DEFINE_enum("part", "all", ["all", "synthesize", "finetune"], "The step to time.")
 STEPS = flags.DEFINE_integer("steps", 10, "Timed calls of each step.", lower_bound=1)
+DEVICE = flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Print a table for this kind of device.")
 COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Print what the compiler says of a step, without running it.")
 
 MATMUL_SIZE = 1024
@@ -60,7 +66,7 @@ class Part(NamedTuple):
 
 def synthesis(config: ConfigDict, devices: int) -> Part:
     """One Adam step on one batch a device."""
-    teacher = models.create(config.teacher.network, config.teacher.classes)
+    teacher = networks.bare_teacher(config)
     key, cfg = jax.random.key(config.seed), config.synthesis
     shape = (cfg.batch, *config.teacher.image)
 
@@ -74,7 +80,7 @@ def synthesis(config: ConfigDict, devices: int) -> Part:
 
 def fine_tuning(config: ConfigDict, devices: int) -> Part:
     """One step of fine-tuning, augmentation and promotion included."""
-    teacher, student = models.create(config.teacher.network, config.teacher.classes), networks.student(config)
+    teacher, student = networks.bare_teacher(config), networks.student(config)
     key, cfg, image = jax.random.key(config.seed), config.finetune, tuple(config.teacher.image)
     shape = (1, cfg.batch // devices) if cfg.stream else (max(256, cfg.batch),)
 
@@ -120,17 +126,55 @@ def measure(part: Part, devices: int, calls: int, repeats: int) -> dict[str, Any
     return line | {"devices": devices, "device": jax.devices()[0].device_kind}
 
 
+def use(device: str) -> None:
+    """Take this kind of device. Raises UserError where there is none."""
+    jax.config.update("jax_platforms", device)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise UserError(f"there is no {device} here that JAX can use: {str(error).splitlines()[0]}") from error
+
+
+COLUMNS = {
+    "part": "step",
+    "arithmetic": "teacher's products",
+    "batch": "batch",
+    "per_second": "images/s",
+    "step_seconds": "s a step",
+    "flops": "FLOP a step",
+    "matmul_fraction": "of the matrix-product rate",
+    "intermediate_gib": "intermediate arrays, GiB",
+    "compile_seconds": "compilation, s",
+}
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The lines as a Markdown table."""
+    rows = [COLUMNS.values(), ["---"] * len(COLUMNS), *([str(line[name]) for name in COLUMNS] for line in lines)]
+    head = f"{lines[0]['devices']} x {lines[0]['device']}, JAX {jax.__version__}"
+    return "\n".join([head, "", *("| " + " | ".join(row) + " |" for row in rows)])
+
+
 def main(_: list[str]) -> None:
-    """Print a line for each part."""
+    """Print a line for each part, or a table."""
     with cli.user_errors():
         config = CONFIG.value
         config_lib.validate(config)
+        if DEVICE.value:
+            use(DEVICE.value)
         devices = parallel.setup(config.devices, config.finetune.batch)
         jax.config.update("jax_enable_compilation_cache", False)  # compile times are part of what is measured
         calls, repeats = parallel.steps_per_call(config.steps_per_call), 0 if COMPILE_ONLY.value else STEPS.value
-        for name, part in PARTS.items():
-            if PART.value in ("all", name):
-                print(json.dumps({"part": name, **measure(part(config, devices), devices, calls, repeats)}), flush=True)
+        lines = []
+        for arithmetic in ARITHMETIC if DEVICE.value else [config.teacher.arithmetic]:
+            config.teacher.arithmetic = arithmetic
+            for name in PARTS if PART.value == "all" else [PART.value]:
+                line = measure(PARTS[name](config, devices), devices, calls, repeats)
+                lines.append({"part": name, "arithmetic": arithmetic, **line})
+                if not DEVICE.value:
+                    print(json.dumps(lines[-1]), flush=True)
+        if DEVICE.value:
+            print(table(lines))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ Variables = Mapping[str, Any]
 
 def step(student: nn.Module, variables: Variables, ranges: Variables, images: Array) -> Variables:
     """The `ranges` after one more batch of images [batch, height, width, channels]; `{}` before the first."""
-    _, updated = student.apply({**variables, "ranges": ranges} if ranges else variables, images, mutable=["ranges"])
+    with jax.default_matmul_precision(student.precision.arithmetic):  # type: ignore[attr-defined]
+        _, updated = student.apply({**variables, "ranges": ranges} if ranges else variables, images, mutable=["ranges"])
     return updated["ranges"]
 
 

@@ -16,6 +16,7 @@ from hast_jax import losses, promote, quant
 from hast_jax.data import DATASETS
 from hast_jax.errors import UserError
 from hast_jax.models import ARCHITECTURES, own
+from hast_jax.models.conv import ARITHMETIC
 
 SCHEDULES = ("step", "cosine")
 
@@ -70,6 +71,7 @@ def default() -> ConfigDict:
                 "image": (32, 32, 3),  # height, width, channels
                 "mean": (0.4914, 0.4822, 0.4465),  # of images in [0, 1], for each channel
                 "std": (0.2023, 0.1994, 0.2010),
+                "arithmetic": "float32",  # of its products: tensorfloat32 or bfloat16 are faster on accelerators
             },
             "pretrain": {  # only for python -m hast_jax.pretrain
                 "epochs": 60,
@@ -169,6 +171,7 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
         yield f"bits.{name}", not quant.MIN_BITS <= config.bits[name] <= quant.MAX_BITS, bits
     yield "seed", not 0 <= config.seed < 2**32, "between 0 and 2**32 - 1"
     choices: dict[str, tuple[str, Any]] = {
+        "teacher.arithmetic": (teacher.arithmetic, ARITHMETIC),
         "calibration.range": (calibration.range, quant.RANGE_RULES),
         "finetune.schedule": (finetune.schedule, SCHEDULES),
         "finetune.straight_through": (finetune.straight_through, quant.STRAIGHT_THROUGH),

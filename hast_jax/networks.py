@@ -9,12 +9,18 @@ from hast_jax.errors import UserError
 from hast_jax.models import own, weights
 
 
+def bare_teacher(config: ConfigDict) -> nn.Module:
+    """The full-precision network without its variables."""
+    precision = models.Precision(arithmetic=config.teacher.arithmetic)
+    return models.create(config.teacher.network, config.teacher.classes, precision)
+
+
 def teacher(config: ConfigDict) -> tuple[nn.Module, weights.Variables]:
     """The full-precision network and its variables.
 
     Raises UserError where the network cannot be quantized by the stages, or the file does not fit the config.
     """
-    model = models.create(config.teacher.network, config.teacher.classes)
+    model = bare_teacher(config)
     image = tuple(config.teacher.image)
     if own.is_own(config.teacher.network):
         own.check(model, student(config), image, alignment=config.finetune.lam > 0)

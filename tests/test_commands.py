@@ -30,6 +30,17 @@ def test_what_the_compiler_says_of_a_step_is_printed_without_running_it() -> Non
     assert line["flops"] > 1e9 and line["intermediate_gib"] > 0 and "per_second" not in line
 
 
+def test_one_table_is_printed_for_a_kind_of_device_over_each_arithmetic() -> None:
+    done = tiny.call([*tiny.module("benchmark"), DIGITS, "--device=cpu", "--part=synthesize", "--steps=1"])
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" | ")[1] for line in done.stdout.splitlines()[4:]] == ["float32", "tensorfloat32", "bfloat16"]
+
+
+def test_a_kind_of_device_that_is_not_there_is_refused() -> None:
+    done = tiny.call([*tiny.module("benchmark"), DIGITS, "--device=tpu"])
+    assert done.returncode == 1 and "there is no tpu here" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_pretrained_teacher_is_a_weight_file_with_its_metadata(tmp_path) -> None:
     path = tmp_path / "teacher.safetensors"
     done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={path}", "--config.pretrain.epochs=3"])

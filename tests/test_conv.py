@@ -45,3 +45,14 @@ def check(channels: tuple[int, int], width: int, size: int, stride: int, groups:
     upstream = jax.random.normal(keys[2], expected.shape)
     for actual, wanted in zip((y, *pull_back(upstream)), (expected, *expected_pull_back(upstream)), strict=True):
         np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(("arithmetic", "bits"), [("bfloat16", 7), ("tensorfloat32", 10), ("float32", 23)])
+def test_on_a_cpu_operands_are_rounded_as_an_accelerator_would(arithmetic: str, bits: int) -> None:
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, kernel = jax.random.normal(keys[0], (2, 8, 8, 16)), jax.random.normal(keys[1], (3, 3, 16, 16))
+    with jax.default_matmul_precision(arithmetic):
+        found = conv(x, kernel)
+    expected = plain(lax.reduce_precision(x, 8, bits), lax.reduce_precision(kernel, 8, bits), 1, 1)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    assert (np.abs(found - plain(x, kernel, 1, 1)).max() > 1e-3) == (bits < 23)

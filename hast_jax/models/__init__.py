@@ -33,7 +33,8 @@ def create(name: str, classes: int, precision: Precision = FULL_PRECISION) -> nn
 
 def apply(model: nn.Module, variables: Any, images: jax.Array) -> tuple[jax.Array, Taps]:
     """Logits [batch, classes] and taps of normalised images [batch, height, width, channels], nothing updated."""
-    outputs: Any = model.apply(variables, images)
+    with jax.default_matmul_precision(model.precision.arithmetic):  # type: ignore[attr-defined]
+        outputs: Any = model.apply(variables, images)
     return outputs
 
 

@@ -18,6 +18,9 @@ Array = jax.Array
 
 FULL_SPEED_CHANNELS = 32
 
+# JAX's names of what an accelerator's products may round their operands to -> bits of the mantissa; None: to nothing less.
+ARITHMETIC: dict[str | None, int | None] = {"float32": None, "tensorfloat32": 10, "bfloat16": 7}
+
 
 def conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
     """Convolve `x` [batch, height, width, in] with `kernel` [size, size, in / groups, out], padded by size // 2 on each side.
@@ -25,6 +28,7 @@ def conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
     The padding is explicit, as in PyTorch: XLA's "SAME" pads stride-2 layers on one side only.
     """
     if jax.default_backend() == "cpu":
+        x, kernel = _rounded(x), _rounded(kernel)
         if stride == groups == 1 and kernel.shape[0] > 1:
             return _packed_conv(x, kernel)
         if groups == x.shape[-1] == kernel.shape[-1]:
@@ -32,8 +36,16 @@ def conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
     return _direct(x, kernel, (stride, stride), groups)
 
 
+def _rounded(x: Array) -> Array:
+    """`x` as an accelerator would take it into a product, which a CPU computes in float32."""
+    mantissa_bits = ARITHMETIC.get(jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
+    return x if mantissa_bits is None else lax.reduce_precision(x, 8, mantissa_bits)
+
+
 def _direct(x: Array, kernel: Array, strides: tuple[int, int], groups: int = 1) -> Array:
     pad = kernel.shape[0] // 2  # its height: packing changes its width
+    # A CPU has but one precision, and keeps its fast convolutions for those that ask for none.
+    precision = lax.Precision.DEFAULT if jax.default_backend() == "cpu" else None
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -41,6 +53,7 @@ def _direct(x: Array, kernel: Array, strides: tuple[int, int], groups: int = 1) 
         ((pad, pad), (pad, pad)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
+        precision=precision,
     )
 
 

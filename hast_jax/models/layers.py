@@ -52,12 +52,14 @@ class Precision(NamedTuple):
     weights, activations: bits; `None` is full precision.
     range_rule: observes the range of activations when calibrating.
     straight_through: of an activation outside its range, one of `quant.STRAIGHT_THROUGH`.
+    arithmetic: of convolutions and matrix products, one of `conv.ARITHMETIC`; everything else is float32.
     """
 
     weights: int | None = None
     activations: int | None = None
     range_rule: RangeRule = quant.minmax_range
     straight_through: str = "identity"
+    arithmetic: str = "float32"
 
 
 FULL_PRECISION = Precision()
