@@ -48,6 +48,7 @@ FREE_FIELDS = (
     "eval.batch",
     "synthesis.save_every",
     "synthesis.micro_batch",
+    "synthesis.stack",
     "synthesis.remat",
     "finetune.stream",
     "finetune.keep_every",
@@ -86,6 +87,7 @@ def default() -> ConfigDict:
                 "images": 5120,
                 "batch": 256,  # images optimised together: BN statistics are of one batch
                 "micro_batch": 0,  # images of a batch that pass the network together; 0: all, or 32 on a CPU
+                "stack": 0,  # batches at once on one device; 0: as many as its memory holds, or one on a CPU
                 "remat": False,  # compute a part's intermediate arrays again for the gradient: the memory of one part
                 "iterations": 1000,  # 0: the images stay the noise that they start from
                 "beta": 10.0,  # weight of the hard-sample loss
@@ -200,7 +202,10 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
     not_negative = {
         "devices": config,
         "steps_per_call": config,
-        **{f"synthesis.{n}": synthesis for n in ("micro_batch", "iterations", "beta", "gamma", "patience", "threshold")},
+        **{
+            f"synthesis.{n}": synthesis
+            for n in ("micro_batch", "stack", "iterations", "beta", "gamma", "patience", "threshold")
+        },
         **{f"finetune.{n}": finetune for n in ("lam", "ce", "eps", "a", "b", "weight_decay", "momentum", "keep_every")},
     }
     for path, section in not_negative.items():

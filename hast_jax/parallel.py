@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
@@ -74,9 +73,8 @@ def setup(devices: int, batch: int | None = None) -> int:
     used = devices or (min(on_cpu, found) if jax.default_backend() == "cpu" else found)
     if used > found:
         raise UserError(f"config.devices is {devices}, but there are {found} local devices: lower it.")
-    together = used * jax.process_count()
-    if batch is not None and batch % together:
-        raise UserError(f"config.finetune.batch {batch} is not divisible by the {together} devices: change one of them.")
+    if batch is not None and batch % together(used):
+        raise UserError(f"config.finetune.batch {batch} is not divisible by the {together(used)} devices: change one of them.")
     return used
 
 
@@ -120,11 +118,14 @@ def total(values: np.ndarray) -> np.ndarray:
 
 
 def gather(tree: Any) -> Any:
-    """The rows of all processes, in their order, as NumPy arrays in each of them. Every process must call it."""
-    local = jax.device_get(tree)
+    """What `deal` dealt out: a tree of leaves [devices, rows, ...] of each process as NumPy arrays [all rows, ...] in each.
+
+    Every process must call it.
+    """
+    own = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(tree))
     if jax.process_count() == 1:
-        return local
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), multihost_utils.process_allgather(local))
+        return own
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), multihost_utils.process_allgather(own))
 
 
 def leave_broken(error: Exception) -> None:
@@ -214,9 +215,29 @@ def own_share(batch: jax.Array) -> jax.Array:
     return lax.dynamic_slice_in_dim(batch, lax.axis_index(AXIS) * rows, rows)
 
 
-def own_items(items: list[Any], count: int) -> list[Any]:
-    """This process's part of a list that holds `count` items for each."""
-    return items[jax.process_index() * count :][:count]
+def together(count: int) -> int:
+    """How many devices all processes use, each `count`."""
+    return count * jax.process_count()
+
+
+def deal(items: list[Any], count: int) -> tuple[int, list[Any]]:
+    """How many of `count` devices each process needs for its part of `items`, and the part of this one.
+
+    Every device gets as many; the first item is repeated where they do not divide.
+    """
+    each = -(-len(items) // jax.process_count())
+    used = min(count, each)
+    part = used * -(-each // used)
+    full = items + items[:1] * (part * jax.process_count() - len(items))
+    return used, full[jax.process_index() * part :][:part]
+
+
+def stack(requested: int, size: int) -> int:
+    """How many independent computations of `size` bytes a device does at once: `requested`, or by default what fills half of
+    its memory; one on a CPU.
+    """
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    return requested or max(1, memory // 2 // size)
 
 
 def own_rows(batch: np.ndarray, count: int) -> np.ndarray:
@@ -227,4 +248,4 @@ def own_rows(batch: np.ndarray, count: int) -> np.ndarray:
 
 def split(batch: Any, count: int) -> Any:
     """Reshape [batch, ...] into [count, batch / count, ...] for a pmapped function."""
-    return jax.tree.map(lambda x: jnp.reshape(x, (count, -1, *x.shape[1:])), batch)
+    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -136,29 +136,32 @@ def run(
     checkpoints: Checkpoints,
     reporter: Reporter,
 ) -> None:
-    """Fill `store` with every batch that it still lacks, as many at a time as all processes have devices.
+    """Fill `store` with every batch that it still lacks, `stack` batches at a time on each device of all processes.
 
-    Each device optimises a batch of its own, without communication: BN statistics are those of one batch. A batch's
-    images depend on the seed and its number alone, so a run may go on with other devices. Where a group does not divide by the
-    processes, some repeat its first batch for nothing.
+    Batches are optimised without communication: BN statistics are those of one batch. A batch's images depend on the seed and
+    its number alone, so a run may go on with other devices. Where a group does not divide by them, its first batch is
+    repeated for nothing.
     """
-    cfg, processes = config.synthesis, parallel.process_count()
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    shape, classes = (cfg.batch, *config.teacher.image), config.teacher.classes
-    init_for = functools.cache(partial(parallel.pmap, lambda batch: init(batch, key, shape, classes, cfg.lr)))
-    step_for = functools.cache(partial(parallel.pmap_steps, lambda s, v: step(s, v, teacher, key, cfg)))
-
+    cfg, key = config.synthesis, jax.random.fold_in(jax.random.key(config.seed), 1)
+    shape = (cfg.batch, *config.teacher.image)
+    start = jax.vmap(lambda batch: init(batch, key, shape, config.teacher.classes, cfg.lr))
+    start_for = functools.cache(partial(parallel.pmap, start))
+    step_for = functools.cache(
+        partial(parallel.pmap_steps, _on_each(lambda state, variables: step(state, variables, teacher, key, cfg)))
+    )
     pending = store.pending()
-    like = jax.eval_shape(init_for(1), jax.ShapeDtypeStruct((1,), jnp.int32))
-    saved = checkpoints.restore(like, rows=store.batches)
-    begun = {int(row.batch): row for row in (_rows(saved) if saved else []) if int(row.batch) in pending}
+    begun = _begun(checkpoints, jax.eval_shape(start, jax.ShapeDtypeStruct((1,), jnp.int32)), store)
     reached = {batch: int(row.iteration) for batch, row in begun.items()}
     done = (store.batches - len(pending)) * cfg.iterations + sum(reached.values())
+    together = parallel.together(devices) * parallel.stack(cfg.stack, memory(teacher, variables, shape, cfg))
     with reporter.stage("synthesis", store.batches * cfg.iterations, done) as progress:
-        for batches, first in plan(pending, reached, devices * processes):
-            count = -(-len(batches) // processes)
-            own = parallel.own_items(batches + batches[:1] * (count * processes - len(batches)), count)
-            state = parallel.shard(_stack([begun[b] for b in own]), count) if first else init_for(count)(jnp.asarray(own))
+        for batches, first in plan(pending, reached, together):
+            count, own = parallel.deal(batches, devices)
+            if first:
+                rows = parallel.split(_stack([begun[batch] for batch in own]), count)
+                state = parallel.shard(rows, count)
+            else:
+                state = start_for(count)(parallel.split(jnp.asarray(own), count))
             calls = parallel.steps_per_call(config.steps_per_call)
             calls = call_length(calls, cfg.iterations, config.log_every, cfg.save_every, first)
             loop = drive(
@@ -185,6 +188,35 @@ def run(
                 if parallel.is_main():
                     store.write(batch, images[row], labels[row])
             done += (cfg.iterations - first) * len(batches)
+
+
+def memory(teacher: nn.Module, variables: Variables, shape: tuple[int, ...], config: ConfigDict) -> int:
+    """Bytes that a step on one batch of this shape needs, roughly: four times the inputs of its batch norms.
+
+    Compilers were seen to take 1.5 to 3.2 times as much (docs/performance.md). config: `config.synthesis`.
+    """
+    images = parallel.micro_batch(config.micro_batch, shape[0]) if config.remat else shape[0]
+    _, taps = jax.eval_shape(partial(models.apply, teacher), variables, jax.ShapeDtypeStruct((images, *shape[1:]), jnp.float32))
+    return 4 * sum(tap.inputs.size * tap.inputs.dtype.itemsize for tap in taps.batch_norms)
+
+
+def _on_each(step: Callable[[State, Variables], tuple[State, Any]]) -> Callable[[State, Variables], tuple[State, Any]]:
+    """`step` on every batch of a device, which are a leading axis."""
+
+    def on_each(state: State, variables: Variables) -> tuple[State, Any]:
+        if len(state.labels) > 1:
+            return jax.vmap(step, (0, None))(state, variables)
+        # Mapped, even a single batch would lose a CPU's fast convolutions.
+        return jax.tree.map(lambda leaf: leaf[None], step(jax.tree.map(lambda leaf: leaf[0], state), variables))
+
+    return on_each
+
+
+def _begun(checkpoints: Checkpoints, like: State, store: SyntheticSet) -> dict[int, State]:
+    """The batches that were saved in the middle and are still lacking, each with its state on the host."""
+    saved = checkpoints.restore(like, rows=store.batches)
+    rows = _rows(saved) if saved is not None else []
+    return {int(row.batch): row for row in rows if int(row.batch) in store.pending()}
 
 
 def _rows(state: State) -> list[State]:

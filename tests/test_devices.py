@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from rich.console import Console
 
-from hast_jax import finetune, networks, parallel, synthesize
+from hast_jax import finetune, networks, parallel, pipeline, synthesize
 
 
 def test_the_synthetic_images_are_the_same_on_one_and_on_four_devices(tmp_path) -> None:
@@ -20,6 +21,24 @@ def test_the_synthetic_images_are_the_same_on_one_and_on_four_devices(tmp_path) 
         images[devices] = np.load(workdir / "synthetic" / "images.npy")
     # Adam at a rate of 0.5 enlarges the last digit of a gradient near zero: single pixels may part.
     assert np.mean(np.abs(images[1] - images[4]) > 1e-3) <= 1e-3
+
+
+@pytest.mark.parametrize(("devices", "stack"), [(1, 3), (2, 2), (4, 1)])
+def test_stacked_batches_are_those_made_one_after_the_other(tmp_path, devices: int, stack: int) -> None:
+    """Five batches, which no stack divides."""
+    images = {}
+    for name, changes in {"alone": {"devices": 1, "stack": 1}, "stacked": {"devices": devices, "stack": stack}}.items():
+        config = tiny.config(devices=changes["devices"], synthesis__stack=changes["stack"], synthesis__images=160)
+        config.synthesis.iterations = 10
+        folder = pipeline.run_synthesis(config, tmp_path / name, Console(quiet=True))
+        images[name] = np.load(folder / "images.npy")
+    assert np.mean(np.abs(images["alone"] - images["stacked"]) > 1e-3) <= 1e-3
+
+
+def test_a_device_is_dealt_as_many_batches_as_the_others() -> None:
+    assert parallel.deal([3, 4, 5, 6, 7], 2) == (2, [3, 4, 5, 6, 7, 3])
+    assert parallel.deal([3], 4) == (1, [3]) and parallel.deal([3, 4], 4) == (2, [3, 4])
+    assert parallel.stack(0, 10**9) == 1 and parallel.stack(7, 10**9) == 7
 
 
 @functools.cache
