@@ -46,6 +46,7 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> tuple[Job, f
     """
     config_lib.validate(config)
     devices = parallel.setup(config.devices, config.finetune.batch)
+    console.quiet = console.quiet or not parallel.is_main()
     teacher, variables = networks.teacher(config)
     student = networks.student(config)
     dataset = data.load(config, config.eval.split)
@@ -55,7 +56,6 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> tuple[Job, f
     if dataset is not None:
         teacher_accuracy = make_evaluator(teacher, dataset, config, devices, console)(variables).top1
         accuracy = make_evaluator(student, dataset, config, devices, console)
-    console.quiet = console.quiet or not parallel.is_main()
     reporter = Reporter(folder.path, console, writing=parallel.is_main())
     return Job(config, devices, folder, reporter, teacher, student, variables, accuracy), teacher_accuracy
 
@@ -134,9 +134,8 @@ def fine_tune(job: Job, frozen: finetune.Frozen) -> dict[int, float]:
             evaluations[epoch] = job.accuracy(variables).top1
         if best_epoch(evaluations) == epoch:
             best.save(int(state.step), state)
-        parallel.on_main(
-            lambda: write_json(job.folder.evaluations, evaluations)
-        )  # last: a run killed before evaluates this epoch again
+        # Last, so that a run that is killed before evaluates this epoch again.
+        parallel.on_main(lambda: write_json(job.folder.evaluations, evaluations))
 
     with (
         Checkpoints(job.folder.checkpoints("latest"), keep=2, keep_every=cfg.keep_every * every) as latest,
