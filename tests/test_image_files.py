@@ -16,6 +16,7 @@ from rich.console import Console
 from hast_jax import data, image_files, parallel
 from hast_jax.accuracy import make_evaluator
 from hast_jax.errors import UserError
+from hast_jax.models.layers import FULL_PRECISION, Precision
 
 SIZES = [(300, 200), (200, 300), (257, 255), (64, 500), (256, 256), (301, 299)]
 
@@ -84,6 +85,8 @@ def test_imagenet_of_tfds_is_decoded_and_cropped_like_files(folder: Path, monkey
 class PixelNet(nn.Module):
     """Logits that are the image's first pixels."""
 
+    precision: Precision = FULL_PRECISION
+
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple]:
         return x.reshape(len(x), -1)[:, :10], ()
@@ -107,6 +110,8 @@ def test_a_network_without_finite_logits_is_right_about_nothing() -> None:
     dataset = data.load(config, "test")
 
     class NotANumber(nn.Module):
+        precision: Precision = FULL_PRECISION
+
         @nn.compact
         def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple]:
             return jnp.full((len(x), 10), jnp.nan), ()
