@@ -17,7 +17,8 @@ from hast_jax.files import write_json
 from hast_jax.models.weights import Variables
 from hast_jax.synthetic_set import checksum
 
-_held: dict[Path, BaseFileLock] = {}  # of this process, which may open a folder more than once
+# Of this process, which may open a folder more than once: by the lock file itself, as folders may be moved.
+_held: dict[tuple[int, int], BaseFileLock] = {}
 
 
 class RunFolder:
@@ -72,10 +73,10 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
     folder, values = RunFolder(path), config_lib.to_dict(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _hold(path)
         for each in path.rglob("*"):
             if each.is_symlink():  # a stranger's folder could have us write anywhere
                 raise UserError(f"{each} is a link: a run folder must hold its own files; use another --workdir.")
+        _hold(path)
         if folder.config.exists():
             lines = config_lib.difference(_read_config(folder.config), values)
             if lines:
@@ -90,8 +91,11 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
 
 def _hold(path: Path) -> None:
     """Keep every other process out of the folder until this one ends, however it ends."""
+    lock = path / ".lock"
+    lock.touch()
+    status = lock.stat()
     try:
-        _held.setdefault(path.resolve(), FileLock(path / ".lock")).acquire(blocking=False)
+        _held.setdefault((status.st_dev, status.st_ino), FileLock(lock)).acquire(blocking=False)
     except Timeout as error:
         raise UserError(f"another run is going on in {path}: wait for its end, or use another --workdir.") from error
 

@@ -23,7 +23,7 @@ def test_the_synthetic_images_are_the_same_on_one_and_on_four_devices(tmp_path) 
     assert np.mean(np.abs(images[1] - images[4]) > 1e-3) <= 1e-3
 
 
-@pytest.mark.parametrize(("devices", "stack"), [(1, 3), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("devices", "stack"), [(1, 3), (2, 2)])
 def test_stacked_batches_are_those_made_one_after_the_other(tmp_path, devices: int, stack: int) -> None:
     """Five batches, which no stack divides."""
     images = {}
@@ -104,7 +104,7 @@ def test_a_batch_in_parts_has_the_objective_and_gradient_of_the_whole() -> None:
         return jax.value_and_grad(synthesize.objective, has_aux=True)(images, labels, teacher, variables, cfg)
 
     (whole, terms), gradient = look(images, 24, False)
-    for micro_batch, remat in ((12, False), (8, False), (1, False), (24, True), (8, True)):
+    for micro_batch, remat in ((12, False), (8, False), (24, True), (8, True)):
         (loss, same_terms), same_gradient = look(images, micro_batch, remat)
         np.testing.assert_allclose(loss, whole, rtol=1e-5)
         for name, value in terms.items():

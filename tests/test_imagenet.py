@@ -44,13 +44,15 @@ def command(network: str, data_dir: Path, workdir: Path) -> list[str]:
         f"--config.teacher.image=({SIZE}, {SIZE}, 3)",
         f"--config.eval.data_dir={data_dir}",
         "--config.synthesis.save_every=10",
+        "--config.finetune.steps_per_epoch=5",
+        "--config.log_every=5",
         "--config.devices=2",
     ]
 
 
 def check(workdir: Path) -> None:
     result = json.loads((workdir / "result.json").read_text())
-    assert (result["images"], result["iterations"], result["steps"], result["batch"]) == (64, 20, 20, 8)
+    assert (result["images"], result["iterations"], result["steps"], result["batch"]) == (64, 20, 10, 8)
     assert 0 <= result["last"] <= 100 and result["dataset"] == "folder"
     images = np.load(workdir / "synthetic" / "images.npy", mmap_mode="r")
     assert images.shape == (64, SIZE, SIZE, 3) and np.isfinite(images).all()
@@ -61,7 +63,7 @@ def test_resnet18_runs_through_all_stages_and_goes_on_where_it_was_killed(data_d
     done = tiny.call(command("resnet18", data_dir, unbroken))
     assert done.returncode == 0, done.stderr
     check(unbroken)
-    for stage, step in (("synthesis", 20), ("finetune", 10)):
+    for stage, step in (("synthesis", 20), ("finetune", 5)):
         tiny.kill_when(command("resnet18", data_dir, killed), tiny.logged(killed, stage, step))
     done = tiny.call(command("resnet18", data_dir, killed))
     assert done.returncode == 0, done.stderr

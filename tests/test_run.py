@@ -82,3 +82,10 @@ def test_a_run_without_evaluation_data_needs_none(tmp_path: Path) -> None:
 def test_a_synthetic_set_is_reused_from_another_run(finished: Path, tmp_path: Path) -> None:
     result = tiny.run(tmp_path / "run", synthesis__source=str(finished / "synthetic"), finetune__epochs=1, bits__weights=4)
     assert result["images"] == 96 and result["iterations"] is None and not (tmp_path / "run" / "synthetic").exists()
+
+
+def test_a_run_that_began_with_other_images_refuses_these(copy: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.load(copy / "synthetic" / "images.npy") + 1)
+    np.save(tmp_path / "labels.npy", np.load(copy / "synthetic" / "labels.npy"))
+    with pytest.raises(UserError, match="began with other images"):
+        tiny.run(copy, synthesis__source=str(tmp_path))
