@@ -58,6 +58,7 @@ def check(workdir: Path) -> None:
     assert images.shape == (64, SIZE, SIZE, 3) and np.isfinite(images).all()
 
 
+@pytest.mark.slow
 def test_resnet18_runs_through_all_stages_and_goes_on_where_it_was_killed(data_dir: Path, tmp_path: Path) -> None:
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     done = tiny.call(command("resnet18", data_dir, unbroken))
