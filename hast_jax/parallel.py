@@ -129,9 +129,9 @@ def gather(tree: Any) -> Any:
 
 
 def leave_broken(error: Exception) -> None:
-    """End this process at once, with a sentence: another one has died, and waiting for it in JAX's shutdown would hang."""
+    """End this process at once, with a sentence: another one seems to have died, and JAX's shutdown would wait for it."""
     words = str(error).split("\n")[0][:200]
-    message = f"another process of this run has ended ({words}); start all of them again, they go on where they were."
+    message = f"most likely another process of this run has ended ({words}); start all again, they go on where they were."
     print(f"hast_jax: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 
