@@ -3,8 +3,8 @@
 #
 #     sbatch --nodes=2 launch/slurm.sh configs/imagenet.py:w4a4 /shared/runs/r18-w4a4 [--config.FIELD=VALUE ...]
 #
-# The run folder must be on a file system that all machines see. Two minutes before its time is up the job gets SIGTERM, saves
-# and ends; the same command goes on where it was, on as many machines as you like.
+# The run folder must be on a file system that all machines see. Two minutes before its time is up the job gets SIGTERM,
+# to save at that step; at worst the last epoch's end is what is kept. The same command goes on, on as many machines as you like.
 #SBATCH --job-name=hast_jax
 #SBATCH --gres=gpu:4
 #SBATCH --ntasks-per-node=4
