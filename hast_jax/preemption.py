@@ -25,15 +25,19 @@ def listen() -> None:
 
 
 def asked() -> bool:
-    """Whether SIGTERM has come to this process, the only one. Whoever sees it saves what is worth it and calls `leave`."""
+    """Whether the run is to end here. Whoever sees it saves what is worth it and calls `leave`."""
     return _heard.is_set()
 
 
 def agreed() -> bool:
-    """Whether all processes are to end here, because SIGTERM came to one: each must look as often as the others."""
-    if parallel.process_count() == 1:
-        return asked()
-    return multihost_utils.reached_preemption_sync_point(next(_looks))
+    """Whether all processes are to end here, because SIGTERM came to one: each must look as often as the others.
+
+    Of several processes JAX brings the notice to the others in a second or two, and then says yes at one look alone: it is
+    remembered, so that a look from which the run cannot end hands it on to the next.
+    """
+    if parallel.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_looks)):
+        _heard.set()
+    return asked()
 
 
 def leave() -> NoReturn:
