@@ -3,6 +3,7 @@
     python -m hast_jax.benchmark --config=configs/cifar100.py
     python -m hast_jax.benchmark --config=configs/imagenet.py --compile_only
     python -m hast_jax.benchmark --config=configs/imagenet.py --device=gpu
+    python -m hast_jax.benchmark --config=configs/cifar100.py --processes=HOST:PORT,NUMBER,INDEX    # in each process
 
 Prints one JSON line for each part: images (samples) a second, compile time apart; the step's FLOPs by XLA's own cost
 analysis (the zero taps of models/conv.py included; a loop's body, as of `synthesis.remat`, counts once); its memory by XLA's
@@ -10,6 +11,7 @@ own memory analysis, in GiB of one device: arguments, and the largest sum of int
 matrix-product rate that is measured on the same devices. Weights and images are random.
 
 With --device it prints one Markdown table instead, of both steps in each arithmetic of the teacher, and needs nobody beside it.
+Of several processes, whose devices take each step together, the first prints.
 """
 
 import json
@@ -49,14 +51,14 @@ def time_calls(call: Callable[[], Any], calls: int) -> float:
 
 
 def matmul_rate(devices: int) -> float:
-    """FLOP/s of float32 products of 1024 x 1024 matrices on all devices at once."""
+    """FLOP/s of float32 products of 1024 x 1024 matrices on all devices of this process at once."""
     a = parallel.replicate(jnp.ones((MATMUL_SIZE, MATMUL_SIZE)), devices)
     product = parallel.pmap(jnp.matmul, devices)
     return devices * 2 * MATMUL_SIZE**3 / time_calls(lambda: product(a, a), 20)
 
 
 class Part(NamedTuple):
-    """A step to time. build() -> (state, constants) of one device; images: that the step handles on all devices."""
+    """A step to time. build() -> (state, constants) of one device; images: that all devices of all processes handle in it."""
 
     step: Callable[..., Any]
     build: Callable[[], tuple[Any, Any]]
@@ -75,14 +77,14 @@ def synthesis(config: ConfigDict, devices: int) -> Part:
         return synthesize.init(jnp.zeros((), jnp.int32), key, shape, config.teacher.classes, cfg.lr), variables
 
     step = lambda state, variables: synthesize.step(state, variables, teacher, key, cfg)
-    return Part(step, build, cfg.batch, devices * cfg.batch)
+    return Part(step, build, cfg.batch, parallel.together(devices) * cfg.batch)
 
 
 def fine_tuning(config: ConfigDict, devices: int) -> Part:
     """One step of fine-tuning, augmentation and promotion included."""
     teacher, student = networks.bare_teacher(config), networks.student(config)
     key, cfg, image = jax.random.key(config.seed), config.finetune, tuple(config.teacher.image)
-    shape = (1, cfg.batch // devices) if cfg.stream else (max(256, cfg.batch),)
+    shape = (1, cfg.batch // parallel.together(devices)) if cfg.stream else (max(256, cfg.batch),)
 
     def build() -> tuple[finetune.State, finetune.Frozen]:
         variables = teacher.init(key, jnp.zeros((1, *image)))
@@ -99,18 +101,22 @@ PARTS: dict[str, Callable[[ConfigDict, int], Part]] = {"synthesize": synthesis, 
 
 def measure(part: Part, devices: int, calls: int, repeats: int) -> dict[str, Any]:
     """The JSON line of a part: `calls` steps a call, `repeats` timed calls; 0: compiled only."""
-    step = parallel.pmap_steps(part.step, devices, calls)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype), jax.eval_shape(part.build))
+    step = parallel.pmap_steps(part.step, devices, calls, together=True)
+    if repeats:
+        box, constants = parallel.replicate(jax.jit(part.build)(), devices)
+        lowered = step.lower(box, constants)
+    else:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype), jax.eval_shape(part.build))
+        lowered = step.lower(*shapes)
     start = time.perf_counter()
-    compiled = step.lower(*shapes).compile()
+    compiled = lowered.compile()
     line: dict[str, Any] = {"batch": part.batch, "compile_seconds": round(time.perf_counter() - start, 1)}
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     flops = devices * (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
     gib = lambda size: round(size / 2**30, 3)
-    line["flops"] = flops
+    line["flops"] = flops * parallel.process_count()
     line["arguments_gib"], line["intermediate_gib"] = gib(memory.argument_size_in_bytes), gib(memory.temp_size_in_bytes)
     if repeats:
-        box, constants = parallel.replicate(jax.jit(part.build)(), devices)
 
         def call() -> Any:
             nonlocal box
@@ -123,7 +129,7 @@ def measure(part: Part, devices: int, calls: int, repeats: int) -> dict[str, Any
             "step_seconds": round(seconds, 4),
             "matmul_fraction": round(flops / seconds / matmul_rate(devices), 3),
         }
-    return line | {"devices": devices, "device": jax.devices()[0].device_kind}
+    return line | {"devices": parallel.together(devices), "device": jax.devices()[0].device_kind}
 
 
 def use(device: str) -> None:
@@ -160,6 +166,9 @@ def main(_: list[str]) -> None:
     with cli.user_errors():
         config = CONFIG.value
         config_lib.validate(config)
+        if COMPILE_ONLY.value and cli.PROCESSES.value:
+            raise UserError("--compile_only is for one process: leave out --processes.")
+        cli.start()
         if DEVICE.value:
             use(DEVICE.value)
         devices = parallel.setup(config.devices, config.finetune.batch)
@@ -171,9 +180,9 @@ def main(_: list[str]) -> None:
             for name in PARTS if PART.value == "all" else [PART.value]:
                 line = measure(PARTS[name](config, devices), devices, calls, repeats)
                 lines.append({"part": name, "arithmetic": arithmetic, **line})
-                if not DEVICE.value:
+                if not DEVICE.value and parallel.is_main():
                     print(json.dumps(lines[-1]), flush=True)
-        if DEVICE.value:
+        if DEVICE.value and parallel.is_main():
             print(table(lines))
 
 

@@ -28,8 +28,7 @@ def start() -> None:
     """Join the other processes, where there are some, and end well on SIGTERM. The first thing that a command does."""
     if PROCESSES.value:
         parallel.join(PROCESSES.value)
-    else:
-        preemption.listen()
+    preemption.listen()
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def drive(
     """Call `step(state, *next(inputs))` from `start` to `stop`; yield what a look shows now and then.
 
     It yields at each multiple of any number in `every`, at `stop`, and where SIGTERM asks the run to end: then for the last
-    time, with `preempted` true.
+    time, with `preempted` true. Several processes end at the next of those steps, one at any.
 
     The metrics are those of the step just done, averaged over this process's devices; fetching them is the only wait for the
     device. `steps_per_call` must divide all these (`call_length`). The yielded state is donated to the next call: use it
@@ -51,10 +51,12 @@ def drive(
     while done < stop:
         state, metrics = step(state, *next(inputs))
         done += steps_per_call
-        preempted = preemption.agreed()
-        if done >= stop or any(done % number == 0 for number in every):
+        due = done >= stop or any(done % number == 0 for number in every)
+        preempted = preemption.asked()
+        if due:
             values = {name: float(np.mean(value)) for name, value in jax.device_get(metrics).items()}
             _check_finite(values, what, done)
+            preempted = preemption.agreed()  # here alone, where all wait for their devices anyway
             yield Look(done, state, values, preempted)
         elif preempted:
             yield Look(done, state, {}, preempted)

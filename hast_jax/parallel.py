@@ -42,6 +42,7 @@ def join(processes: str) -> None:
             options = {"coordinator_address": address, "num_processes": int(number), "process_id": int(index)}
         except ValueError as error:
             raise UserError(f"--processes is {processes!r}: it must be auto, or HOST:PORT,NUMBER,INDEX.") from error
+    jax.config.update("jax_enable_preemption_service", False)  # it misses SIGTERM now and then; see preemption.py
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=60)
     except (RuntimeError, ValueError) as error:

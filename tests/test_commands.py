@@ -41,6 +41,11 @@ def test_a_kind_of_device_that_is_not_there_is_refused() -> None:
     assert done.returncode == 1 and "there is no tpu here" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_compiling_without_running_is_for_one_process() -> None:
+    done = tiny.call([*tiny.module("benchmark"), DIGITS, "--compile_only", "--processes=auto"])
+    assert done.returncode == 1 and "leave out --processes" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_pretrained_teacher_is_a_weight_file_with_its_metadata(tmp_path) -> None:
     path = tmp_path / "teacher.safetensors"
     done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={path}", "--config.pretrain.epochs=3"])

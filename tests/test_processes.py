@@ -18,16 +18,14 @@ from hast_jax import synthesize
 CALM = ["--config.finetune.lr=1e-6", "--config.synthesis.lr=0.05", "--config.finetune.epochs=20", "--config.eval.every=10"]
 
 
-def two_processes(workdir: Path, *arguments: str) -> list[subprocess.Popen]:
-    """A run on two devices in each of two processes, which stream their shares of the images."""
+def twice(command: list[str]) -> list[subprocess.Popen]:
+    """A command as two processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return [
         subprocess.Popen(
-            tiny.command(
-                workdir, *CALM, f"--processes=127.0.0.1:{port},2,{index}", "--config.finetune.stream=True", *arguments
-            ),
+            [*command, f"--processes=127.0.0.1:{port},2,{index}"],
             cwd=tiny.ROOT,
             env=tiny.environment(),
             stdout=subprocess.PIPE,
@@ -36,6 +34,11 @@ def two_processes(workdir: Path, *arguments: str) -> list[subprocess.Popen]:
         )
         for index in (0, 1)
     ]
+
+
+def two_processes(workdir: Path, *arguments: str) -> list[subprocess.Popen]:
+    """A run on two devices in each of two processes, which stream their shares of the images."""
+    return twice(tiny.command(workdir, *CALM, "--config.finetune.stream=True", *arguments))
 
 
 def end(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
@@ -132,7 +135,7 @@ def test_a_run_goes_on_with_other_devices_and_processes(alone: Path, tmp_path: P
 def test_sigterm_to_one_process_or_both_saves_and_ends_both_with_status_0(
     tmp_path: Path, stage: str, folder: str, length: str, to: tuple[int, ...]
 ) -> None:
-    """The runs are long, for JAX brings the notice to the other process in seconds and not in steps."""
+    """The runs are long, so that the signal comes in the middle."""
     workdir = tmp_path / "run"
     processes = two_processes(workdir, length)
     tiny.wait_until(processes[0], logged_after(workdir, stage, 5))
@@ -140,7 +143,7 @@ def test_sigterm_to_one_process_or_both_saves_and_ends_both_with_status_0(
         processes[index].send_signal(signal.SIGTERM)
     ends = end(processes)
     assert [status for status, _, _ in ends] == [0, 0], ends
-    assert all("the same command goes on" in errors for _, _, errors in ends)
+    assert all("the same command goes on" in errors for _, _, errors in ends), ends
     assert not (workdir / "result.json").exists()
     assert any(path.name.isdigit() and int(path.name) > 0 for path in (workdir / "checkpoints" / folder).iterdir())
 
@@ -152,6 +155,16 @@ def test_where_one_process_dies_the_other_ends_with_a_sentence(tmp_path: Path) -
     processes[1].kill()
     _, errors = processes[0].communicate(timeout=120)
     assert processes[0].returncode != 0 and "another process of this run has ended" in errors, errors
+
+
+@pytest.mark.slow
+def test_the_benchmark_times_a_step_that_two_processes_take_together() -> None:
+    digits = f"--config={tiny.ROOT}/configs/digits.py:w3a3,small"
+    ends = end(twice([*tiny.module("benchmark"), digits, "--part=finetune", "--steps=1", "--config.devices=1"]))
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    line = json.loads(next(line for line in ends[0][1].splitlines() if line.startswith("{")))
+    assert line["devices"] == 2 and line["batch"] == 64 and line["per_second"] > 0
+    assert "per_second" not in ends[1][1]
 
 
 @pytest.mark.parametrize(
