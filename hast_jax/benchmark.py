@@ -10,8 +10,8 @@ analysis (the zero taps of models/conv.py included; a loop's body, as of `synthe
 own memory analysis, in GiB of one device: arguments, and the largest sum of intermediate arrays; the fraction of the float32
 matrix-product rate that is measured on the same devices. Weights and images are random.
 
-With --device it prints one Markdown table instead, of both steps in each arithmetic of the teacher, and needs nobody beside it.
-Of several processes, whose devices take each step together, the first prints.
+With --device it prints one Markdown table instead, of both steps in each arithmetic of the teacher. Several processes take each
+step together, and process 0 prints.
 """
 
 import json
@@ -166,9 +166,7 @@ def main(_: list[str]) -> None:
     with cli.user_errors():
         config = CONFIG.value
         config_lib.validate(config)
-        if COMPILE_ONLY.value and cli.PROCESSES.value:
-            raise UserError("--compile_only is for one process: leave out --processes.")
-        cli.start()
+        cli.join(together=not COMPILE_ONLY.value)
         if DEVICE.value:
             use(DEVICE.value)
         devices = parallel.setup(config.devices, config.finetune.batch)

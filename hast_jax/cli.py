@@ -10,7 +10,7 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from hast_jax import parallel, preemption
+from hast_jax import parallel
 from hast_jax.errors import UserError
 
 PROCESSES = flags.DEFINE_string(
@@ -24,11 +24,15 @@ CAUSES = {
 }
 
 
-def start() -> None:
-    """Join the other processes, where there are some, and end well on SIGTERM. The first thing that a command does."""
+def join(together: bool = True) -> None:
+    """Join the other processes, where there are some. The first thing that a command does.
+
+    together: whether this command knows how to work in several processes. Raises UserError where it does not and is asked to.
+    """
+    if PROCESSES.value and not together:
+        raise UserError("this command works in one process: leave out --processes.")
     if PROCESSES.value:
         parallel.join(PROCESSES.value)
-    preemption.listen()
 
 
 @contextmanager

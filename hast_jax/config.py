@@ -61,7 +61,7 @@ def default() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
-            "devices": 0,  # local devices used; 0: all accelerators, or one CPU device a core
+            "devices": 0,  # local devices used; 0: all accelerators, or a CPU device a core, as many as divide finetune.batch
             "steps_per_call": 0,  # steps in one XLA call; 0: 1 on a CPU, 50 on an accelerator
             "log_every": 50,  # steps between two looks at the metrics
             "bits": {"weights": 3, "activations": 3},
@@ -87,7 +87,7 @@ def default() -> ConfigDict:
                 "images": 5120,
                 "batch": 256,  # images optimised together: BN statistics are of one batch
                 "micro_batch": 0,  # images of a batch that pass the network together; 0: all, or 32 on a CPU
-                "stack": 0,  # batches at once on one device; 0: as many as its memory holds, or one on a CPU
+                "stack": 0,  # batches at once on one device; 0: as many as fill half of its memory, or one on a CPU
                 "remat": False,  # compute a part's intermediate arrays again for the gradient: the memory of one part
                 "iterations": 1000,  # 0: the images stay the noise that they start from
                 "beta": 10.0,  # weight of the hard-sample loss
@@ -129,7 +129,7 @@ def default() -> ConfigDict:
             "eval": {
                 "dataset": "cifar100",  # none: run without real images
                 "split": "test",
-                "data_dir": "",  # folder of TFDS; empty: its default, ~/tensorflow_datasets
+                "data_dir": "",  # folder of TFDS (empty: ~/tensorflow_datasets), or the one that holds the split, for `folder`
                 "batch": 500,
                 "every": 10,  # epochs between two evaluations
             },

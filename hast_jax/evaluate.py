@@ -19,7 +19,7 @@ from hast_jax.models.weights import Variables
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which student: best was selected on test data.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of TFDS, where it is not the run's.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the images (eval.data_dir), where it is not the run's.")
 NETWORK = flags.DEFINE_string("network", None, "FILE.py:CLASS of a network of your own, whose code is run.")
 DEVICES = flags.DEFINE_integer("devices", 0, "Local devices used; 0: all.", lower_bound=0)
 
@@ -82,7 +82,7 @@ def run(
 def main(_: list[str]) -> None:
     """Evaluate a run folder."""
     with cli.user_errors():
-        cli.start()
+        cli.join()
         run(Path(WORKDIR.value), CHECKPOINT.value, DEVICES.value, DATA_DIR.value, NETWORK.value, Console())
 
 

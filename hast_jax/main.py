@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from hast_jax import cli, pipeline
+from hast_jax import cli, pipeline, preemption
 from hast_jax.report import show_result
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
@@ -21,7 +21,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone
 def main(_: list[str]) -> None:
     """Run the stages."""
     with cli.user_errors():
-        cli.start()
+        cli.join()
+        preemption.listen()
         console = Console()
         show_result(console, pipeline.run(CONFIG.value, Path(WORKDIR.value), console))
 

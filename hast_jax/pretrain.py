@@ -84,6 +84,7 @@ def train(model: nn.Module, dataset: data.Arrays, config: ConfigDict, console: C
 def main(_: list[str]) -> None:
     """Train, evaluate, write."""
     with cli.user_errors():
+        cli.join(together=False)
         config, console = CONFIG.value, Console()
         config_lib.validate(config)
         devices = parallel.setup(config.devices)

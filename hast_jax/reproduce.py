@@ -77,6 +77,7 @@ def main(arguments: list[str]) -> None:
         known = [*SECTIONS, "all"]
         if len(arguments) != 2 or arguments[1] not in known:
             raise UserError(f"name one experiment of: {', '.join(known)}.")
+        cli.join(together=False)
         preemption.listen()
         console = Console()
         sweep = Sweep(CONFIG.value, Path(WORKDIR.value), SEEDS.value, console)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine with any number of GPUs, a TPU VM, or a CPU: every local device is used. Start it again after an interruption,
+# One machine with GPUs, a TPU VM, or a CPU: every local device is used; they must divide finetune.batch. Start it again after an interruption,
 # with the same arguments, and it goes on where it was.
 #
 #     launch/local.sh configs/cifar100.py:w3a3 runs/c100-w3a3 [--config.FIELD=VALUE ...]

@@ -3,8 +3,10 @@
 #
 #     sbatch --nodes=2 launch/slurm.sh configs/imagenet.py:w4a4 /shared/runs/r18-w4a4 [--config.FIELD=VALUE ...]
 #
-# The run folder must be on a file system that all machines see. Two minutes before its time is up the job gets SIGTERM,
-# to save at that step; at worst the last epoch's end is what is kept. The same command goes on, on as many machines as you like.
+# It needs '.[cuda]', and '.[torch]' for .pth weights, in .venv. The run folder must be on a file system that all machines see. Two
+# minutes before its time is up the job gets SIGTERM, to save at the next step that is logged; where that comes too late, in a long
+# evaluation, the last epoch is what is kept. The same command goes on, on any number of GPUs that divides finetune.batch; change
+# --gres and --ntasks-per-node together where a machine has not 4.
 #SBATCH --job-name=hast_jax
 #SBATCH --gres=gpu:4
 #SBATCH --ntasks-per-node=4

@@ -41,8 +41,11 @@ def test_a_kind_of_device_that_is_not_there_is_refused() -> None:
     assert done.returncode == 1 and "there is no tpu here" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_compiling_without_running_is_for_one_process() -> None:
-    done = tiny.call([*tiny.module("benchmark"), DIGITS, "--compile_only", "--processes=auto"])
+@pytest.mark.parametrize(
+    "command", [["benchmark", "--compile_only"], ["pretrain", "--output=a.safetensors"], ["reproduce", "table1", "--workdir=a"]]
+)
+def test_what_works_in_one_process_refuses_several(command: list[str]) -> None:
+    done = tiny.call([*tiny.module(command[0]), DIGITS, *command[1:], "--processes=auto"])
     assert done.returncode == 1 and "leave out --processes" in done.stderr and "Traceback" not in done.stderr
 
 

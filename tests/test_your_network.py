@@ -15,7 +15,7 @@ import tiny
 from flax.traverse_util import flatten_dict
 from safetensors.flax import save_file
 
-from hast_jax import models, networks
+from hast_jax import data, models, networks
 from hast_jax.errors import UserError
 from hast_jax.models import own, weights
 from hast_jax.models.layers import FULL_PRECISION, Activation, ConvNorm, Dense, Precision, Taps
@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_pages_commands_train_quantize_and_evaluate_its_network(place: Path) -> None:
+def test_the_pages_commands_train_quantize_evaluate_and_read_its_network(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [command[0] for command in COMMANDS] == ["pretrain", "main", "evaluate"]
     for name, *arguments in COMMANDS:
         small = [argument.replace(":w4a4", ":w4a4,small") for argument in arguments]
@@ -48,6 +48,17 @@ def test_the_pages_commands_train_quantize_and_evaluate_its_network(place: Path)
     result = json.loads((place / "runs" / "densenet" / "result.json").read_text())
     assert result["bits"] == {"weights": 4, "activations": 4} and result["teacher"] > 95
     assert result["last"] > result["no_finetuning"] + 1
+    monkeypatch.chdir(place)
+    page = {"Path": Path}
+    exec(next(block for block in BLOCKS if "restore_student" in block), page)
+    held_out, teacher = data.load(page["config"], "test"), page["config"].teacher
+    right = (
+        jnp.argmax(page["logits"](data.normalise(jnp.asarray(held_out.images), teacher.mean, teacher.std)), -1)
+        == held_out.labels
+    )
+    assert 100 * right.mean() == pytest.approx(result["last"], abs=0.2)
+    codes = np.asarray(page["codes"])
+    assert np.array_equal(codes, np.round(codes)) and codes.min() == -8 and codes.max() == 7
 
 
 def test_code_that_a_run_folder_names_is_not_run(copy: Path) -> None:

@@ -179,4 +179,10 @@ def _read_torch(path: Path) -> tuple[StateDict, Metadata]:
     if zipfile.is_zipfile(path):
         _check_archive(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
+    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise UserError(
+            f"{path} is not a bare state dict: {', '.join(map(repr, others[:3]))} of it is no tensor; "
+            "save the state dict alone, as torch.save(model.state_dict(), FILE)."
+        )
     return {name: tensor.detach().numpy() for name, tensor in state.items()}, Metadata()
