@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +12,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from hast_jax.errors import UserError
+from hast_jax.files import crc32
 
 DISK_MARGIN = 2**20  # bytes beside the arrays of a checkpoint
 
@@ -36,7 +36,7 @@ class Checkpoints:
     def save(self, step: int, tree: Any) -> None:
         """Save `tree` (arrays of this process) under `step`, over what may be there. It is on disk on return."""
         tree = jax.tree.map(np.asarray, tree)
-        metadata = {"crc32": _checksum(tree)}
+        metadata = {"crc32": crc32(tree)}
         # Asked beforehand: TensorStore meets a full disk in threads of its own, with pages of tracebacks.
         if shutil.disk_usage(self._folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + DISK_MARGIN:
             raise UserError(
@@ -84,7 +84,7 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
         tree = jax.tree.map(np.asarray, self._checkpointer.load(step, abstract))
         saved = metadata.custom_metadata
-        if saved is None or _checksum(tree) != saved["crc32"]:
+        if saved is None or crc32(tree) != saved["crc32"]:
             raise ValueError("its arrays are not those that were saved")
         return tree
 
@@ -93,13 +93,6 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._checkpointer.close()
-
-
-def _checksum(tree: Any) -> int:
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
-    return total
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """What the commands share: every error that a person can mend ends in one sentence and exit status 1."""
 
-import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,17 +10,15 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from hast_jax import parallel
-from hast_jax.errors import UserError
+from hast_jax.errors import UserError, refused_by_disk
 
 PROCESSES = flags.DEFINE_string(
     "processes", "", "Several processes, one run: auto (Slurm, TPU, MPI), or HOST:PORT,NUMBER,INDEX with process 0's address."
 )
-CAUSES = {
-    errno.ENOSPC: "the disk is full: make room and run the same command again, it goes on where it was",
-    errno.EDQUOT: "the disk quota is used up: make room and run the same command again, it goes on where it was",
-    errno.EACCES: "no permission",
-    errno.EROFS: "the file system is read-only",
-}
+OUT_OF_MEMORY = (
+    "the memory of a device is too small ({words}): set --config.synthesis.stack=1, --config.synthesis.remat=True with a small "
+    "synthesis.micro_batch, --config.finetune.stream=True or a smaller finetune.batch or eval.batch."
+)
 
 
 def join(together: bool = True) -> None:
@@ -43,13 +40,17 @@ def user_errors() -> Iterator[None]:
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        if error.errno not in CAUSES:
+        refused = refused_by_disk(error)
+        if refused is None:
             raise
-        _fail(f"{error.filename or 'a file of the run'}: {CAUSES[error.errno]}.")
+        _fail(str(refused))
     except jax.errors.JaxRuntimeError as error:
+        words = str(error).split("\n")[0][:200]
+        if "RESOURCE_EXHAUSTED" in words:
+            _fail(OUT_OF_MEMORY.format(words=words))
         if parallel.process_count() == 1:
             raise
-        parallel.leave_broken(error)
+        parallel.leave_broken(words)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it was.")
 

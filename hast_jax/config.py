@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from hast_jax import losses, promote, quant
@@ -217,9 +218,9 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
         yield f"{path}.crop_scale", not 0 < section.crop_scale <= 1, "above 0 and at most 1"
     both = bool(synthesis.source and synthesis.real_split)
     yield "synthesis.real_split", both, "empty where synthesis.source is set"
-    base = lambda split: split.split("[")[0]
-    same = bool(synthesis.real_split) and base(synthesis.real_split) == base(config.eval.split)
-    yield "synthesis.real_split", same, "another split than the one of the evaluation, eval.split"
+    bases = lambda split: {part.split("[")[0].strip() for part in split.split("+")}
+    shared = bases(synthesis.real_split) & (bases(config.eval.split) | {"all"}) - {""}
+    yield "synthesis.real_split", bool(shared), "without images of the evaluation's split, eval.split"
     odd = synthesis.micro_batch > 0 and synthesis.batch % synthesis.micro_batch != 0
     yield "synthesis.micro_batch", odd, f"a divisor of the batch, {synthesis.batch}"
     yield "synthesis.factor", not 0 < synthesis.factor < 1, "between 0 and 1"
@@ -246,6 +247,12 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
         elif a != b and path not in FREE_FIELDS:
             lines.append(f"{path}: {a!r} -> {b!r}")
     return lines
+
+
+def fixed(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON values without `FREE_FIELDS`: {"finetune.lr": 1e-5, ...}."""
+    flat = flatten_dict(to_dict(config), sep=".")
+    return {path: value for path, value in flat.items() if path not in FREE_FIELDS}
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

@@ -1,5 +1,20 @@
-"""The one exception that is a message to the person at the keyboard."""
+"""The one exception that is a message to the person at the keyboard, and what such a message says of the disk."""
+
+import errno
+
+CAUSES = {
+    errno.ENOSPC: "the disk is full: make room and run the same command again, it goes on where it was",
+    errno.EDQUOT: "the disk quota is used up: make room and run the same command again, it goes on where it was",
+    errno.EACCES: "no permission",
+    errno.EROFS: "the file system is read-only",
+}
 
 
 class UserError(Exception):
     """Something the user can mend: the message is one sentence that says what is wrong and what to do."""
+
+
+def refused_by_disk(error: OSError) -> UserError | None:
+    """What the person can do about what the disk refused; None where it is something else."""
+    cause = CAUSES.get(error.errno or 0)
+    return UserError(f"{error.filename or 'a file of the run'}: {cause}.") if cause else None

@@ -62,6 +62,7 @@ def run(
     if dataset is None:
         raise UserError(f"{workdir} was run with config.eval.dataset none: there is nothing to evaluate on.")
     teacher, variables = networks.teacher(config)
+    folder.check_teacher(variables, remember=False)
     student_variables, steps = restore_student(folder, variables, config, checkpoint)
     found = {
         "teacher": make_evaluator(teacher, dataset, config, count, console)(variables),

@@ -55,7 +55,8 @@ def _kept(path: Path, params: Any, config: Any) -> Iterator[tuple[int, Any]]:
     with Checkpoints(path, keep=2, writing=False) as checkpoints:
         for step, state in checkpoints.restore_each(finetune.init(params, config)):
             epoch = step // config.steps_per_epoch
-            if epoch % config.keep_every == 0 or epoch == config.epochs:
+            whole = step % config.steps_per_epoch == 0  # not where a run was stopped in between
+            if whole and (epoch % config.keep_every == 0 or epoch == config.epochs):
                 yield epoch, state.params
 
 

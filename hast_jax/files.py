@@ -1,9 +1,15 @@
-"""Writing small files so that a reader never sees half of one."""
+"""Small files: written so that a reader never sees half of one. Checksums of arrays."""
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
+
+from hast_jax.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -19,3 +25,19 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace the file's content by `value` as indented JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a file of a run folder. Raises UserError where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): use another --workdir.") from error
+
+
+def crc32(tree: Any) -> int:
+    """CRC-32 of all arrays of a tree, in its order, without a copy of those that are contiguous."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total = zlib.crc32(np.ascontiguousarray(leaf).data, total)
+    return total

@@ -27,8 +27,10 @@ class ImageFiles:
         """As `data.Arrays.batches`; read ahead by threads."""
         import grain
 
-        rows = grain.MapDataset.range(len(self.labels)).map(self._read).batch(size)[first::every]
-        yield from rows.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2))
+        starts = range(first * size, len(self.labels), every * size)
+        rows = [row for start in starts for row in range(start, min(start + size, len(self.labels)))]
+        images = grain.MapDataset.source(rows).map(self._read)
+        yield from images.to_iter_dataset(grain.ReadOptions(THREADS, 2 * size)).batch(size)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """The images of these rows."""

@@ -6,6 +6,7 @@ all processes, whose gradients `mean` brings together.
 """
 
 import contextlib
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 
-from hast_jax.errors import UserError
+from hast_jax.errors import UserError, refused_by_disk
 
 AXIS = "devices"
 MAX_DEFAULT_CPU_DEVICES = 8
@@ -25,7 +26,7 @@ KEEP_BARRIERS = "--xla_disable_hlo_passes=cse_barrier_expander"
 COMPILATION_CACHE = "~/.cache/hast_jax"
 CPU_STEPS_PER_CALL, ACCELERATOR_STEPS_PER_CALL = 1, 50
 CPU_MICRO_BATCH = 32
-HEARTBEAT_SECONDS = 30  # without a sign of life of another process, until the run ends
+HEARTBEAT_SECONDS = 30  # without a sign of life of another process, until JAX ends this one
 MAX_MESSAGE = 4096  # bytes of a sentence that one process tells the others
 
 
@@ -42,6 +43,7 @@ def join(processes: str) -> None:
             options = {"coordinator_address": address, "num_processes": int(number), "process_id": int(index)}
         except ValueError as error:
             raise UserError(f"--processes is {processes!r}: it must be auto, or HOST:PORT,NUMBER,INDEX.") from error
+    faulthandler.disable()  # it would bury in pages of threads what JAX says where another process has died
     jax.config.update("jax_enable_preemption_service", False)  # it misses SIGTERM now and then; see preemption.py
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=60)
@@ -90,13 +92,16 @@ def process_count() -> int:
 
 
 def on_main(action: Callable[[], Any]) -> None:
-    """Do this in process 0 alone; the others wait for its end. A UserError there is raised in all."""
+    """Do this in process 0 alone; the others wait for its end. A UserError there, or a full disk, is raised in all."""
     message = ""
     if is_main():
         try:
             action()
-        except UserError as error:
-            message = str(error)
+        except (UserError, OSError) as error:
+            told = refused_by_disk(error) if isinstance(error, OSError) else error
+            if told is None:
+                raise
+            message = str(told)
     if jax.process_count() > 1:
         text = np.zeros(MAX_MESSAGE, np.uint8)
         encoded = np.frombuffer(message.encode()[:MAX_MESSAGE], np.uint8)
@@ -118,6 +123,19 @@ def total(values: np.ndarray) -> np.ndarray:
     return np.sum(multihost_utils.process_allgather(values), 0)
 
 
+def agree(values: dict[str, int]) -> None:
+    """Raise UserError in every process where these, below 2**32, are not the same in all. Every process must call it."""
+    if jax.process_count() == 1:
+        return
+    found = multihost_utils.process_allgather(np.asarray(list(values.values()), np.uint32))
+    differing = [name for name, column in zip(values, found.T) if len(set(column.tolist())) > 1]
+    if differing:
+        raise UserError(
+            f"the processes of this run do not have the same {', '.join(differing)}: give all the same command and files, "
+            "on one file system, and start them again."
+        )
+
+
 def gather(tree: Any) -> Any:
     """What `deal` dealt out: a tree of leaves [devices, rows, ...] of each process as NumPy arrays [all rows, ...] in each.
 
@@ -129,9 +147,8 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), multihost_utils.process_allgather(own))
 
 
-def leave_broken(error: Exception) -> None:
+def leave_broken(words: str) -> None:
     """End this process at once, with a sentence: another one seems to have died, and JAX's shutdown would wait for it."""
-    words = str(error).split("\n")[0][:200]
     message = f"most likely another process of this run has ended ({words}); start all again, they go on where they were."
     print(f"hast_jax: {message}", file=sys.stderr, flush=True)
     os._exit(1)
@@ -235,10 +252,13 @@ def deal(items: list[Any], count: int) -> tuple[int, list[Any]]:
 
 def stack(requested: int, size: int) -> int:
     """How many independent computations of `size` bytes a device does at once: `requested`, or by default what fills half of
-    its memory; one on a CPU.
+    the smallest memory of any process's; one on a CPU. Every process must call it.
     """
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    return requested or max(1, memory // 2 // size)
+    default = np.asarray(max(1, memory // 2 // size), np.int32)
+    if jax.process_count() > 1:
+        default = multihost_utils.process_allgather(default).min()
+    return requested or int(default)
 
 
 def own_rows(batch: np.ndarray, count: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from hast_jax import config as config_lib
 from hast_jax.accuracy import Accuracy, make_evaluator
 from hast_jax.checkpoint import Checkpoints
 from hast_jax.errors import UserError
-from hast_jax.files import write_json
+from hast_jax.files import crc32, write_json
 from hast_jax.loop import call_length, drive
 from hast_jax.models import weights
 from hast_jax.report import Reporter, save_picture
@@ -52,6 +53,15 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> tuple[Job, f
     dataset = data.load(config, config.eval.split)
     parallel.on_main(lambda: run_folder.open_for_run(workdir, config))
     folder = run_folder.RunFolder(workdir)
+    parallel.agree(
+        {
+            "config": crc32(np.frombuffer(json.dumps(config_lib.fixed(config), sort_keys=True).encode(), np.uint8)),
+            "weights": crc32(variables),
+            "number of devices": devices,
+            "run folder (on one file system?)": crc32(np.fromfile(folder.config, np.uint8)) if folder.config.exists() else 0,
+        }
+    )
+    parallel.on_main(lambda: folder.check_teacher(variables))
     teacher_accuracy = accuracy = None
     if dataset is not None:
         teacher_accuracy = make_evaluator(teacher, dataset, config, devices, console)(variables).top1
@@ -99,7 +109,8 @@ def training_images(job: Job) -> tuple[np.ndarray, np.ndarray]:
         parallel.on_main(store)  # makes the files
         with Checkpoints(folder.checkpoints("synthesis"), keep=2) as checkpoints:
             synthesize.run(job.teacher, job.variables, config, job.devices, store(), checkpoints, job.reporter)
-        parallel.on_main(lambda: None)  # until here process 0 may still have been writing
+        # Until here process 0 may still have been writing. What was half-way is whole now.
+        parallel.on_main(lambda: shutil.rmtree(folder.checkpoints("synthesis")))
         images, labels = store().read()
     most = max(config.finetune.batch, config.calibration.batch)
     if len(images) < most:
@@ -175,13 +186,14 @@ def _resume(
 ) -> tuple[finetune.State, dict[int, float]]:
     """The newest saved state and the accuracies up to it; else the fresh state and none."""
     saved = latest.restore(fresh)
+    parallel.agree({"newest checkpoint": 0 if saved is None else int(saved.step)})
     if saved is None:
         return fresh, {}
     try:
-        known = dict(json.loads(folder.evaluations.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        known = {int(epoch): float(top1) for epoch, top1 in json.loads(folder.evaluations.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder.evaluations} is damaged ({error}): use another --workdir.") from error
-    return saved, {int(epoch): top1 for epoch, top1 in known.items() if int(epoch) * steps_per_epoch <= int(saved.step)}
+    return saved, {epoch: top1 for epoch, top1 in known.items() if epoch * steps_per_epoch <= int(saved.step)}
 
 
 def best_epoch(evaluations: dict[int, float]) -> int | None:

@@ -87,12 +87,22 @@ def main(_: list[str]) -> None:
         cli.join(together=False)
         config, console = CONFIG.value, Console()
         config_lib.validate(config)
+        output = Path(OUTPUT.value)
+        if output.suffix != ".safetensors":
+            raise UserError(f"--output={output}: the file must end in .safetensors.")
+        try:  # what cannot be written is known before the training
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.touch()
+        except OSError as error:
+            raise UserError(f"--output={output} cannot be written ({error.strerror}): choose another place.") from error
         devices = parallel.setup(config.devices)
         model = models.create(config.teacher.network, config.teacher.classes)
         train_set = data.load(config, "train")
         test_set = data.load(config, config.eval.split)
         if not isinstance(train_set, data.Arrays) or test_set is None:
             raise UserError("a teacher needs real images in memory: set config.eval.dataset to digits, cifar10 or cifar100.")
+        if config.pretrain.batch > len(train_set.labels):
+            raise UserError(f"config.pretrain.batch is {config.pretrain.batch}, more than the {len(train_set.labels)} images.")
         variables = train(model, train_set, config, console)
         top1 = accuracy.make_evaluator(model, test_set, config, devices, console)(variables).top1
         recipe = ", ".join(f"{name} {value}" for name, value in config.pretrain.items())
@@ -106,8 +116,8 @@ def main(_: list[str]) -> None:
             "test_top1": f"{top1:.2f}",
             "training": f"SGD nesterov, cosine, {recipe}, {len(train_set.labels)} images, seed {config.seed}",
         }
-        weights.write(Path(OUTPUT.value), state, metadata)
-        console.print(f"{OUTPUT.value}: top-1 {top1:.2f} % on {len(test_set.labels)} held-out images")
+        weights.write(output, state, metadata)
+        console.print(f"{output}: top-1 {top1:.2f} % on {len(test_set.labels)} held-out images")
 
 
 if __name__ == "__main__":

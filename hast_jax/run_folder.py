@@ -13,9 +13,8 @@ from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
 from hast_jax.errors import UserError
-from hast_jax.files import write_json
+from hast_jax.files import crc32, read_json, write_json
 from hast_jax.models.weights import Variables
-from hast_jax.synthetic_set import checksum
 
 # Of this process, which may open a folder more than once: by the lock file itself, as folders may be moved.
 _held: dict[tuple[int, int], BaseFileLock] = {}
@@ -24,7 +23,7 @@ _held: dict[tuple[int, int], BaseFileLock] = {}
 class RunFolder:
     """Paths in a run folder.
 
-    config.json, synthetic/ (see synthetic_set.py), images.json, ranges.json, checkpoints/{synthesis,latest,best},
+    config.json, teacher.json, synthetic/ (see synthetic_set.py), images.json, ranges.json, checkpoints/{synthesis,latest,best},
     metrics.jsonl, tensorboard/, evaluations.json, result.json, synthetic.png.
     """
 
@@ -32,6 +31,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.json"
         self.synthetic = path / "synthetic"
+        self.teacher = path / "teacher.json"
         self.images = path / "images.json"
         self.ranges = path / "ranges.json"
         self.evaluations = path / "evaluations.json"
@@ -44,11 +44,20 @@ class RunFolder:
 
     def check_images(self, images: np.ndarray, labels: np.ndarray) -> None:
         """Remember the images that this run learns from, or raise UserError where it began with others."""
-        found = {"images": len(images), "crc32": checksum(images, labels)}
+        found = {"images": len(images), "crc32": crc32((images, labels))}
         if not self.images.exists():
             write_json(self.images, found)
-        elif json.loads(self.images.read_text()) != found:
+        elif read_json(self.images) != found:
             raise UserError(f"{self.path} began with other images: use another --workdir, or the images it began with.")
+
+    def check_teacher(self, variables: Variables, remember: bool = True) -> None:
+        """Remember the teacher that this run follows, or raise UserError where it began with another of the same name."""
+        found = {"crc32": crc32(variables)}
+        if self.teacher.exists():
+            if read_json(self.teacher) != found:
+                raise UserError(f"{self.path} began with a teacher of other weights: use another --workdir, or those weights.")
+        elif remember:
+            write_json(self.teacher, found)
 
     def write_ranges(self, ranges: Variables) -> None:
         """Write the activation ranges as {"layer/low": number, "layer/high": number, ...}."""
@@ -95,9 +104,14 @@ def _hold(path: Path) -> None:
     lock.touch()
     status = lock.stat()
     try:
-        _held.setdefault((status.st_dev, status.st_ino), FileLock(lock)).acquire(blocking=False)
+        # A lock that is only a file's existence would outlive a killed run.
+        ours = _held.setdefault((status.st_dev, status.st_ino), FileLock(lock, fallback_to_soft=False))
+        ours.acquire(blocking=False)
     except Timeout as error:
         raise UserError(f"another run is going on in {path}: wait for its end, or use another --workdir.") from error
+    except OSError as error:
+        words = f"{path} cannot be locked ({error.strerror}): mount its file system with flock, or use another --workdir."
+        raise UserError(words) from error
 
 
 def open_for_reading(path: Path) -> tuple[RunFolder, ConfigDict]:
@@ -106,13 +120,15 @@ def open_for_reading(path: Path) -> tuple[RunFolder, ConfigDict]:
     if not folder.config.exists():
         raise UserError(f"{path} is no run folder: it has no config.json; give the --workdir of a run.")
     try:
-        return folder, config_lib.from_dict(_read_config(folder.config))
-    except (KeyError, TypeError, AttributeError) as error:
+        config = config_lib.from_dict(_read_config(folder.config))
+        config_lib.validate(config)  # it may be a stranger's
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise UserError(f"{folder.config} is of another version or damaged ({error}): run again in a new folder.") from error
+    return folder, config
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): use another --workdir.") from error
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged (it is no JSON object): use another --workdir.")
+    return values

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from hast_jax import augment, losses, models, parallel, preemption
 from hast_jax.checkpoint import Checkpoints
+from hast_jax.files import crc32
 from hast_jax.loop import call_length, drive
 from hast_jax.report import Reporter
 from hast_jax.synthetic_set import SyntheticSet
@@ -152,6 +153,7 @@ def run(
     pending = store.pending()
     begun = _begun(checkpoints, jax.eval_shape(start, jax.ShapeDtypeStruct((1,), jnp.int32)), store)
     reached = {batch: int(row.iteration) for batch, row in begun.items()}
+    parallel.agree({"half-made images": crc32((np.asarray(pending), np.asarray(sorted(reached.items()))))})
     done = (store.batches - len(pending)) * cfg.iterations + sum(reached.values())
     together = parallel.together(devices) * parallel.stack(cfg.stack, memory(teacher, variables, shape, cfg))
     with reporter.stage("synthesis", store.batches * cfg.iterations, done) as progress:
@@ -214,7 +216,7 @@ def _on_each(step: Callable[[State, Variables], tuple[State, Any]]) -> Callable[
 
 def _begun(checkpoints: Checkpoints, like: State, store: SyntheticSet) -> dict[int, State]:
     """The batches that were saved in the middle and are still lacking, each with its state on the host."""
-    saved = checkpoints.restore(like, rows=store.batches)
+    saved = checkpoints.restore(like, rows=store.batches) if store.pending() else None
     rows = _rows(saved) if saved is not None else []
     return {int(row.batch): row for row in rows if int(row.batch) in store.pending()}
 

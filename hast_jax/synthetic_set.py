@@ -10,13 +10,12 @@ batch named there is whole.
 
 import json
 import os
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from hast_jax.errors import UserError
-from hast_jax.files import write_json
+from hast_jax.files import crc32, write_json
 
 
 class SyntheticSet:
@@ -46,7 +45,7 @@ class SyntheticSet:
         self._images[rows], self._labels[rows] = images, labels
         self._images.flush()
         self._labels.flush()
-        self._done[batch] = checksum(self._images[rows], self._labels[rows])
+        self._done[batch] = crc32((self._images[rows], self._labels[rows]))
         self._write_index()
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
@@ -75,8 +74,8 @@ def load(folder: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndar
     """
     images_path, labels_path, index_path = (folder / name for name in ("images.npy", "labels.npy", "index.json"))
     try:
-        images, labels = np.load(images_path, mmap_mode="r"), np.load(labels_path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+        images, labels = (np.lib.format.open_memmap(path, "r") for path in (images_path, labels_path))
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{folder} holds no synthetic set ({error}): it needs images.npy and labels.npy.") from error
     if images.shape[1:] != shape or images.dtype != np.float32 or labels.shape != images.shape[:1]:
         raise UserError(
@@ -91,16 +90,11 @@ def load(folder: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndar
     return images, labels
 
 
-def checksum(images: np.ndarray, labels: np.ndarray) -> int:
-    """CRC-32 of images and labels, without a copy of them."""
-    return zlib.crc32(np.ascontiguousarray(labels).data, zlib.crc32(np.ascontiguousarray(images).data))
-
-
 def _first_damaged(images: np.ndarray, labels: np.ndarray, batch: int, done: dict[int, int]) -> int | None:
     """The first batch whose rows have not the checksum they were written with."""
     for number, expected in done.items():
         rows = slice(number * batch, (number + 1) * batch)
-        if checksum(images[rows], labels[rows]) != expected:
+        if crc32((images[rows], labels[rows])) != expected:
             return number
     return None
 
@@ -123,8 +117,8 @@ def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, new: bool) -> np.
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         return array
     try:
-        array = np.load(path, mmap_mode="r+", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        array = np.lib.format.open_memmap(path, "r+")
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again.") from error
     if array.shape != shape or array.dtype != dtype:
         raise UserError(f"{path} holds {array.dtype} {array.shape}, not {dtype} {shape}: use another folder.")

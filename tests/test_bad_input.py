@@ -1,5 +1,7 @@
 """Bad input of every kind ends in one sentence that says what to do, and nothing finished is lost."""
 
+import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -26,6 +28,31 @@ def test_a_truncated_synthetic_set_is_noticed(copy: Path) -> None:
     os.truncate(copy / "synthetic" / "images.npy", 5000)
     with pytest.raises(UserError, match=r"is damaged"):
         tiny.run(copy)
+
+
+def test_a_teacher_of_other_weights_under_the_same_name_is_refused(copy: Path) -> None:
+    (copy / "teacher.json").write_text('{"crc32": 1}')
+    with pytest.raises(UserError, match="began with a teacher of other weights"):
+        tiny.run(copy)
+    done = tiny.call(tiny.evaluate(copy))
+    assert done.returncode == 1 and "began with a teacher of other weights" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["config.json", "images.json", "teacher.json", "evaluations.json"])
+def test_a_damaged_small_file_is_named(copy: Path, name: str) -> None:
+    for content in ('{"half": ', "[1]"):
+        (copy / name).write_text(content)
+        with pytest.raises(UserError, match=rf"{name} is damaged|began with"):
+            tiny.run(copy)
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="mount its file system with flock"):
+        tiny.run(tmp_path / "run")
 
 
 def test_a_foreign_synthetic_set_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:

@@ -58,6 +58,19 @@ def test_a_pretrained_teacher_is_a_weight_file_with_its_metadata(tmp_path) -> No
     assert f"top-1 {metadata.top1:.2f} %" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--output=teacher.pth", "must end in .safetensors"),
+        ("--output=/proc/none/teacher.safetensors", "cannot be written"),
+        ("--config.pretrain.batch=5000", "more than the 1078 images"),
+    ],
+)
+def test_pretraining_that_could_not_end_well_is_refused_before_it_begins(tmp_path, argument: str, words: str) -> None:
+    done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={tmp_path}/a.safetensors", argument])
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_pretraining_without_real_images_is_refused(tmp_path) -> None:
     done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={tmp_path}/a.safetensors", "--config.eval.dataset=none"])
     assert done.returncode == 1 and "needs real images in memory" in done.stderr and "Traceback" not in done.stderr

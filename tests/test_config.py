@@ -53,7 +53,9 @@ def test_every_config_and_variant_is_valid(path: Path, argument: str) -> None:
         ("calibration.range", "max", "one of minmax, mse"),
         ("devices", -1, "zero or positive"),
         ("seed", -1, "between 0 and"),
-        ("synthesis.real_split", "test[:50%]", "another split"),
+        ("synthesis.real_split", "test[:50%]", "without images of the evaluation's split"),
+        ("synthesis.real_split", "train+test", "without images of the evaluation's split"),
+        ("synthesis.real_split", "all", "without images of the evaluation's split"),
     ],
 )
 def test_an_impossible_value_is_refused(field: str, value, words: str) -> None:

@@ -5,7 +5,7 @@ import re
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +18,14 @@ from hast_jax import synthesize
 CALM = ["--config.finetune.lr=1e-6", "--config.synthesis.lr=0.05", "--config.finetune.epochs=20", "--config.eval.every=10"]
 
 
-def twice(command: list[str]) -> list[subprocess.Popen]:
-    """A command as two processes."""
+def twice(command: list[str], second: Sequence[str] = ()) -> list[subprocess.Popen]:
+    """A command as two processes, the second with further arguments."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return [
         subprocess.Popen(
-            [*command, f"--processes=127.0.0.1:{port},2,{index}"],
+            [*command, f"--processes=127.0.0.1:{port},2,{index}", *(second if index else ())],
             cwd=tiny.ROOT,
             env=tiny.environment(),
             stdout=subprocess.PIPE,
@@ -154,7 +154,16 @@ def test_where_one_process_dies_the_other_ends_with_a_sentence(tmp_path: Path) -
     tiny.wait_until(processes[0], tiny.logged(workdir, "finetune", 5))
     processes[1].kill()
     _, errors = processes[0].communicate(timeout=120)
-    assert processes[0].returncode != 0 and "another process of this run has ended" in errors, errors
+    # A collective that does not notice is ended by JAX, in its words.
+    assert processes[0].returncode != 0 and re.search("another process of this run has ended|another task died", errors), errors
+    assert "Extension modules" not in errors
+
+
+def test_processes_that_were_not_given_the_same_command_are_refused(tmp_path: Path) -> None:
+    command = tiny.command(tmp_path / "run", *CALM)
+    ends = end(twice(command, second=["--config.finetune.lr=1"]))
+    assert [status for status, _, _ in ends] == [1, 1], ends
+    assert all("do not have the same config:" in errors for _, _, errors in ends), ends
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """docs/your_network.md does what it says, and what cannot work is refused with the reason."""
 
 import json
+import py_compile
 import re
 import shlex
 import textwrap
@@ -61,13 +62,15 @@ def test_the_pages_commands_train_quantize_evaluate_and_read_its_network(place: 
     assert np.array_equal(codes, np.round(codes)) and codes.min() == -8 and codes.max() == 7
 
 
-def test_code_that_a_run_folder_names_is_not_run(copy: Path) -> None:
+@pytest.mark.parametrize(("name", "words"), [("trap.py", "if you trust its code"), ("trap.pyc", "it must be one of resnet8")])
+def test_code_that_a_run_folder_names_is_not_run(copy: Path, name: str, words: str) -> None:
     trap, config = copy / "trap.py", json.loads((copy / "config.json").read_text())
     trap.write_text(f"open({str(copy / 'caught')!r}, 'w')")
-    config["teacher"]["network"] = f"{trap}:Net"
+    py_compile.compile(str(trap), str(copy / "trap.pyc"))
+    config["teacher"]["network"] = f"{copy}/{name}:Net"
     (copy / "config.json").write_text(json.dumps(config))
     done = tiny.call(tiny.evaluate(copy))
-    assert done.returncode == 1 and "if you trust its code" in done.stderr and not (copy / "caught").exists()
+    assert done.returncode == 1 and words in done.stderr and not (copy / "caught").exists()
 
 
 @pytest.fixture
@@ -126,6 +129,11 @@ class NoBranch(Base):
         return logits, Taps((tap,), ())
 
 
+class FlatBranch(Base):
+    def output(self, logits, tap, branch):
+        return logits, Taps((tap,), (branch.mean((1, 2)),))
+
+
 class PlainLayer(Base):
     def activation(self, x):
         return Activation(self.precision)(nn.Conv(4, (3, 3), name="plain")(x))
@@ -166,6 +174,7 @@ def check(network: type[nn.Module], alignment: bool = True) -> None:
         (NoTap, "no batch norm in its Taps"),
         (LostTap, "has 2 batch norms but returns 1 taps"),
         (NoBranch, "no branches in its Taps"),
+        (FlatBranch, r"has branches \(2, 4\): they must be feature maps"),
         (PlainLayer, r"layers that nothing quantizes \(plain\)"),
         (NoActivation, "no activation to quantize"),
         (UnknownActivation, "the activation 'tanhh' is unknown: choose from relu, relu6"),

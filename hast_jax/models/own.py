@@ -21,7 +21,7 @@ NOT_QUANTIZED = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGene
 
 def is_own(name: str) -> bool:
     """Whether a network's name is of the form FILE.py:CLASS."""
-    return ".py:" in name
+    return name.rpartition(":")[0].endswith(".py")
 
 
 @functools.cache  # one class for teacher and student
@@ -29,7 +29,8 @@ def load(name: str) -> Any:
     """The class that "FILE.py:CLASS" names. Runs the file's code. Raises UserError where there is none."""
     file, _, attribute = name.rpartition(":")
     path = Path(file)
-    if not path.is_file():
+    # Python would load .pyc and .so files too, whose names `is_own` does not know.
+    if not (is_own(name) and path.is_file()):
         raise UserError(f"the network {name!r} is not known and there is no file {file!r}: give FILE.py:CLASS.")
     spec: Any = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -82,6 +83,9 @@ def check(teacher: nn.Module, student: nn.Module, image: tuple[int, int, int], a
         )
     if not variables.get("ranges"):
         raise UserError(f"{_name(teacher)} has no activation to quantize: use Activation of hast_jax.models.layers.")
+    if any(branch.ndim != 4 for branch in taps.branches):
+        shapes = ", ".join(str(branch.shape) for branch in taps.branches if branch.ndim != 4)
+        raise UserError(f"{_name(teacher)} has branches {shapes}: they must be feature maps [batch, height, width, channels].")
     if alignment and not taps.branches:
         raise UserError(f"{_name(teacher)} has no branches in its Taps to align: return some, or set --config.finetune.lam=0.")
 

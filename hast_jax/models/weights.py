@@ -150,7 +150,7 @@ def _read_safetensors(path: Path) -> tuple[StateDict, Metadata]:
     with safetensors.safe_open(path, "np") as file:
         raw = file.metadata() or {}
         state = {name: file.get_tensor(name) for name in file.keys()}
-    numbers = lambda key: tuple(json.loads(raw[key])) if key in raw else None
+    numbers = lambda key: tuple(map(float, json.loads(raw[key]))) if key in raw else None
     top1 = float(raw["test_top1"]) if "test_top1" in raw else None
     return state, Metadata(raw.get("dataset"), numbers("mean"), numbers("std"), top1)
 
