@@ -6,38 +6,19 @@ python -m hast_jax.evaluate --workdir=runs/c100-w3a3
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from hast_jax import cli, data, finetune, networks, parallel, run_folder
+from hast_jax import cli, data, networks, parallel, pipeline, run_folder
 from hast_jax.accuracy import Accuracy, make_evaluator
-from hast_jax.checkpoint import Checkpoints
 from hast_jax.errors import UserError
 from hast_jax.models import own
-from hast_jax.models.weights import Variables
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which student: best was selected on test data.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of the images (eval.data_dir), where it is not the run's.")
 NETWORK = flags.DEFINE_string("network", None, "FILE.py:CLASS of a network of your own, whose code is run.")
 DEVICES = flags.DEFINE_integer("devices", 0, "Local devices used; 0: all.", lower_bound=0)
-
-
-def restore_student(
-    folder: run_folder.RunFolder, variables: Variables, config: ConfigDict, checkpoint: str
-) -> tuple[Variables, int]:
-    """Variables of the student saved in a run folder, ranges included, and the number of steps it was trained.
-
-    variables: the teacher's. checkpoint: "latest" or "best". Raises UserError where there is none that is whole.
-    """
-    state, path = None, folder.checkpoints(checkpoint)
-    if path.is_dir():
-        with Checkpoints(path, keep=2, writing=False) as checkpoints:
-            state = checkpoints.restore(finetune.init(variables["params"], config.finetune))
-    if state is None:
-        raise UserError(f"{folder.path} holds no {checkpoint} student yet: let its run reach the end of an epoch.")
-    return {**variables, "params": state.params, "ranges": folder.read_ranges()}, int(state.step)
 
 
 def run(
@@ -63,7 +44,7 @@ def run(
         raise UserError(f"{workdir} was run with config.eval.dataset none: there is nothing to evaluate on.")
     teacher, variables = networks.teacher(config)
     folder.check_teacher(variables, remember=False)
-    student_variables, steps = restore_student(folder, variables, config, checkpoint)
+    student_variables, steps = pipeline.restore_student(folder, variables, config, checkpoint)
     found = {
         "teacher": make_evaluator(teacher, dataset, config, count, console)(variables),
         "student": make_evaluator(networks.student(config), dataset, config, count, console)(student_variables),

@@ -59,7 +59,7 @@ def setup(devices: int, batch: int | None = None) -> int:
     that divide `batch`, where one is given. Raises UserError where `devices` are not there or, together with those of the
     other processes, do not divide `batch`.
     """
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = min(cores, MAX_DEFAULT_CPU_DEVICES)
     on_cpu = devices or max(d for d in range(1, most + 1) if batch is None or batch % d == 0)
     # A CPU device that waits for the others in a collective blocks a thread of the pool that all devices share; with one

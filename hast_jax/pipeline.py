@@ -196,6 +196,22 @@ def _resume(
     return saved, {epoch: top1 for epoch, top1 in known.items() if epoch * steps_per_epoch <= int(saved.step)}
 
 
+def restore_student(
+    folder: RunFolder, variables: weights.Variables, config: ConfigDict, checkpoint: str
+) -> tuple[weights.Variables, int]:
+    """Variables of the student saved in a run folder, ranges included, and the number of steps it was trained.
+
+    variables: the teacher's. checkpoint: "latest" or "best". Raises UserError where there is none that is whole.
+    """
+    state, path = None, folder.checkpoints(checkpoint)
+    if path.is_dir():
+        with Checkpoints(path, keep=2, writing=False) as checkpoints:
+            state = checkpoints.restore(finetune.init(variables["params"], config.finetune))
+    if state is None:
+        raise UserError(f"{folder.path} holds no {checkpoint} student yet: let its run reach the end of an epoch.")
+    return {**variables, "params": state.params, "ranges": folder.read_ranges()}, int(state.step)
+
+
 def best_epoch(evaluations: dict[int, float]) -> int | None:
     """The first of the best epochs after fine-tuning began: selected on the data it was evaluated on."""
     return max((epoch for epoch in evaluations if epoch > 0), key=lambda epoch: evaluations[epoch], default=None)
