@@ -44,7 +44,7 @@ def join(processes: str) -> None:
         except ValueError as error:
             raise UserError(f"--processes is {processes!r}: it must be auto, or HOST:PORT,NUMBER,INDEX.") from error
     faulthandler.disable()  # it would bury in pages of threads what JAX says where another process has died
-    jax.config.update("jax_enable_preemption_service", False)  # it misses SIGTERM now and then; see preemption.py
+    jax.config.update("jax_enable_preemption_service", False)  # it misses SIGTERM now and then
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=60)
     except (RuntimeError, ValueError) as error:

@@ -57,10 +57,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same(workdir: Path, other: Path) -> None:
-    """Images, the first losses and the size of the weights agree to float tolerance, and the accuracies nearly.
-
-    Later, at 3 bits, a weight that rounds to another code changes the loss by some per cent.
-    """
+    """Images, losses and accuracy agree to float tolerance."""
     images = [np.load(path / "synthetic" / "images.npy") for path in (workdir, other)]
     np.testing.assert_allclose(*images, atol=1e-2)
     labels = [np.load(path / "synthetic" / "labels.npy") for path in (workdir, other)]
@@ -71,12 +68,12 @@ def assert_same(workdir: Path, other: Path) -> None:
     ]
     assert lines[0].keys() == lines[1].keys()
     for step, line in lines[0].items():
-        for name in ("loss", "kl", "fa", "params_norm") if step <= 20 else ("params_norm",):
-            np.testing.assert_allclose(line[name], lines[1][step][name], rtol=1e-3, err_msg=f"{name} at step {step}")
+        for name in ("loss", "kl", "fa", "params_norm"):
+            np.testing.assert_allclose(line[name], lines[1][step][name], rtol=2e-2, err_msg=f"{name} at step {step}")
     results = [json.loads((path / "result.json").read_text()) for path in (workdir, other)]
     assert results[0]["teacher"] == results[1]["teacher"]
     for name in ("no_finetuning", "last"):
-        assert abs(results[0][name] - results[1][name]) < 1.5
+        assert abs(results[0][name] - results[1][name]) < 1
 
 
 def test_two_processes_give_the_images_and_the_student_of_one_and_process_0_alone_speaks(alone: Path, tmp_path: Path) -> None:
