@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from jax.flatten_util import ravel_pytree
 
-from hast_jax import synthesize
+from hast_jax import networks, pipeline, run_folder, synthesize
 
-# Steps small enough for a rounding difference to stay one, and enough of them for a signal to reach every process.
-CALM = ["--config.finetune.lr=1e-6", "--config.synthesis.lr=0.05", "--config.finetune.epochs=20", "--config.eval.every=10"]
+# Steps so small that few weights come near the edge of a code, where a rounding difference decides which one it is; and
+# enough of them for a signal to reach every process.
+CALM = ["--config.finetune.lr=1e-8", "--config.synthesis.lr=0.05", "--config.finetune.epochs=20", "--config.eval.every=10"]
 
 
 def twice(command: list[str], second: Sequence[str] = ()) -> list[subprocess.Popen]:
@@ -56,8 +58,21 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+def moved(workdir: Path) -> np.ndarray:
+    """How far fine-tuning moved each parameter of the student."""
+    folder, config = run_folder.open_for_reading(workdir)
+    _, variables = networks.teacher(config)
+    student, _ = pipeline.restore_student(folder, variables, config, "latest")
+    return np.asarray(ravel_pytree(student["params"])[0] - ravel_pytree(variables["params"])[0])
+
+
 def assert_same(workdir: Path, other: Path) -> None:
-    """Images, losses and accuracy agree to float tolerance."""
+    """Images, losses, accuracy and the way that the student went agree to float tolerance.
+
+    A relative change of 1e-7 in the first parameters, on one device, moves the student by up to 6e-4 of its way and a loss by
+    up to 2.3 %, where a code flips (eight random changes; a larger learning rate: more). Another seed moves it by 0.095, a lost
+    momentum by 0.023, parameters lost at step 10 by 0.028; a step skipped changes a loss by up to 58 %.
+    """
     images = [np.load(path / "synthetic" / "images.npy") for path in (workdir, other)]
     np.testing.assert_allclose(*images, atol=1e-2)
     labels = [np.load(path / "synthetic" / "labels.npy") for path in (workdir, other)]
@@ -68,8 +83,10 @@ def assert_same(workdir: Path, other: Path) -> None:
     ]
     assert lines[0].keys() == lines[1].keys()
     for step, line in lines[0].items():
-        for name in ("loss", "kl", "fa", "params_norm"):
-            np.testing.assert_allclose(line[name], lines[1][step][name], rtol=2e-2, err_msg=f"{name} at step {step}")
+        for name in ("loss", "kl", "fa"):
+            np.testing.assert_allclose(line[name], lines[1][step][name], rtol=5e-2, err_msg=f"{name} at step {step}")
+    way, other_way = moved(workdir), moved(other)
+    assert np.linalg.norm(way - other_way) < 5e-3 * np.linalg.norm(way)
     results = [json.loads((path / "result.json").read_text()) for path in (workdir, other)]
     assert results[0]["teacher"] == results[1]["teacher"]
     for name in ("no_finetuning", "last"):
