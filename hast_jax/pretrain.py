@@ -90,11 +90,6 @@ def main(_: list[str]) -> None:
         output = Path(OUTPUT.value)
         if output.suffix != ".safetensors":
             raise UserError(f"--output={output}: the file must end in .safetensors.")
-        try:  # what cannot be written is known before the training
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.touch()
-        except OSError as error:
-            raise UserError(f"--output={output} cannot be written ({error.strerror}): choose another place.") from error
         devices = parallel.setup(config.devices)
         model = models.create(config.teacher.network, config.teacher.classes)
         train_set = data.load(config, "train")
@@ -103,6 +98,11 @@ def main(_: list[str]) -> None:
             raise UserError("a teacher needs real images in memory: set config.eval.dataset to digits, cifar10 or cifar100.")
         if config.pretrain.batch > len(train_set.labels):
             raise UserError(f"config.pretrain.batch is {config.pretrain.batch}, more than the {len(train_set.labels)} images.")
+        try:  # what cannot be written is known before the training
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.touch()
+        except OSError as error:
+            raise UserError(f"--output={output} cannot be written ({error.strerror}): choose another place.") from error
         variables = train(model, train_set, config, console)
         top1 = accuracy.make_evaluator(model, test_set, config, devices, console)(variables).top1
         recipe = ", ".join(f"{name} {value}" for name, value in config.pretrain.items())

@@ -69,6 +69,7 @@ def test_a_pretrained_teacher_is_a_weight_file_with_its_metadata(tmp_path) -> No
 def test_pretraining_that_could_not_end_well_is_refused_before_it_begins(tmp_path, argument: str, words: str) -> None:
     done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={tmp_path}/a.safetensors", argument])
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_pretraining_without_real_images_is_refused(tmp_path) -> None:
