@@ -57,7 +57,7 @@ def setup(devices: int, batch: int | None = None) -> int:
 
     devices: of each process; 0 for the default, which is all local accelerators, or on a CPU as many devices as cores (up to 8)
     that divide `batch`, where one is given. Raises UserError where `devices` are not there or, together with those of the
-    other processes, do not divide `batch`.
+    other processes, do not divide `batch`, and in every process where not all have as many local devices.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = min(cores, MAX_DEFAULT_CPU_DEVICES)
@@ -73,6 +73,9 @@ def setup(devices: int, batch: int | None = None) -> int:
         jax.config.update("jax_num_cpu_devices", on_cpu)
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(os.environ.get("HAST_JAX_CACHE", COMPILATION_CACHE)))
     found = jax.local_device_count()
+    counts = [len(jax.local_devices(process)) for process in range(jax.process_count())]
+    if len(set(counts)) > 1:
+        raise UserError(f"the processes of this run have {counts} devices: give all the same command, and as many devices.")
     used = devices or (min(on_cpu, found) if jax.default_backend() == "cpu" else found)
     if used > found:
         raise UserError(f"config.devices is {devices}, but there are {found} local devices: lower it.")

@@ -14,27 +14,28 @@ import tiny
 from jax.flatten_util import ravel_pytree
 
 from hast_jax import networks, pipeline, run_folder, synthesize
+from hast_jax.models import weights
 
 # Steps so small that few weights come near the edge of a code, where a rounding difference decides which one it is; and
 # enough of them for a signal to reach every process.
 CALM = ["--config.finetune.lr=1e-8", "--config.synthesis.lr=0.05", "--config.finetune.epochs=20", "--config.eval.every=10"]
 
 
-def twice(command: list[str], second: Sequence[str] = ()) -> list[subprocess.Popen]:
-    """A command as two processes, the second with further arguments."""
+def twice(command: list[str], second: Sequence[str] = (), places: Sequence[Path] = (tiny.ROOT,) * 2) -> list[subprocess.Popen]:
+    """A command as two processes in these folders, the second with further arguments."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return [
         subprocess.Popen(
             [*command, f"--processes=127.0.0.1:{port},2,{index}", *(second if index else ())],
-            cwd=tiny.ROOT,
+            cwd=place,
             env=tiny.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index in (0, 1)
+        for index, place in enumerate(places)
     ]
 
 
@@ -176,11 +177,31 @@ def test_where_one_process_dies_the_other_ends_with_a_sentence(tmp_path: Path) -
     assert "Extension modules" not in errors
 
 
-def test_processes_that_were_not_given_the_same_command_are_refused(tmp_path: Path) -> None:
-    command = tiny.command(tmp_path / "run", *CALM)
-    ends = end(twice(command, second=["--config.finetune.lr=1"]))
+@pytest.mark.parametrize(
+    ("words", "second"),
+    [
+        ("the processes of this run do not have the same config:", ["--config.finetune.lr=1"]),
+        pytest.param("the processes of this run have [2, 1] devices:", ["--config.devices=1"], marks=pytest.mark.slow),
+    ],
+)
+def test_processes_that_were_not_given_the_same_command_are_refused(tmp_path: Path, words: str, second: list[str]) -> None:
+    ends = end(twice(tiny.command(tmp_path / "run", *CALM), second))
     assert [status for status, _, _ in ends] == [1, 1], ends
-    assert all("do not have the same config:" in errors for _, _, errors in ends), ends
+    assert all(words in errors and "Traceback" not in errors for _, _, errors in ends), ends
+
+
+@pytest.mark.slow
+def test_processes_on_file_systems_of_their_own_are_refused(tmp_path: Path) -> None:
+    """Two folders stand for two file systems: the same names, another place."""
+    places = [tmp_path / name for name in ("a", "b")]
+    state, _ = weights.read(weights.locate("digits"))
+    for factor, place in enumerate(places, start=1):
+        place.mkdir()
+        np.savez(place / "teacher.npz", **{name: array * np.float32(factor) for name, array in state.items()})
+    command = tiny.command(Path("run"), *CALM, "--config.teacher.weights=teacher.npz")
+    ends = end(twice(command, places=places))
+    assert [status for status, _, _ in ends] == [1, 1], ends
+    assert all("do not have the same weights, run folder" in errors for _, _, errors in ends), ends
 
 
 @pytest.mark.slow
