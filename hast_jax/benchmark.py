@@ -7,17 +7,18 @@
 
 Prints one JSON line for each part: images (samples) a second, compile time apart; the step's FLOPs by XLA's own cost
 analysis (the zero taps of models/conv.py included; a loop's body, as of `synthesis.remat`, counts once); its memory by XLA's
-own memory analysis, in GiB of one device: arguments, and the largest sum of intermediate arrays; the fraction of the float32
-matrix-product rate that is measured on the same devices. Weights and images are random.
+own memory analysis, in GiB of one device: arguments, and the largest sum of intermediate arrays; the fraction of the rate of
+matrix products, of the same arithmetic, that is measured on the same devices. Weights and images are random.
 
-With --device it prints one Markdown table instead, of both steps in each arithmetic of the teacher. Several processes take each
-step together, and process 0 prints.
+With --device it prints a Markdown table instead, row by row, of both steps in each arithmetic of the teacher. Several processes
+take each step together, and process 0 prints.
 """
 
 import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ STEPS = flags.DEFINE_integer("steps", 10, "Timed calls of each step.", lower_bou
 DEVICE = flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Print a table for this kind of device.")
 COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Print what the compiler says of a step, without running it.")
 
-MATMUL_SIZE = 1024
+CPU_MATMUL_SIZE, ACCELERATOR_MATMUL_SIZE = 1024, 8192  # the larger takes an accelerator longer than it takes to be asked
 
 
 def time_calls(call: Callable[[], Any], calls: int) -> float:
@@ -50,11 +51,13 @@ def time_calls(call: Callable[[], Any], calls: int) -> float:
     return statistics.median(seconds)
 
 
-def matmul_rate(devices: int) -> float:
-    """FLOP/s of float32 products of 1024 x 1024 matrices on all devices of this process at once."""
-    a = parallel.replicate(jnp.ones((MATMUL_SIZE, MATMUL_SIZE)), devices)
-    product = parallel.pmap(jnp.matmul, devices)
-    return devices * 2 * MATMUL_SIZE**3 / time_calls(lambda: product(a, a), 20)
+def matmul_rate(devices: int, arithmetic: str) -> float:
+    """FLOP/s of products of square matrices in this arithmetic, on all devices of this process at once."""
+    size = CPU_MATMUL_SIZE if jax.default_backend() == "cpu" else ACCELERATOR_MATMUL_SIZE
+    a = parallel.replicate(jnp.ones((size, size)), devices)
+    with jax.default_matmul_precision(arithmetic):
+        product = parallel.pmap(jnp.matmul, devices)
+        return devices * 2 * size**3 / time_calls(lambda: product(a, a), 20)
 
 
 class Part(NamedTuple):
@@ -99,7 +102,7 @@ def fine_tuning(config: ConfigDict, devices: int) -> Part:
 PARTS: dict[str, Callable[[ConfigDict, int], Part]] = {"synthesize": synthesis, "finetune": fine_tuning}
 
 
-def measure(part: Part, devices: int, calls: int, repeats: int) -> dict[str, Any]:
+def measure(part: Part, devices: int, calls: int, repeats: int, arithmetic: str) -> dict[str, Any]:
     """The JSON line of a part: `calls` steps a call, `repeats` timed calls; 0: compiled only."""
     step = parallel.pmap_steps(part.step, devices, calls, together=True)
     if repeats:
@@ -127,18 +130,9 @@ def measure(part: Part, devices: int, calls: int, repeats: int) -> dict[str, Any
         line |= {
             "per_second": round(part.images / seconds, 1),
             "step_seconds": round(seconds, 4),
-            "matmul_fraction": round(flops / seconds / matmul_rate(devices), 3),
+            "matmul_fraction": round(flops / seconds / matmul_rate(devices, arithmetic), 3),
         }
     return line | {"devices": parallel.together(devices), "device": jax.devices()[0].device_kind}
-
-
-def use(device: str) -> None:
-    """Take this kind of device. Raises UserError where there is none."""
-    jax.config.update("jax_platforms", device)
-    try:
-        jax.devices()
-    except RuntimeError as error:
-        raise UserError(f"there is no {device} here that JAX can use: {str(error).splitlines()[0]}") from error
 
 
 COLUMNS = {
@@ -154,34 +148,39 @@ COLUMNS = {
 }
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """The lines as a Markdown table."""
-    rows = [COLUMNS.values(), ["---"] * len(COLUMNS), *([str(line[name]) for name in COLUMNS] for line in lines)]
-    head = f"{lines[0]['devices']} x {lines[0]['device']}, JAX {jax.__version__}"
-    return "\n".join([head, "", *("| " + " | ".join(row) + " |" for row in rows)])
+def head(devices: int) -> str:
+    """The head of the table, with what it is of."""
+    of = f"{parallel.together(devices)} x {jax.devices()[0].device_kind}, JAX {jax.__version__}"
+    return "\n".join([of, "", row(list(COLUMNS.values())), row(["---"] * len(COLUMNS))])
+
+
+def row(cells: list[str]) -> str:
+    """A line of the table."""
+    return "| " + " | ".join(cells) + " |"
 
 
 def main(_: list[str]) -> None:
-    """Print a line for each part, or a table."""
+    """Print a line for each part, each as soon as it is measured."""
     with cli.user_errors():
         config = CONFIG.value
         config_lib.validate(config)
         cli.join(together=not COMPILE_ONLY.value)
-        if DEVICE.value:
-            use(DEVICE.value)
+        if DEVICE.value == "cpu":  # the others are what JAX takes first, where they are there
+            jax.config.update("jax_platforms", "cpu")
         devices = parallel.setup(config.devices, config.finetune.batch)
+        if DEVICE.value not in (None, jax.default_backend()):
+            raise UserError(f"there is no {DEVICE.value} here that JAX can use: it found only the {jax.default_backend()}.")
         jax.config.update("jax_enable_compilation_cache", False)  # compile times are part of what is measured
         calls, repeats = parallel.steps_per_call(config.steps_per_call), 0 if COMPILE_ONLY.value else STEPS.value
-        lines = []
+        show: Callable[[str], None] = partial(print, flush=True) if parallel.is_main() else lambda _: None
+        if DEVICE.value:
+            show(head(devices))
         for arithmetic in ARITHMETIC if DEVICE.value else [config.teacher.arithmetic]:
             config.teacher.arithmetic = arithmetic
             for name in PARTS if PART.value == "all" else [PART.value]:
-                line = measure(PARTS[name](config, devices), devices, calls, repeats)
-                lines.append({"part": name, "arithmetic": arithmetic, **line})
-                if not DEVICE.value and parallel.is_main():
-                    print(json.dumps(lines[-1]), flush=True)
-        if DEVICE.value and parallel.is_main():
-            print(table(lines))
+                line = measure(PARTS[name](config, devices), devices, calls, repeats, arithmetic)
+                line = {"part": name, "arithmetic": arithmetic, **line}
+                show(row([str(line.get(column, "")) for column in COLUMNS]) if DEVICE.value else json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ settings of HAST for CIFAR-100.
 import difflib
 import functools
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,6 +132,7 @@ def default() -> ConfigDict:
                 "dataset": "cifar100",  # none: run without real images
                 "split": "test",
                 "data_dir": "",  # folder of TFDS (empty: ~/tensorflow_datasets), or the one that holds the split, for `folder`
+                "crop": 224 / 256,  # of a file's image, resized: the share of its shorter side that is kept
                 "batch": 500,
                 "every": 10,  # epochs between two evaluations
             },
@@ -143,10 +145,14 @@ def variant(config: ConfigDict, argument: str, variants: dict[str, Any] = VARIAN
 
     variants: name -> fields to change, as a flat {"finetune.lr": value}. Raises UserError for an unknown word.
     """
+    chosen = None
     for word in filter(None, argument.split(",")):
         if word in variants:
             config.update_from_flattened_dict(variants[word])
         elif len(word) == 4 and word[0] == "w" and word[2] == "a" and word[1].isdigit() and word[3].isdigit():
+            if chosen not in (None, word):
+                raise UserError(f"the config has one number of bits, not {chosen} and {word}: choose one.")
+            chosen = word
             config.bits.weights, config.bits.activations = int(word[1]), int(word[3])
         else:
             known = ", ".join(["w4a4 (any bits)", *variants])
@@ -172,6 +178,8 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
     bits = f"between {quant.MIN_BITS} and {quant.MAX_BITS}"
     for name in ("weights", "activations"):
         yield f"bits.{name}", not quant.MIN_BITS <= config.bits[name] <= quant.MAX_BITS, bits
+    for path, value in flatten_dict(config.to_dict(), sep=".").items():
+        yield path, isinstance(value, float) and not math.isfinite(value), "finite"
     yield "seed", not 0 <= config.seed < 2**32, "between 0 and 2**32 - 1"
     choices: dict[str, tuple[str, Any]] = {
         "teacher.arithmetic": (teacher.arithmetic, ARITHMETIC),
@@ -211,8 +219,11 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
     }
     for path, section in not_negative.items():
         yield path, not section[path.split(".")[-1]] >= 0, "zero or positive"
+    yield "finetune.lr_drops", not all(epoch > 0 for epoch in finetune.lr_drops), "positive epochs"
+    yield "pretrain.shift", not config.pretrain.shift >= 0, "zero or positive"
     yield "finetune.a", finetune.a == finetune.b == 0, "positive where finetune.b is 0, or nothing is learned"
     yield "finetune.momentum", not finetune.momentum < 1, "below 1"
+    yield "eval.crop", not 0 < config.eval.crop <= 1, "above 0 and at most 1"
     yield "synthesis.crop_probability", not 0 <= synthesis.crop_probability <= 1, "between 0 and 1"
     for path, section in {"synthesis": synthesis, "finetune": finetune}.items():
         yield f"{path}.crop_scale", not 0 < section.crop_scale <= 1, "above 0 and at most 1"
@@ -225,7 +236,8 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
     yield "synthesis.micro_batch", odd, f"a divisor of the batch, {synthesis.batch}"
     yield "synthesis.factor", not 0 < synthesis.factor < 1, "between 0 and 1"
     image = teacher.image
-    yield "teacher.image", len(image) != 3 or image[0] != image[1] or image[2] not in (1, 3), "(size, size, 1 or 3 channels)"
+    square = len(image) == 3 and image[0] == image[1] > 0 and image[2] in (1, 3)
+    yield "teacher.image", not square, "(size, size, 1 or 3 channels)"
     for name in ("mean", "std"):
         yield f"teacher.{name}", len(teacher[name]) != image[2], f"one number for each of the {image[2]} channels"
     yield "teacher.std", not min(teacher.std) > 0, "positive for each channel"

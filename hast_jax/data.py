@@ -24,23 +24,20 @@ Array = jax.Array
 # `folder` is config.eval.data_dir / config.eval.split with a folder of images for each class.
 DATASETS = ("none", "digits", "cifar10", "cifar100", "imagenet2012", "folder")
 DIGITS_TEST_FRACTION = 0.4
+RECORDS_AT_ONCE = 500
 
 
 class Arrays(NamedTuple):
-    """A data set in memory. images: uint8 [n, height, width, channels]; labels: int32 [n]."""
+    """A data set in memory. images: uint8 [n, height, width, channels]; labels: int32 [n]; classes: how many there are."""
 
     images: np.ndarray
     labels: np.ndarray
+    classes: int
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one image: height, width, channels."""
         return self.images.shape[1:]
-
-    @property
-    def classes(self) -> int:
-        """How many there are."""
-        return int(self.labels.max()) + 1
 
     def batches(self, size: int, first: int = 0, every: int = 1) -> Iterator[np.ndarray]:
         """All images in their order, `size` at a time, the last batch as it comes; or only every so many of these batches."""
@@ -66,9 +63,9 @@ def load(config: ConfigDict, split: str) -> Dataset | None:
     if name == "digits":
         dataset = _digits(split)
     elif name == "folder":
-        dataset = image_files.folder(Path(data_dir) / split, config.teacher.image[0])
+        dataset = image_files.folder(Path(data_dir) / split, config.teacher.image[0], config.eval.crop)
     elif name == "imagenet2012":
-        dataset = _imagenet(split, data_dir, config.teacher.image[0])
+        dataset = _imagenet(split, data_dir, config.teacher.image[0], config.eval.crop)
     else:
         dataset = _cifar(name, split, data_dir)
     image, classes = tuple(config.teacher.image), config.teacher.classes
@@ -120,22 +117,24 @@ def _digits(split: str) -> Arrays:
     rows = {"train": train, "test": test}.get(split)
     if rows is None:
         raise UserError(f"the digits have no split {split!r}: use train or test.")
-    return Arrays(images[rows], bunch.target[rows].astype(np.int32))
+    return Arrays(images[rows], bunch.target[rows].astype(np.int32), 10)
 
 
 def _cifar(name: str, split: str, data_dir: str) -> Arrays:
     source = _tfds(name, split, data_dir)
     records = [source[i] for i in range(len(source))]
     images = np.stack([record["image"] for record in records])
-    return Arrays(images, np.asarray([record["label"] for record in records], np.int32))
+    return Arrays(images, np.asarray([record["label"] for record in records], np.int32), int(name.removeprefix("cifar")))
 
 
-def _imagenet(split: str, data_dir: str, size: int) -> ImageFiles:
+def _imagenet(split: str, data_dir: str, size: int, crop: float) -> ImageFiles:
     import tensorflow_datasets as tfds
 
     source = _tfds("imagenet2012", split, data_dir, decoders={"image": tfds.decode.SkipDecoding()})
-    labels = np.asarray([source[i]["label"] for i in range(len(source))], np.int32)
-    return ImageFiles(partial(_encoded, source), labels, 1000, size)
+    # Records hold their images too, gigabytes: many at once are read in parallel.
+    chunks = (range(i, min(i + RECORDS_AT_ONCE, len(source))) for i in range(0, len(source), RECORDS_AT_ONCE))
+    labels = np.asarray([record["label"] for chunk in chunks for record in source.__getitems__(chunk)], np.int32)
+    return ImageFiles(partial(_encoded, source), labels, 1000, size, crop)
 
 
 def _encoded(source: Any, row: int) -> bytes:

@@ -4,6 +4,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,11 @@ Evaluator = Callable[[weights.Variables], Accuracy]
 
 
 class Job(NamedTuple):
-    """What every stage of a run needs. `variables` are the teacher's; `accuracy` judges the student, where data are given."""
+    """What every stage of a run needs.
+
+    `variables` are the teacher's; `accuracy` judges the student, where data are given; `given` are the images and labels to
+    learn from, where the config names some instead of having them made.
+    """
 
     config: ConfigDict
     devices: int
@@ -38,6 +43,7 @@ class Job(NamedTuple):
     student: nn.Module
     variables: weights.Variables
     accuracy: Evaluator | None
+    given: tuple[np.ndarray, np.ndarray] | None
 
 
 def prepare(config: ConfigDict, workdir: Path, console: Console) -> tuple[Job, float | None]:
@@ -51,6 +57,7 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> tuple[Job, f
     teacher, variables = networks.teacher(config)
     student = networks.student(config)
     dataset = data.load(config, config.eval.split)
+    given = given_images(config)
     parallel.on_main(lambda: run_folder.open_for_run(workdir, config))
     folder = run_folder.RunFolder(workdir)
     parallel.agree(
@@ -67,7 +74,7 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> tuple[Job, f
         teacher_accuracy = make_evaluator(teacher, dataset, config, devices, console)(variables).top1
         accuracy = make_evaluator(student, dataset, config, devices, console)
     reporter = Reporter(folder.path, console, writing=parallel.is_main())
-    return Job(config, devices, folder, reporter, teacher, student, variables, accuracy), teacher_accuracy
+    return Job(config, devices, folder, reporter, teacher, student, variables, accuracy, given), teacher_accuracy
 
 
 def run(config: ConfigDict, workdir: Path, console: Console) -> dict[str, Any]:
@@ -93,29 +100,39 @@ def run_synthesis(config: ConfigDict, workdir: Path, console: Console) -> Path:
     return job.folder.synthetic
 
 
-def training_images(job: Job) -> tuple[np.ndarray, np.ndarray]:
-    """Stage 1: the images and labels that the student learns from, memory-mapped where they come from a file.
+def given_images(config: ConfigDict) -> tuple[np.ndarray, np.ndarray] | None:
+    """Images and labels of `config.synthesis.source`, memory-mapped, or real ones of `config.synthesis.real_split`, or None.
 
-    They are synthesized, or come from `config.synthesis.source`, or are real ones of `config.synthesis.real_split`.
+    Raises UserError where they are not there, or fewer than a batch.
     """
-    config, folder = job.config, job.folder
-    cfg, shape = config.synthesis, tuple(config.teacher.image)
+    cfg = config.synthesis
     if cfg.real_split:
         images, labels = data.sample(config, cfg.images)
     elif cfg.source:
-        images, labels = (array[: cfg.images] for array in synthetic_set.load(Path(cfg.source), shape))
+        images, labels = (array[: cfg.images] for array in synthetic_set.load(Path(cfg.source), tuple(config.teacher.image)))
     else:
-        store = lambda: synthetic_set.SyntheticSet(folder.synthetic, cfg.images, cfg.batch, shape)
-        parallel.on_main(store)  # makes the files
-        with Checkpoints(folder.checkpoints("synthesis"), keep=2) as checkpoints:
-            synthesize.run(job.teacher, job.variables, config, job.devices, store(), checkpoints, job.reporter)
-        # Until here process 0 may still have been writing. What was half-way is whole now.
-        parallel.on_main(lambda: shutil.rmtree(folder.checkpoints("synthesis")))
-        images, labels = store().read()
+        return None
     most = max(config.finetune.batch, config.calibration.batch)
     if len(images) < most:
         place = cfg.source or f"the {cfg.real_split} split"
         raise UserError(f"{place} holds {len(images)} images, fewer than the batch of {most}: lower the batch.")
+    return images, labels
+
+
+def training_images(job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """Stage 1: the images and labels that the student learns from: those given, or synthesized ones, memory-mapped."""
+    config, folder = job.config, job.folder
+    cfg, shape = config.synthesis, tuple(config.teacher.image)
+    if job.given is not None:
+        images, labels = job.given
+    else:
+        store = partial(synthetic_set.SyntheticSet, folder.synthetic, cfg.images, cfg.batch, shape)
+        parallel.on_main(store)
+        with Checkpoints(folder.checkpoints("synthesis"), keep=2) as checkpoints:
+            synthesize.run(job.teacher, job.variables, config, job.devices, store(create=False), checkpoints, job.reporter)
+        # Until here process 0 may still have been writing. What was half-way is whole now.
+        parallel.on_main(lambda: shutil.rmtree(folder.checkpoints("synthesis")))
+        images, labels = store(create=False).read()
     parallel.on_main(lambda: folder.check_images(images, labels))
     parallel.on_main(lambda: save_picture(folder.picture, images, config.teacher.mean, config.teacher.std))
     return images, labels

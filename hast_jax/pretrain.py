@@ -1,6 +1,6 @@
 """Train a full-precision teacher on real images: how the built-in one for the digits was made.
 
-python -m hast_jax.pretrain --config=configs/digits.py --output=digits.safetensors
+python -m hast_jax.pretrain --config=configs/digits.py        # writes teacher.safetensors
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from hast_jax.models import weights
 Array = jax.Array
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
-OUTPUT = flags.DEFINE_string("output", None, "The .safetensors file to write.", required=True)
+OUTPUT = flags.DEFINE_string("output", "teacher.safetensors", "The .safetensors file to write.")
 
 
 class State(NamedTuple):
@@ -101,6 +101,8 @@ def main(_: list[str]) -> None:
         try:  # what cannot be written is known before the training
             output.parent.mkdir(parents=True, exist_ok=True)
             output.touch()
+            if output.stat().st_size == 0:
+                output.unlink()
         except OSError as error:
             raise UserError(f"--output={output} cannot be written ({error.strerror}): choose another place.") from error
         variables = train(model, train_set, config, console)

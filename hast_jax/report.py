@@ -53,7 +53,8 @@ class Reporter:
         self.console, self._writing = console, writing
         self._path = folder / "metrics.jsonl"
         self._lines = read_metrics(self._path)
-        self._events = SummaryWriter(str(folder / "tensorboard"), write_to_disk=writing)
+        self._tensorboard = folder / "tensorboard"
+        self._events: dict[str, SummaryWriter] = {}
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:
@@ -61,6 +62,7 @@ class Reporter:
         self._lines = [line for line in self._lines if line["stage"] != name or line["step"] <= done]
         if self._writing:
             write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+            self._events[name] = SummaryWriter(str(self._tensorboard / name), purge_step=done + 1)
         columns = (
             TextColumn("{task.description:<11}"),
             BarColumn(),
@@ -91,11 +93,12 @@ class Reporter:
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in values.items():
-            self._events.add_scalar(f"{stage}/{name}", value, step)
+            self._events[stage].add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush the TensorBoard events."""
-        self._events.close()
+        for events in self._events.values():
+            events.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,14 +1,14 @@
 """Every table and figure of the paper's supplement, and the baselines.
 
     python -m hast_jax.reproduce table2 --config=configs/cifar10.py:w3a3 --workdir=runs/table2
-    python -m hast_jax.reproduce all --config=configs/digits.py --workdir=runs/reproduction
+    python -m hast_jax.reproduce all --config=configs/digits.py        # in runs/reproduction
+    python -m hast_jax.reproduce table2 table4 --skip="a=1, b=4" --skip="a=1, b=2" --config=...
 
 The same command goes on where a killed sweep was; a cell that failed is tried again. WORKDIR then holds NAME.md and
-NAME.json for each experiment, NAME.png and NAME.svg for each figure, and after `all` the page reproduction.md.
+NAME.json for each experiment, NAME.png and NAME.svg for each figure, and after several the page reproduction.md.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -23,13 +23,18 @@ from hast_jax.sweep import Sweep
 from hast_jax.tables import Section
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep: made, or gone on in.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", "runs/reproduction", "Folder of the sweep: made, or gone on in.")
 SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds of each cell, from config.seed on.", lower_bound=1)
+SKIP = flags.DEFINE_multi_string("skip", [], "Label of a cell to leave out; may be given several times.")
+
+FIGURES = {"figure2a": figure2.gradient_angles, "figure2b": figure2.hessian_spectra}
+NAMES = [*EXPERIMENTS, *FIGURES]
 
 
-def table(name: str, sweep: Sweep) -> Section:
-    """Run the cells of an experiment."""
+def table(name: str, sweep: Sweep, skip: Collection[str]) -> Section:
+    """Run the cells of an experiment but for those with these labels."""
     experiment = EXPERIMENTS[name](sweep.config)
+    experiment = experiment._replace(cells=[cell for cell in experiment.cells if cell.label not in skip])
     results = {cell.label: sweep.run(cell) for cell in experiment.cells}
     section = tables.section(experiment, results, sweep.config)
     if name == "figure1":
@@ -38,50 +43,49 @@ def table(name: str, sweep: Sweep) -> Section:
     return section
 
 
-SECTIONS: dict[str, Callable[[Sweep], Section]] = {
-    **{name: partial(table, name) for name in EXPERIMENTS},
-    "figure2a": figure2.gradient_angles,
-    "figure2b": figure2.hessian_spectra,
-}
+def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
+    """Run these experiments, but for cells with the labels `skip`; write and return the Markdown.
 
-
-def run(name: str, sweep: Sweep) -> str:
-    """Run one experiment, or all; write and return the Markdown. Raises UserError where nothing can be compared."""
+    Raises UserError where nothing can be compared, or a label is of no cell.
+    """
+    known = {cell.label for name in names if name in EXPERIMENTS for cell in EXPERIMENTS[name](sweep.config).cells}
+    if unknown := set(skip) - known:
+        raise UserError(f"--skip={min(unknown)}: no cell has this label; there are: {'; '.join(sorted(known))}.")
     parallel.setup(sweep.config.devices, sweep.config.finetune.batch)
     dataset = data.load(sweep.config, sweep.config.eval.split)
     if dataset is None:
         raise UserError("a table needs accuracies: set config.eval.dataset to the data set of the teacher.")
     context = tables.context(sweep, len(dataset.labels))
     sections = {}
-    for each in SECTIONS if name == "all" else [name]:
+    for each in names:
         try:
-            section = SECTIONS[each](sweep)
+            section = FIGURES[each](sweep) if each in FIGURES else table(each, sweep, skip)
         except Exception as error:  # the other experiments can still be run
-            if name != "all":
+            if len(names) == 1:
                 raise
             sweep.failed.append(each)
             section = Section(each, f"Not measured: {error}", {})
         sections[each] = section
         write_json(sweep.workdir / f"{each}.json", {"title": section.title, "context": context, **section.data})
         write_text(sweep.workdir / f"{each}.md", f"# {section.title}\n\n{context}\n\n{section.body}\n")
-    if name == "all":
+    if len(names) > 1:
         page = tables.page(sections, sweep, context, len(dataset.labels))
         write_text(sweep.workdir / "reproduction.md", page)
         return page
-    return (sweep.workdir / f"{name}.md").read_text()
+    return (sweep.workdir / f"{names[0]}.md").read_text()
 
 
 def main(arguments: list[str]) -> None:
-    """Run what the first argument names; exit status 1 where a cell failed."""
+    """Run what the arguments name; exit status 1 where a cell failed."""
     with cli.user_errors():
-        known = [*SECTIONS, "all"]
-        if len(arguments) != 2 or arguments[1] not in known:
-            raise UserError(f"name one experiment of: {', '.join(known)}.")
+        names = NAMES if arguments[1:] == ["all"] else arguments[1:]
+        if not names or not set(names) <= set(NAMES):
+            raise UserError(f"name one or several experiments of: {', '.join(NAMES)}; or all.")
         cli.join(together=False)
         preemption.listen()
         console = Console()
         sweep = Sweep(CONFIG.value, Path(WORKDIR.value), SEEDS.value, console)
-        console.print(run(arguments[1], sweep), markup=False, highlight=False, soft_wrap=True)
+        console.print(run(names, sweep, SKIP.value), markup=False, highlight=False, soft_wrap=True)
         if sweep.failed:
             raise UserError(
                 f"failed: {', '.join(sweep.failed)} (see error.txt in {sweep.workdir}/cells); "

@@ -3,13 +3,13 @@
 python -m hast_jax.results runs/c100-w3a3 runs/c100-w4a4
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from hast_jax import cli
 from hast_jax.errors import UserError
+from hast_jax.files import read_json
 from hast_jax.report import format_images, format_seconds
 
 HEADER = (
@@ -39,17 +39,20 @@ def row(name: str, result: dict[str, Any]) -> str:
 
 
 def table(folders: list[Path]) -> str:
-    """The table of these run folders. Raises UserError where one has no result with accuracies yet."""
-    lines = [HEADER, "|" + "---|" * (HEADER.count("|") - 1)]
+    """The table of these run folders, and a line for each that has no accuracies. Raises UserError where none has."""
+    rows, notes = [], []
     for folder in folders:
         path = folder / "result.json"
-        if not path.exists():
-            raise UserError(f"{folder} has no result.json: let its run finish.")
-        result = json.loads(path.read_text())
-        if result["teacher"] is None:
-            raise UserError(f"{folder} was run without evaluation data: it has no accuracies.")
-        lines.append(row(folder.name, result))
-    return "\n".join([*lines, "", "\\* selected on test data."])
+        result = read_json(path) if path.exists() else None
+        if result is None:
+            notes.append(f"{folder} has no result.json: let its run finish.")
+        elif result["teacher"] is None:
+            notes.append(f"{folder} was run without evaluation data: it has no accuracies.")
+        else:
+            rows.append(row(folder.name, result))
+    if not rows:
+        raise UserError(" ".join(notes))
+    return "\n".join([HEADER, "|" + "---|" * (HEADER.count("|") - 1), *rows, "", "\\* selected on test data.", *notes])
 
 
 def main(arguments: list[str]) -> None:

@@ -1,8 +1,8 @@
 """The folder of one run: its config, and where each stage leaves what it made."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,9 +67,11 @@ class RunFolder:
     def read_ranges(self) -> Variables:
         """The activation ranges. Raises UserError where they are damaged."""
         try:
-            flat = json.loads(self.ranges.read_text())
+            flat = {name: float(value) for name, value in json.loads(self.ranges.read_text()).items()}
+            if not flat or not np.isfinite(list(flat.values())).all():
+                raise ValueError("not one finite number for each end of a range")
             return unflatten_dict({name: jnp.float32(value) for name, value in flat.items()}, sep="/")
-        except (ValueError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{self.ranges} is damaged ({error}): delete it to calibrate again.") from error
 
 
@@ -82,12 +84,12 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
     folder, values = RunFolder(path), config_lib.to_dict(config)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for each in path.rglob("*"):
-            if each.is_symlink():  # a stranger's folder could have us write anywhere
-                raise UserError(f"{each} is a link: a run folder must hold its own files; use another --workdir.")
-        _hold(path)
+        lock = path / ".lock"
+        _refuse_links([lock])
+        _hold(lock)
+        _refuse_links(path.rglob("*"))
         if folder.config.exists():
-            lines = config_lib.difference(_read_config(folder.config), values)
+            lines = config_lib.difference(config_lib.to_dict(_config_of(folder)), values)
             if lines:
                 raise UserError(
                     f"{path} was made with another config: {'; '.join(lines)}; use another --workdir, or the old config."
@@ -98,9 +100,15 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
     return folder
 
 
-def _hold(path: Path) -> None:
-    """Keep every other process out of the folder until this one ends, however it ends."""
-    lock = path / ".lock"
+def _refuse_links(paths: Iterable[Path]) -> None:
+    for each in paths:
+        if each.is_symlink():  # a stranger's folder could have us write anywhere
+            raise UserError(f"{each} is a link: a run folder must hold its own files; use another --workdir.")
+
+
+def _hold(lock: Path) -> None:
+    """Keep every other process out of the lock's folder until this one ends, however it ends."""
+    path = lock.parent
     lock.touch()
     status = lock.stat()
     try:
@@ -119,16 +127,14 @@ def open_for_reading(path: Path) -> tuple[RunFolder, ConfigDict]:
     folder = RunFolder(path)
     if not folder.config.exists():
         raise UserError(f"{path} is no run folder: it has no config.json; give the --workdir of a run.")
+    return folder, _config_of(folder)
+
+
+def _config_of(folder: RunFolder) -> ConfigDict:
+    """The folder's config; a field that it lacks, as it is of an older version, has its default."""
     try:
-        config = config_lib.from_dict(_read_config(folder.config))
+        config = config_lib.from_dict(read_json(folder.config))
         config_lib.validate(config)  # it may be a stranger's
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(f"{folder.config} is of another version or damaged ({error}): run again in a new folder.") from error
-    return folder, config
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged (it is no JSON object): use another --workdir.")
-    return values
+        raise UserError(f"{folder.config} is damaged or of another version ({error}): use another --workdir.") from error
+    return config

@@ -21,12 +21,14 @@ from hast_jax.files import crc32, write_json
 class SyntheticSet:
     """Batches of synthetic images in a folder. `batches`: how many there are, done or not."""
 
-    def __init__(self, folder: Path, images: int, batch: int, shape: tuple[int, int, int]):
-        """Open or create the set of `images` images of `shape` in `folder`. Raises UserError where it is damaged."""
+    def __init__(self, folder: Path, images: int, batch: int, shape: tuple[int, int, int], create: bool = True):
+        """Open the set of `images` images of `shape` in `folder`, or create it. Raises UserError where it is damaged."""
         self.folder, self.batch, self.batches = folder, batch, images // batch
-        folder.mkdir(parents=True, exist_ok=True)
         self._index_path = folder / "index.json"
         new = not self._index_path.exists()
+        if new and not create:
+            raise UserError(f"{folder} is not there: do all processes have one file system?")
+        folder.mkdir(parents=True, exist_ok=True)
         made, self._done = (batch, {}) if new else _read_index(self._index_path)
         if made != batch:
             raise UserError(f"{folder} was made in batches of {made}, not {batch}: use another folder.")
@@ -117,6 +119,7 @@ def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, new: bool) -> np.
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         return array
     try:
+        np.lib.format.open_memmap(path, "r")  # fails where the file is shorter than it says; "r+" would make it longer
         array = np.lib.format.open_memmap(path, "r+")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again.") from error

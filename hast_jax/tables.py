@@ -121,7 +121,7 @@ def context(sweep: Sweep, images: int) -> str:
 
 def page(sections: dict[str, Section], sweep: Sweep, context: str, images: int) -> str:
     """The page of all experiments: what they are of, the findings, a section for each."""
-    lines = [verdict(finding, sections, images) for finding in FINDINGS]
+    lines = [verdict(finding, sections, images) for finding in FINDINGS if finding.experiment in sections]
     lines += [line for each in sections.values() for line in each.findings]
     config = sweep.config
     title = f"# The supplement's experiments: {config.teacher.network} on {config.eval.dataset}"
@@ -141,7 +141,7 @@ def verdict(finding: Finding, sections: dict[str, Section], images: int) -> str:
     pick = lambda key: (rows[key] if rows else {}) if isinstance(key, int) else by_label.get(key, {})
     pair = pick(finding.better), pick(finding.worse)
     if any("mean" not in row or row["failed"] for row in pair):
-        return f"{finding.sentence}: not measured, a cell failed"
+        return f"{finding.sentence}: not measured, a cell failed or was left out"
     difference = pair[0]["mean"] - pair[1]["mean"]
     error = 2 * math.sqrt(sum(_variance(row, images) for row in pair))
     decision = "undecided" if abs(difference) < error else "holds" if difference > 0 else "does not hold"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -92,6 +93,18 @@ def test_a_pth_file_that_holds_code_is_refused(tmp_path: Path) -> None:
 def zeros(model: nn.Module) -> weights.StateDict:
     shapes = weights.abstract_variables(model)
     return weights.to_state_dict(model, jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes))
+
+
+def test_a_pth_file_whose_tensors_repeat_one_number_takes_no_memory(tmp_path: Path) -> None:
+    """A view of 64 GiB into four bytes, which is all that the file holds."""
+    torch = pytest.importorskip("torch", reason="reading .pth files needs torch: pip install -e '.[torch]'")
+    model = models.create("resnet20", 10)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    state = {name: torch.from_numpy(array) for name, array in weights.to_state_dict(model, variables).items()}
+    torch.save(state | {"output.bias": torch.zeros(1).expand(2**34)}, tmp_path / "a.pth")
+    read, _ = weights.read(tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"output.bias has the shape \(17179869184,\) instead of \(10,\)"):
+        weights.from_state_dict(model, read)
 
 
 def test_a_name_that_is_a_path_is_only_an_unknown_name(tmp_path: Path) -> None:

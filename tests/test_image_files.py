@@ -18,6 +18,7 @@ from hast_jax.accuracy import make_evaluator
 from hast_jax.errors import UserError
 from hast_jax.models.layers import FULL_PRECISION, Precision
 
+CROP = 224 / 256
 SIZES = [(300, 200), (200, 300), (257, 255), (64, 500), (256, 256), (301, 299)]
 
 
@@ -48,7 +49,7 @@ def test_the_crop_is_pillows_resize_of_the_shorter_side_to_256_and_its_centre(wi
         resized = image.resize((256 * width // height, 256), Image.Resampling.BILINEAR)
     top, left = (round((length - 224) / 2) for length in reversed(resized.size))
     expected = np.asarray(resized)[top : top + 224, left : left + 224]
-    np.testing.assert_array_equal(image_files.centre_crop(image, 224), expected)
+    np.testing.assert_array_equal(image_files.centre_crop(image, 224, CROP), expected)
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
@@ -56,25 +57,30 @@ def test_the_crop_is_torchvisions(width: int, height: int) -> None:
     transforms = pytest.importorskip("torchvision.transforms", reason="needs pip install -e '.[parity]'")
     image = picture(width, height)
     expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(image)
-    np.testing.assert_array_equal(image_files.centre_crop(image, 224), np.asarray(expected))
+    np.testing.assert_array_equal(image_files.centre_crop(image, 224, CROP), np.asarray(expected))
 
 
 def test_a_folder_is_read_in_the_order_of_classes_and_names(folder: Path) -> None:
-    dataset = image_files.folder(folder / "val", 64)
+    dataset = image_files.folder(folder / "val", 64, CROP)
     assert dataset.shape == (64, 64, 3) and dataset.classes == 10
     assert np.array_equal(np.bincount(dataset.labels), [2 + label % 2 for label in range(10)])
     batches = list(dataset.batches(7))
     assert [len(batch) for batch in batches] == [7, 7, 7, 4] and batches[0].dtype == np.uint8
     np.testing.assert_array_equal(np.concatenate(batches), dataset.read(np.arange(25)))
     with Image.open(folder / "val" / "n0001" / "b.png") as image:
-        np.testing.assert_array_equal(dataset.read(np.asarray([3]))[0], image_files.centre_crop(image.convert("RGB"), 64))
+        np.testing.assert_array_equal(dataset.read(np.asarray([3]))[0], image_files.centre_crop(image.convert("RGB"), 64, CROP))
 
 
 def test_imagenet_of_tfds_is_decoded_and_cropped_like_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = image_files.folder(folder / "val", 64)
+    files = image_files.folder(folder / "val", 64, CROP)
     paths = sorted(path for path in (folder / "val").rglob("*") if path.suffix != ".txt" and path.is_file())
     records = [{"image": path.read_bytes(), "label": int(label)} for path, label in zip(paths, files.labels)]
-    monkeypatch.setattr(tfds, "data_source", create_autospec(tfds.data_source, return_value=records))
+
+    class Source(list):
+        def __getitems__(self, rows: range) -> list:
+            return [self[row] for row in rows]
+
+    monkeypatch.setattr(tfds, "data_source", create_autospec(tfds.data_source, return_value=Source(records)))
     config = tiny.config(eval__dataset="imagenet2012", eval__split="validation")
     config.teacher.image, config.teacher.classes = (64, 64, 3), 1000
     dataset = data.load(config, "validation")
@@ -129,4 +135,4 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Path) -> None:
         data.load(config, "test")
     (folder / "val" / "n0003" / "a.JPEG").write_bytes(b"no jpeg")
     with pytest.raises(Exception, match=r"n0003/a.JPEG cannot be decoded"):
-        list(image_files.folder(folder / "val", 64).batches(8))
+        list(image_files.folder(folder / "val", 64, CROP).batches(8))

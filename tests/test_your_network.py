@@ -19,7 +19,7 @@ from safetensors.flax import save_file
 from hast_jax import data, models, networks
 from hast_jax.errors import UserError
 from hast_jax.models import own, weights
-from hast_jax.models.layers import FULL_PRECISION, Activation, ConvNorm, Dense, Precision, Taps
+from hast_jax.models.layers import FULL_PRECISION, Activation, Conv, ConvNorm, Dense, Precision, Taps
 
 PAGE = (tiny.ROOT / "docs" / "your_network.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
@@ -139,6 +139,16 @@ class PlainLayer(Base):
         return Activation(self.precision)(nn.Conv(4, (3, 3), name="plain")(x))
 
 
+class ForgottenBits(Base):
+    def activation(self, x):
+        return Activation(self.precision)(Conv(4, 3, name="second")(x))
+
+
+class OwnKernel(Base):
+    def activation(self, x):
+        return Activation(self.precision)(x @ self.param("mixing", nn.initializers.lecun_normal(), (4, 4)))
+
+
 class NoActivation(Base):
     def activation(self, x):
         return nn.relu(x)
@@ -176,6 +186,8 @@ def check(network: type[nn.Module], alignment: bool = True) -> None:
         (NoBranch, "no branches in its Taps"),
         (FlatBranch, r"has branches \(2, 4\): they must be feature maps"),
         (PlainLayer, r"layers that nothing quantizes \(plain\)"),
+        (ForgottenBits, r"weights that nothing quantizes \(second/kernel\)"),
+        (OwnKernel, r"weights that nothing quantizes \(mixing\)"),
         (NoActivation, "no activation to quantize"),
         (UnknownActivation, "the activation 'tanhh' is unknown: choose from relu, relu6"),
         (WrongLogits, r"gives logits \(2, 3\) for two images, not \(2, 10\)"),

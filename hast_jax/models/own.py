@@ -5,15 +5,17 @@ See docs/your_network.md for what such a network is.
 
 import functools
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from hast_jax.errors import UserError
-from hast_jax.models.layers import Taps
+from hast_jax.models.layers import Conv, Dense, Taps
 
 # Layers of Flax whose kernels stay in full precision, as nothing quantizes them.
 NOT_QUANTIZED = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
@@ -32,8 +34,9 @@ def load(name: str) -> Any:
     # Python would load .pyc and .so files too, whose names `is_own` does not know.
     if not (is_own(name) and path.is_file()):
         raise UserError(f"the network {name!r} is not known and there is no file {file!r}: give FILE.py:CLASS.")
-    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+    spec: Any = importlib.util.spec_from_file_location(f"{path.stem} of hast_jax", path)  # a name that no import has
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look annotations up
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file does wrong
@@ -80,6 +83,14 @@ def check(teacher: nn.Module, student: nn.Module, image: tuple[int, int, int], a
         raise UserError(
             f"{_name(teacher)} has layers that nothing quantizes ({', '.join(plain)}): "
             "use Conv and Dense of hast_jax.models.layers."
+        )
+    quantized = {module.path for module in called if isinstance(module, Conv | Dense) and module.bits is not None}
+    matrices = {path for path, leaf in flatten_dict(variables["params"]).items() if leaf.ndim > 1}
+    floating = sorted("/".join(path) for path in matrices if path[:-1] not in quantized)
+    if floating:
+        raise UserError(
+            f"{_name(teacher)} has weights that nothing quantizes ({', '.join(floating)}): they must be those "
+            "of Conv and Dense of hast_jax.models.layers, with bits=self.precision.weights."
         )
     if not variables.get("ranges"):
         raise UserError(f"{_name(teacher)} has no activation to quantize: use Activation of hast_jax.models.layers.")

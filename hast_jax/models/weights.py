@@ -92,6 +92,7 @@ def from_state_dict(model: nn.Module, state: Mapping[str, np.ndarray], image: Sh
         if ours.shape != wanted:
             shown = wanted if library == FLAX else to_torch_layout(np.empty(wanted, np.bool_)).shape
             faults.append(f"{name} has the shape {array.shape} instead of {shown}")
+            continue  # it may be a view of far more numbers than its file holds
         if not jnp.issubdtype(ours.dtype, jnp.floating):
             faults.append(f"{name} holds {ours.dtype} instead of floating point numbers")
             continue
