@@ -19,7 +19,7 @@ Array = jax.Array
 FULL_SPEED_CHANNELS = 32
 
 # JAX's names of what an accelerator's products may round their operands to -> bits of the mantissa; None: to nothing less.
-ARITHMETIC: dict[str | None, int | None] = {"float32": None, "tensorfloat32": 10, "bfloat16": 7}
+ARITHMETIC: dict[str, int | None] = {"float32": None, "tensorfloat32": 10, "bfloat16": 7}
 
 
 def conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
