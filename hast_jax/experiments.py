@@ -31,11 +31,12 @@ class Cell(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """Cells that are compared, and their published results by (data set, bits) and label."""
+    """Cells that are compared, their published results by (data set, bits) and label, and what else is published."""
 
     title: str
     cells: list[Cell]
     paper: Paper
+    note: str = ""
 
 
 def table1(config: ConfigDict) -> Experiment:
@@ -89,7 +90,8 @@ def table4(config: ConfigDict) -> Experiment:
     counts = sorted({-(-images // (share * batch)) * batch for share in (20, 4, 2, 1)})
     cells = [Cell(f"{count} images", {"synthesis.images": count}) for count in counts]
     paper = {("imagenet2012", "W3A3"): {"256 images": 49.17, "1280 images": 49.95, "2560 images": 50.23, "5120 images": 51.15}}
-    return Experiment("Table 4: number of synthetic images", cells, paper)
+    note = "The paper, ResNet-18 on ImageNet, W3A3: IntraQ with 5,120 images 45.51."
+    return Experiment("Table 4: number of synthetic images", cells, paper, note)
 
 
 def baselines(config: ConfigDict) -> Experiment:
@@ -117,7 +119,13 @@ def baselines(config: ConfigDict) -> Experiment:
         ("cifar100", "W4A4"): {"HAST": 66.68},
         ("imagenet2012", "W3A3"): {"HAST": 51.15, "no promotion": 47.94, "all real images, HAST's losses": 51.95},
     }
-    return Experiment("Baselines", cells, paper)
+    note = (
+        "The paper's figures for whole methods of others, with their own fine-tuning, ResNet-20 at W4A4 / W3A3: "
+        "CIFAR-10 ZeroQ 84.68 / 29.32, GDFQ 90.25 / 71.10, IntraQ 91.49 / 77.07, AdaDFQ 92.31 / 84.89; "
+        "CIFAR-100 ZeroQ 58.42 / 15.38, GDFQ 63.58 / 43.87, IntraQ 64.98 / 48.25, AdaDFQ 66.81 / 52.74. "
+        "The rows here share HAST's quantizer, teacher, budget and loop."
+    )
+    return Experiment("Baselines", cells, paper, note)
 
 
 def figure1(config: ConfigDict) -> Experiment:
@@ -127,7 +135,8 @@ def figure1(config: ConfigDict) -> Experiment:
         for factor in (0, 0.5, 1, 2, 4):
             value = factor * config.finetune[name]
             cells.append(Cell(f"{name}={value:g}", {f"finetune.{name}": value}))
-    return Experiment("Figure 1: sensitivity to gamma, eps and lambda", cells, {})
+    note = "The paper, ResNet-18 on ImageNet, W3A3: 50.12 to 51.15 over gamma from 0 to 2; real data 51.95."
+    return Experiment("Figure 1: sensitivity to gamma, eps and lambda", cells, {}, note)
 
 
 EXPERIMENTS: dict[str, Callable[[ConfigDict], Experiment]] = {

@@ -32,7 +32,8 @@ class Section(NamedTuple):
 def section(experiment: Experiment, results: Results, config: ConfigDict) -> Section:
     """The table of an experiment. results: label -> one result for each seed."""
     found = rows(experiment, results, config)
-    return Section(experiment.title, markdown(found), {"rows": found})
+    body = markdown(found) + (f"\n\n{experiment.note}" if experiment.note else "")
+    return Section(experiment.title, body, {"rows": found})
 
 
 def rows(experiment: Experiment, results: Results, config: ConfigDict) -> list[Row]:
