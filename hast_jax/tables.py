@@ -32,7 +32,8 @@ class Section(NamedTuple):
 def section(experiment: Experiment, results: Results, config: ConfigDict) -> Section:
     """The table of an experiment. results: label -> one result for each seed."""
     found = rows(experiment, results, config)
-    body = markdown(found) + (f"\n\n{experiment.note}" if experiment.note else "")
+    compared = (config.teacher.network, experiments.data_set(config)) in PAPER_TEACHERS
+    body = markdown(found) + (f"\n\n{experiment.note}" if experiment.note and compared else "")
     return Section(experiment.title, body, {"rows": found})
 
 

@@ -46,6 +46,20 @@ def test_a_damaged_small_file_is_named(copy: Path, name: str) -> None:
             tiny.run(copy)
 
 
+@pytest.mark.parametrize("content", ['{"half": ', "[1]", "{}", '{"activ/low": NaN}'])
+def test_damaged_ranges_are_named(copy: Path, content: str) -> None:
+    (copy / "ranges.json").write_text(content)
+    with pytest.raises(UserError, match=r"ranges.json is damaged \(.*\): delete it to calibrate again"):
+        tiny.run(copy)
+
+
+def test_given_images_that_are_too_few_are_refused_before_the_folder_is_made(finished: Path, tmp_path: Path) -> None:
+    source = str(finished / "synthetic")
+    with pytest.raises(UserError, match="holds 96 images, fewer than the batch of 128"):
+        tiny.run(tmp_path / "run", synthesis__source=source, synthesis__images=1024, finetune__batch=128)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -51,6 +51,11 @@ def test_every_config_and_variant_is_valid(path: Path, argument: str) -> None:
         ("teacher.mean", (0.5,), "one number for each of the 3 channels"),
         ("teacher.std", (0.5, 0.0, 0.5), "positive for each channel"),
         ("calibration.range", "max", "one of minmax, mse"),
+        ("teacher.image", (0, 0, 3), "size, size, 1 or 3 channels"),
+        ("eval.crop", 0.0, "above 0 and at most 1"),
+        ("finetune.lr_drops", (16, -1), "positive epochs"),
+        ("finetune.lam", float("inf"), "finite"),
+        ("pretrain.shift", -1, "zero or positive"),
         ("devices", -1, "zero or positive"),
         ("seed", -1, "between 0 and"),
         ("synthesis.real_split", "test[:50%]", "without images of the evaluation's split"),
@@ -76,6 +81,11 @@ def test_neither_loss_weighing_anything_is_refused() -> None:
 def test_an_unknown_variant_names_those_there_are() -> None:
     with pytest.raises(UserError, match=r"'tiny': choose from w4a4 .any bits., small, tuned"):
         config_lib.variant(config_lib.default(), "w4a4,tiny")
+
+
+def test_two_numbers_of_bits_are_refused() -> None:
+    with pytest.raises(UserError, match="not w3a3 and w4a4: choose one"):
+        get_config(CONFIGS[0], "w3a3,w4a4")
 
 
 def test_a_config_survives_json() -> None:

@@ -36,6 +36,16 @@ def test_a_row_shows_the_last_epoch_the_drop_and_the_best_only_beside_it(tmp_pat
     assert text.count("|---") == results.HEADER.count("|") - 1 and "selected on test data" in text
 
 
-def test_a_run_without_a_result_is_named(tmp_path) -> None:
+def test_a_folder_without_a_result_is_named_and_does_not_hide_the_others(tmp_path) -> None:
     with pytest.raises(UserError, match=r"has no result\.json"):
+        results.table([tmp_path])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text(json.dumps(RESULT))
+    text = results.table([tmp_path, tmp_path / "run"])
+    assert "| 50.00 |" in text and text.endswith("has no result.json: let its run finish.")
+
+
+def test_a_damaged_result_is_named(tmp_path) -> None:
+    (tmp_path / "result.json").write_text('{"half": ')
+    with pytest.raises(UserError, match=r"result\.json is damaged"):
         results.table([tmp_path])
