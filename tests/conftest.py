@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 
 os.environ.setdefault("PJRT_NPROC", "8")  # as parallel.setup does: more threads than devices
@@ -55,6 +56,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden" in metafunc.fixturenames:
         paths = files(metafunc.config.getoption("--golden"), metafunc.module.KIND)
         metafunc.parametrize("golden", paths, indirect=True, ids=lambda path: path.stem)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With --golden given, a file of which no check applied is a failure: all of its tests would have been skipped."""
+    folder, reporter = session.config.getoption("--golden"), session.config.pluginmanager.get_plugin("terminalreporter")
+    if folder == str(GOLDEN) or reporter is None or session.config.option.collectonly:
+        return
+    passed = [report.nodeid for report in reporter.stats.get("passed", [])]
+    for path in Path(folder).glob("*.npz"):
+        if not any(re.search(rf"[\[-]{re.escape(path.stem)}[\]-]", name) for name in passed):
+            reporter.write_line(f"no check applied to {path}", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture
