@@ -20,6 +20,7 @@ from hast_jax.models import weights
 pytestmark = pytest.mark.golden
 KIND = "finetune"
 HEADS = ("", "literal_head/")  # the scaled and the unscaled last layer
+LOSSES = {"kl": "KL", "fa": "FA", "kl_promoted": "KL_perturbed", "fa_promoted": "FA_perturbed", "loss": "total"}
 
 
 class Case(NamedTuple):
@@ -70,6 +71,7 @@ def compiled(bits: tuple[int, int], classes: int):
             found[f"grad_{name}_img"] = jax.grad(scalar)(images)
         _, _, found["hard_images"] = promote.promote(between, params, images, frozen.strengths.eps, "kl+fa")
         found["logits_perturbed"], _ = student.apply(student_variables, found["hard_images"])
+        found["teacher_logits_perturbed"], _ = teacher.apply(frozen.teacher, found["hard_images"])
         found["metrics"], found["gradient"] = finetune.loss_and_gradient(between, params, images, frozen.strengths, config)
         return found
 
@@ -199,24 +201,34 @@ def test_promoted_images_are_one_sign_step_away_and_give_the_authors_logits(gold
         found = case.look()
         distance = np.abs(np.asarray(found["hard_images"] - case.images))
         np.testing.assert_allclose(distance[distance > 0], case.config.eps, atol=1e-6)
-        distances = per_image(found["logits_perturbed"], golden[f"{case.prefix}/logits_perturbed"])
-        assert np.median(distances) < 2e-2 and distances.max() < 0.2
+        for name, most in (("logits_perturbed", 2e-2), ("teacher_logits_perturbed", 2e-3)):
+            distances = per_image(found[name], golden[f"{case.prefix}/{name}"])
+            assert np.median(distances) < most and distances.max() < 10 * most, (name, distances)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_losses_of_the_first_step_agree_in_double_precision(golden: Golden, head: str, x64: None) -> None:
+def test_the_losses_of_every_stored_step_agree_in_double_precision(golden: Golden, head: str, x64: None) -> None:
     for case in cases(golden, head, np.float64):
-        metrics = case.look()["metrics"]
-        np.testing.assert_allclose(metrics["kl"], golden[f"{case.prefix}/trace_loss_KL_f64"][0], rtol=1e-8)
-        np.testing.assert_allclose(metrics["fa"], golden[f"{case.prefix}/trace_loss_FA_f64"][0], rtol=1e-8)
+        transform = finetune.optimizer(case.config.lr, case.config.momentum, case.config.weight_decay)
+        params = case.variables["params"]
+        state = transform.init(params)
+        for step in range(len(golden[f"{case.prefix}/trace_loss_total_f64"])):
+            found = case.look(params)
+            values = {theirs: found["metrics"][ours] for ours, theirs in LOSSES.items()}
+            for logits, theirs in {"logits": "CE", "logits_perturbed": "CE_perturbed"}.items():
+                values[theirs] = losses.cross_entropy(found[logits], jnp.asarray(golden["labels"]))
+            for name, value in values.items():
+                expected = golden[f"{case.prefix}/trace_loss_{name}_f64"][step]
+                np.testing.assert_allclose(value, expected, rtol=1e-8, err_msg=f"{case.prefix} {name}, step {step}")
+            updates, state = transform.update(found["gradient"], state, params)
+            params = optax.apply_updates(params, updates)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_losses_of_the_first_step_agree(golden: Golden, head: str) -> None:
     for case in cases(golden, head):
         metrics = case.look()["metrics"]
-        names = {"kl": "KL", "fa": "FA", "kl_promoted": "KL_perturbed", "fa_promoted": "FA_perturbed", "loss": "total"}
-        for ours, theirs in names.items():
+        for ours, theirs in LOSSES.items():
             key = f"{case.prefix}/trace_loss_{theirs}"
             np.testing.assert_allclose(metrics[ours], golden[key][0], rtol=5e-3, err_msg=key)
 
