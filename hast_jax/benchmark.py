@@ -70,17 +70,19 @@ class Part(NamedTuple):
 
 
 def synthesis(config: ConfigDict, devices: int) -> Part:
-    """One Adam step on one batch a device."""
+    """One Adam step on as many batches a device as a run stacks there (`synthesis.stack`)."""
     teacher = networks.bare_teacher(config)
     key, cfg = jax.random.key(config.seed), config.synthesis
-    shape = (cfg.batch, *config.teacher.image)
+    image, shape = jnp.zeros((1, *config.teacher.image)), (cfg.batch, *config.teacher.image)
+    size = synthesize.memory(teacher, jax.eval_shape(teacher.init, key, image), shape, cfg)
+    stack = parallel.stack(cfg.stack, size)
 
     def build() -> tuple[synthesize.State, Any]:
-        variables = teacher.init(key, jnp.zeros((1, *config.teacher.image)))
-        return synthesize.init(jnp.zeros((), jnp.int32), key, shape, config.teacher.classes, cfg.lr), variables
+        start = lambda batch: synthesize.init(batch, key, shape, config.teacher.classes, cfg.lr)
+        return jax.vmap(start)(jnp.arange(stack)), teacher.init(key, image)
 
-    step = lambda state, variables: synthesize.step(state, variables, teacher, key, cfg)
-    return Part(step, build, cfg.batch, parallel.together(devices) * cfg.batch)
+    step = synthesize.on_each(lambda state, variables: synthesize.step(state, variables, teacher, key, cfg))
+    return Part(step, build, cfg.batch, parallel.together(devices) * stack * cfg.batch)
 
 
 def fine_tuning(config: ConfigDict, devices: int) -> Part:

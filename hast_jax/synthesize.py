@@ -148,7 +148,7 @@ def run(
     start = jax.vmap(lambda batch: init(batch, key, shape, config.teacher.classes, cfg.lr))
     start_for = functools.cache(partial(parallel.pmap, start))
     step_for = functools.cache(
-        partial(parallel.pmap_steps, _on_each(lambda state, variables: step(state, variables, teacher, key, cfg)))
+        partial(parallel.pmap_steps, on_each(lambda state, variables: step(state, variables, teacher, key, cfg)))
     )
     pending = store.pending()
     begun = _begun(checkpoints, jax.eval_shape(start, jax.ShapeDtypeStruct((1,), jnp.int32)), store)
@@ -202,16 +202,16 @@ def memory(teacher: nn.Module, variables: Variables, shape: tuple[int, ...], con
     return 4 * sum(tap.inputs.size * tap.inputs.dtype.itemsize for tap in taps.batch_norms)
 
 
-def _on_each(step: Callable[[State, Variables], tuple[State, Any]]) -> Callable[[State, Variables], tuple[State, Any]]:
+def on_each(step: Callable[[State, Variables], tuple[State, Any]]) -> Callable[[State, Variables], tuple[State, Any]]:
     """`step` on every batch of a device, which are a leading axis."""
 
-    def on_each(state: State, variables: Variables) -> tuple[State, Any]:
+    def on_all(state: State, variables: Variables) -> tuple[State, Any]:
         if len(state.labels) > 1:
             return jax.vmap(step, (0, None))(state, variables)
         # Mapped, even a single batch would lose a CPU's fast convolutions.
         return jax.tree.map(lambda leaf: leaf[None], step(jax.tree.map(lambda leaf: leaf[0], state), variables))
 
-    return on_each
+    return on_all
 
 
 def _begun(checkpoints: Checkpoints, like: State, store: SyntheticSet) -> dict[int, State]:
