@@ -166,14 +166,26 @@ def test_sigterm_to_one_process_or_both_saves_and_ends_both_with_status_0(
     assert any(path.name.isdigit() and int(path.name) > 0 for path in (workdir / "checkpoints" / folder).iterdir())
 
 
-def test_where_one_process_dies_the_other_ends_with_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dies", "stage"),
+    [
+        (1, "finetune"),
+        pytest.param(0, "finetune", marks=pytest.mark.slow),
+        pytest.param(1, "synthesis", marks=pytest.mark.slow),
+    ],
+)
+def test_where_one_process_dies_the_other_ends_with_a_sentence(tmp_path: Path, dies: int, stage: str) -> None:
+    """Process 0 is also the one by which all know of each other."""
     workdir = tmp_path / "run"
-    processes = two_processes(workdir)
-    tiny.wait_until(processes[0], tiny.logged(workdir, "finetune", 5))
-    processes[1].kill()
-    _, errors = processes[0].communicate(timeout=120)
+    processes = two_processes(workdir, f"--config.synthesis.iterations={1000 if stage == 'synthesis' else 20}")
+    tiny.wait_until(processes[0], logged_after(workdir, stage, 5))
+    processes[dies].kill()
+    other = processes[1 - dies]
+    _, errors = other.communicate(timeout=120)
+    processes[dies].communicate()
     # A collective that does not notice is ended by JAX, in its words.
-    assert processes[0].returncode != 0 and re.search("another process of this run has ended|another task died", errors), errors
+    words = "another process of this run has ended|another task died|leader task was preempted/died"
+    assert other.returncode != 0 and re.search(words, errors), errors
     assert "Extension modules" not in errors
 
 
