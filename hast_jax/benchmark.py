@@ -156,6 +156,11 @@ def head(devices: int) -> str:
     return "\n".join([of, "", row(list(COLUMNS.values())), row(["---"] * len(COLUMNS))])
 
 
+def cell(value: Any) -> str:
+    """A value of a line."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def row(cells: list[str]) -> str:
     """A line of the table."""
     return "| " + " | ".join(cells) + " |"
@@ -182,7 +187,7 @@ def main(_: list[str]) -> None:
             for name in PARTS if PART.value == "all" else [PART.value]:
                 line = measure(PARTS[name](config, devices), devices, calls, repeats, arithmetic)
                 line = {"part": name, "arithmetic": arithmetic, **line}
-                show(row([str(line.get(column, "")) for column in COLUMNS]) if DEVICE.value else json.dumps(line))
+                show(row([cell(line.get(column, "")) for column in COLUMNS]) if DEVICE.value else json.dumps(line))
 
 
 if __name__ == "__main__":
