@@ -1,4 +1,6 @@
-"""Runs that share what is equal: each set of images is made once, each cell run once, and a failed cell stops no other."""
+"""Runs that share what is equal: each set of images is made once, each cell run once, ranges that no cell changes are
+calibrated once, and a failed cell stops no other.
+"""
 
 import io
 import json
@@ -84,7 +86,7 @@ class Sweep:
 
     def _attempt(self, cell: Cell, seed: int, path: Path) -> Result:
         try:
-            result = self._result(path, self.cell_config(cell, seed))
+            result = self._result(path, self.cell_config(cell, seed), self._ranges(cell, seed))
         except Exception as error:  # whatever ended this cell, the others can still be run
             sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".split("\n")[0]
             path.mkdir(parents=True, exist_ok=True)
@@ -96,10 +98,17 @@ class Sweep:
         self.console.print(f"{path.name}: {result['last']:.2f} (teacher {result['teacher']:.2f})", highlight=False)
         return result
 
-    def _result(self, path: Path, config: ConfigDict) -> Result:
+    def _ranges(self, cell: Cell, seed: int) -> Path:
+        """Where the activation ranges of this cell may be found: in the base cell's folder, if only fine-tuning is changed."""
+        same = all(path.startswith("finetune.") for path in self._effective(cell.changes))
+        return run_folder.RunFolder(self.path(Cell("", {}) if same else cell, seed)).ranges
+
+    def _result(self, path: Path, config: ConfigDict, ranges: Path) -> Result:
         folder = run_folder.open_for_run(path, config)
         if folder.result.exists():
             return json.loads(folder.result.read_text())
+        if ranges.exists() and not folder.ranges.exists():
+            write_text(folder.ranges, ranges.read_text())
         return pipeline.run(config, path, self._stage_console())
 
     def _changed(self, changes: dict[str, Any], seed: int) -> ConfigDict:

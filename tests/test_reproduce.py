@@ -10,8 +10,8 @@ import tiny
 from PIL import Image
 from rich.console import Console
 
+from hast_jax import calibrate, data, figure2, pipeline, reproduce, tables
 from hast_jax import config as config_lib
-from hast_jax import data, figure2, pipeline, reproduce, tables
 from hast_jax.errors import UserError
 from hast_jax.experiments import EXPERIMENTS, FINDINGS, Cell
 from hast_jax.sweep import Sweep
@@ -72,14 +72,17 @@ def test_the_table_sets_the_papers_numbers_beside_ours() -> None:
     assert "| DFA, lambda / 1000 | 83.00 | 7.00 |" in text
 
 
-def test_cells_share_images_equal_cells_are_one_run_and_seeds_differ(tmp_path: Path) -> None:
+def test_cells_share_images_equal_cells_are_one_run_and_seeds_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = sweep(tmp_path, seeds=2, finetune__epochs=1)
     base, again = small.run(Cell("base", {})), small.run(Cell("again", {"finetune.alignment": "rfa"}))
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "run", lambda *_: pytest.fail("these ranges are known"))
+        small.run(Cell("other fine-tuning", {"finetune.eps": 0.0}))
     fewer, noise = small.run_one(Cell("fewer", {"synthesis.images": 32}), 0), small.images({"synthesis.iterations": 0}, 0)
     assert base == again and [r["seed"] for r in base] == [0, 1] and (base[0]["images"], fewer["images"]) == (96, 32)
     names = lambda folder: {path.name for path in (tmp_path / folder).iterdir()}
     assert names("images") == {"base-seed0", "base-seed1", "iterations=0-seed0"}
-    assert names("cells") == {"base-seed0", "base-seed1", "images=32-seed0"}
+    assert names("cells") == {"base-seed0", "base-seed1", "eps=0-seed0", "eps=0-seed1", "images=32-seed0"}
     images = {path.parent.name: np.load(path / "images.npy") for path in (tmp_path / "images").glob("*/synthetic")}
     assert np.abs(images["base-seed0"] - images["base-seed1"]).max() > 1
     np.testing.assert_allclose(np.load(noise / "images.npy").std(), 1, atol=0.05)
