@@ -78,7 +78,7 @@ def synthesis(config: ConfigDict, devices: int) -> Part:
     stack = parallel.stack(cfg.stack, size)
 
     def build() -> tuple[synthesize.State, Any]:
-        start = lambda batch: synthesize.init(batch, key, shape, config.teacher.classes, cfg.lr)
+        start = lambda batch: synthesize.init(batch, key, shape, config.teacher.classes, cfg)
         return jax.vmap(start)(jnp.arange(stack)), teacher.init(key, image)
 
     step = synthesize.on_each(lambda state, variables: synthesize.step(state, variables, teacher, key, cfg))

@@ -99,6 +99,7 @@ def default() -> ConfigDict:
                 "threshold": 1e-4,  # ... by less than this fraction
                 "factor": 0.1,
                 "min_lr": 1e-4,
+                "return_to_best": False,  # to the images of the lowest loss, where the rate drops and at the end
                 "crop_probability": 0.0,  # of seeing the batch through a random resized crop and flip
                 "crop_scale": 0.4,  # smallest area of that crop
                 "save_every": 250,  # iterations between two checkpoints within a batch

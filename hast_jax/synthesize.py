@@ -33,8 +33,18 @@ class Plateau(NamedTuple):
     bad: Array
 
 
+class Best(NamedTuple):
+    """The lowest loss so far (scalar) and its images [batch, height, width, channels]."""
+
+    loss: Array
+    images: Array
+
+
 class State(NamedTuple):
-    """One batch under optimisation: images [batch, height, width, channels], labels [batch], its number and iteration."""
+    """One batch under optimisation: images [batch, height, width, channels], labels [batch], its number and iteration.
+
+    best: only with `synthesis.return_to_best`.
+    """
 
     images: Array
     labels: Array
@@ -42,6 +52,12 @@ class State(NamedTuple):
     plateau: Plateau
     batch: Array
     iteration: Array
+    best: Best | None
+
+    @property
+    def result(self) -> Array:
+        """The images that the batch has come to."""
+        return self.images if self.best is None else self.best.images
 
 
 def plateau_update(plateau: Plateau, loss: Array, config: ConfigDict) -> Plateau:
@@ -81,19 +97,28 @@ def objective(
     return loss, {"loss": loss, "bn_mean": mean_loss, "bn_var": var_loss, "hard": hard, "accuracy": accuracy}
 
 
-def init(batch_index: Array, key: Array, shape: tuple[int, ...], classes: int, lr: float) -> State:
-    """Noise N(0, 1) and uniformly random labels for batch number `batch_index`, whatever the number of devices."""
+def init(batch_index: Array, key: Array, shape: tuple[int, ...], classes: int, config: ConfigDict) -> State:
+    """Noise N(0, 1) and uniformly random labels for batch number `batch_index`, whatever the number of devices.
+
+    config: `config.synthesis`.
+    """
     image_key, label_key = jax.random.split(jax.random.fold_in(key, batch_index))
     images = jax.random.normal(image_key, shape)
     labels = jax.random.randint(label_key, shape[:1], 0, classes)
-    plateau = Plateau(jnp.asarray(lr, images.dtype), jnp.asarray(jnp.inf, images.dtype), jnp.zeros((), jnp.int32))
-    return State(images, labels, optax.scale_by_adam().init(images), plateau, batch_index, jnp.zeros((), jnp.int32))
+    infinite, zero = jnp.asarray(jnp.inf, images.dtype), jnp.zeros((), jnp.int32)
+    plateau = Plateau(jnp.asarray(config.lr, images.dtype), infinite, zero)
+    best = Best(infinite, images) if config.return_to_best else None
+    return State(images, labels, optax.scale_by_adam().init(images), plateau, batch_index, zero, best)
 
 
 def step(
     state: State, variables: Variables, teacher: nn.Module, key: Array, config: ConfigDict
 ) -> tuple[State, dict[str, Array]]:
-    """One Adam step on the images. config: `config.synthesis`."""
+    """One Adam step on the images. config: `config.synthesis`.
+
+    With `return_to_best`, where the rate drops, Adam begins anew at the images of the lowest loss. A rate of 0.5 makes the loss
+    explode once it is small, and the authors' schedule then lowers the rate for good, far from where the images had come to.
+    """
 
     def loss_fn(images: Array) -> tuple[Array, dict[str, Array]]:
         if config.crop_probability > 0:
@@ -105,8 +130,14 @@ def step(
     update, adam = optax.scale_by_adam().update(gradient, state.adam)
     images = state.images - state.plateau.lr * update
     plateau = plateau_update(state.plateau, metrics["loss"], config)
+    best = state.best
+    if best is not None:
+        choose = lambda condition, a, b: jax.tree.map(partial(jnp.where, condition), a, b)
+        best = choose(metrics["loss"] < best.loss, Best(metrics["loss"], state.images), best)
+        again = best.images, optax.scale_by_adam().init(best.images)
+        images, adam = choose(plateau.lr < state.plateau.lr, again, (images, adam))
     metrics = {**metrics, "lr": state.plateau.lr}
-    return State(images, state.labels, adam, plateau, state.batch, state.iteration + 1), metrics
+    return State(images, state.labels, adam, plateau, state.batch, state.iteration + 1, best), metrics
 
 
 def _see_through_crop(images: Array, key: Array, config: ConfigDict) -> Array:
@@ -145,7 +176,7 @@ def run(
     """
     cfg, key = config.synthesis, jax.random.fold_in(jax.random.key(config.seed), 1)
     shape = (cfg.batch, *config.teacher.image)
-    start = jax.vmap(lambda batch: init(batch, key, shape, config.teacher.classes, cfg.lr))
+    start = jax.vmap(lambda batch: init(batch, key, shape, config.teacher.classes, cfg))
     start_for = functools.cache(partial(parallel.pmap, start))
     step_for = functools.cache(
         partial(parallel.pmap_steps, on_each(lambda state, variables: step(state, variables, teacher, key, cfg)))
@@ -184,7 +215,7 @@ def run(
                     checkpoints.save(position, _stack(list(begun.values())))
                     if preempted:
                         preemption.leave()
-            images, labels = parallel.gather((state.images, state.labels))
+            images, labels = parallel.gather((state.result, state.labels))
             for row, batch in enumerate(batches):
                 begun.pop(batch, None)
                 if parallel.is_main():

@@ -83,7 +83,7 @@ def first_steps(golden: Golden, name: str, count: int, scaled: bool, dtype=np.fl
     model, variables, labels, _ = setting(golden, name, scaled=scaled, dtype=dtype)
     config, key = config_of(name), jax.random.key(0)
     images = nhwc(golden["x0"].astype(dtype))
-    state = synthesize.init(jnp.int32(0), key, images.shape, int(labels.max()) + 1, config.lr)
+    state = synthesize.init(jnp.int32(0), key, images.shape, int(labels.max()) + 1, config)
     state = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
     state = state._replace(images=images, labels=labels)
     step = jax.jit(lambda s, v: synthesize.step(s, v, model, key, config))

@@ -14,7 +14,7 @@ def test_every_other_step_sees_a_crop_and_leaves_the_pixels_outside_it_alone() -
     config = tiny.config(synthesis__crop_probability=0.5)
     teacher, variables = networks.teacher(config)
     key, shape = jax.random.key(0), (8, *config.teacher.image)
-    state = synthesize.init(0, key, shape, config.teacher.classes, config.synthesis.lr)
+    state = synthesize.init(0, key, shape, config.teacher.classes, config.synthesis)
     do = lambda config: jax.jit(
         partial(synthesize.step, variables=variables, teacher=teacher, key=key, config=config.synthesis)
     )
@@ -31,3 +31,25 @@ def test_every_other_step_sees_a_crop_and_leaves_the_pixels_outside_it_alone() -
         still = np.asarray(after.images == state.images)
         assert (still.all(0) == still.any(0)).all() and 0.3 < 1 - still[0].mean() <= 1
     assert 10 <= cropped <= 30
+
+
+def test_a_batch_that_explodes_returns_to_its_best_images_with_a_lower_rate() -> None:
+    """The rate is so large that the loss soon rises; the images that it ends with are those of the lowest loss of all."""
+    config = tiny.config(synthesis__return_to_best=True, synthesis__lr=2.0, synthesis__patience=3)
+    teacher, variables = networks.teacher(config)
+    key, shape = jax.random.key(0), (8, *config.teacher.image)
+    state = synthesize.init(0, key, shape, config.teacher.classes, config.synthesis)
+    step = jax.jit(partial(synthesize.step, variables=variables, teacher=teacher, key=key, config=config.synthesis))
+    losses, drops = [], 0
+    for _ in range(60):
+        after, metrics = step(state)
+        losses.append(float(metrics["loss"]))
+        assert float(after.best.loss) == min(losses)
+        if after.plateau.lr < state.plateau.lr:
+            drops += 1
+            np.testing.assert_array_equal(after.images, after.best.images)
+            assert not np.any(after.adam.mu) and int(after.adam.count) == 0
+        state = after
+    assert drops > 0
+    _, metrics = step(state._replace(images=state.result))
+    assert float(metrics["loss"]) == min(losses)
