@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import AsinhLocator, MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 STYLES: tuple[dict[str, Any], ...] = (
     {"linestyle": "-", "marker": "o"},
@@ -51,13 +51,22 @@ def spectra(spectra: dict[str, tuple[np.ndarray, np.ndarray]], linear_width: flo
     """
     figure = Figure(figsize=(4.2 * len(spectra), 3.2), layout="constrained")
     axes = figure.subplots(1, len(spectra), sharex=True, sharey=True, squeeze=False)[0]
+    everywhere = np.concatenate([eigenvalues for eigenvalues, _ in spectra.values()])
+    ticks = _decades(everywhere.min(), everywhere.max(), linear_width)
     for axis, (name, (eigenvalues, density)) in zip(axes, spectra.items()):
         axis.plot(eigenvalues, np.maximum(density, 1e-12), color=COLOURS[0])
         axis.set_xscale("asinh", linear_width=linear_width)
         axis.set(title=name, xlabel="eigenvalue", yscale="log", ylim=(1e-7, None))
-        axis.xaxis.set_major_locator(AsinhLocator(linear_width, numticks=5))
+        axis.xaxis.set_major_locator(FixedLocator(ticks))
+        axis.xaxis.set_minor_locator(NullLocator())
     figure.axes[0].set_ylabel("density")
     save(figure, path)
+
+
+def _decades(low: float, high: float, linear_width: float) -> list[float]:
+    """Zero, and every second power of ten within [low, high] that is far enough from it to be told apart on the axis."""
+    powers = 10.0 ** np.arange(np.ceil(np.log10(10 * linear_width)), np.log10(max(-low, high, 10 * linear_width)) + 1, 2)
+    return [*(-power for power in reversed(powers) if power <= -low), 0, *(power for power in powers if power <= high)]
 
 
 def save(figure: Any, path: Path) -> None:
