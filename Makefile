@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Memory in huge pages: steps on a CPU allocate hundreds of MiB each (docs/performance.md). Only Linux's C library heeds it.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: quickstart test lint clean
 

@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "eval.every": 4,
     },
     "tuned": {
+        "synthesis.return_to_best": True,
         "calibration.range": "mse",
         "calibration.batches": 100,
         "calibration.batch": 64,
