@@ -34,7 +34,8 @@ def make_evaluator(
 
     Several processes share its batches. On a terminal it shows its progress on `console` while it runs.
     """
-    batch = config.eval.batch + -config.eval.batch % devices
+    batch = min(config.eval.batch, len(dataset.labels))
+    batch += -batch % devices
     padded = np.pad(dataset.labels, (0, -len(dataset.labels) % batch), constant_values=-1)  # -1: no image
     process, processes = parallel.process_index(), parallel.process_count()
     own_labels = padded.reshape(-1, batch)[process::processes]

@@ -11,12 +11,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from hast_jax import losses, promote, quant
 from hast_jax.data import DATASETS
 from hast_jax.errors import UserError
+from hast_jax.files import crc32
 from hast_jax.models import ARCHITECTURES, own
 from hast_jax.models.conv import ARITHMETIC
 
@@ -57,6 +59,11 @@ FREE_FIELDS = (
     "finetune.keep_every",
     "synthesis.source",  # a run knows its images by their content: RunFolder.check_images
 )
+
+# Fields in which the processes of one run may differ: where each finds things.
+OWN_FIELDS = ("eval.data_dir", "synthesis.source", "devices")
+
+MAX_BATCH_VALUES = 2**29  # of a batch of images: 2 GiB in float32
 
 
 def default() -> ConfigDict:
@@ -240,6 +247,9 @@ def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
     image = teacher.image
     square = len(image) == 3 and image[0] == image[1] > 0 and image[2] in (1, 3)
     yield "teacher.image", not square, "(size, size, 1 or 3 channels)"
+    most = MAX_BATCH_VALUES // max(1, math.prod(image))
+    yield "teacher.image", most < 1, "smaller: a single image would take more than 2 GiB"
+    yield "eval.batch", config.eval.batch > most, f"at most {most}, or a batch of images would take more than 2 GiB"
     for name in ("mean", "std"):
         yield f"teacher.{name}", len(teacher[name]) != image[2], f"one number for each of the {image[2]} channels"
     yield "teacher.std", not min(teacher.std) > 0, "positive for each channel"
@@ -263,10 +273,11 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
     return lines
 
 
-def fixed(config: ConfigDict) -> dict[str, Any]:
-    """The config as JSON values without `FREE_FIELDS`: {"finetune.lr": 1e-5, ...}."""
+def checksum(config: ConfigDict) -> int:
+    """Of all fields but `OWN_FIELDS`, below 2**32: the same in all processes of one run."""
     flat = flatten_dict(to_dict(config), sep=".")
-    return {path: value for path, value in flat.items() if path not in FREE_FIELDS}
+    common = {path: value for path, value in flat.items() if path not in OWN_FIELDS}
+    return crc32(np.frombuffer(json.dumps(common, sort_keys=True).encode(), np.uint8))
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from hast_jax.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 THREADS = 16
 
 
@@ -39,7 +39,7 @@ class ImageFiles:
         try:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 return centre_crop(image.convert("RGB"), self.shape[0], self._crop)
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's
             name = f"image {row}" if isinstance(source, bytes) else str(source)
             raise UserError(f"{name} cannot be decoded ({error}): remove it, or copy it again.") from error
 

@@ -4,6 +4,7 @@ import flax.linen as nn
 import numpy as np
 from ml_collections import ConfigDict
 
+from hast_jax import config as config_lib
 from hast_jax import models, quant
 from hast_jax.errors import UserError
 from hast_jax.models import own, weights
@@ -26,10 +27,11 @@ def teacher(config: ConfigDict) -> tuple[nn.Module, weights.Variables]:
         own.check(model, student(config), image, alignment=config.finetune.lam > 0)
     path = weights.locate(config.teacher.weights)
     state, metadata = weights.read(path)
-    for name in ("mean", "std"):
-        said, ours = getattr(metadata, name), config.teacher[name]
-        if said is not None and not (len(said) == len(ours) and np.allclose(said, ours, atol=1e-3)):
-            raise UserError(f"{path} was trained with {name} {said}, not config.teacher.{name} {ours}: change the config.")
+    for field in ("teacher.mean", "teacher.std", "eval.crop"):
+        name = field.split(".")[1]
+        said, ours = getattr(metadata, name), config_lib.field(config, field)
+        if said is not None and not (np.shape(said) == np.shape(ours) and np.allclose(said, ours, atol=1e-3)):
+            raise UserError(f"{path} was trained for the {name} {said}, not config.{field} {ours}: change the config.")
     return model, weights.from_state_dict(model, state, image)
 
 

@@ -62,7 +62,7 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> tuple[Job, f
     folder = run_folder.RunFolder(workdir)
     parallel.agree(
         {
-            "config": crc32(np.frombuffer(json.dumps(config_lib.fixed(config), sort_keys=True).encode(), np.uint8)),
+            "config": config_lib.checksum(config),
             "weights": crc32(variables),
             "number of devices": devices,
             "run folder (on one file system?)": crc32(np.fromfile(folder.config, np.uint8)) if folder.config.exists() else 0,
@@ -125,6 +125,8 @@ def training_images(job: Job) -> tuple[np.ndarray, np.ndarray]:
     cfg, shape = config.synthesis, tuple(config.teacher.image)
     if job.given is not None:
         images, labels = job.given
+        if parallel.process_count() > 1:
+            parallel.agree({"images": crc32((images, labels))})
     else:
         store = partial(synthetic_set.SyntheticSet, folder.synthetic, cfg.images, cfg.batch, shape)
         parallel.on_main(store)

@@ -37,8 +37,7 @@ def table(name: str, sweep: Sweep, skip: Collection[str]) -> Section:
     experiment = experiment._replace(cells=[cell for cell in experiment.cells if cell.label not in skip])
     results = {cell.label: sweep.run(cell) for cell in experiment.cells}
     section = tables.section(experiment, results, sweep.config)
-    if name == "figure1":
-        tables.draw_sensitivity(section.data["rows"], sweep.workdir / name)
+    if name == "figure1" and tables.draw_sensitivity(section.data["rows"], sweep.workdir / name):
         return section.with_picture(f"{name}.png")
     return section
 
@@ -88,8 +87,8 @@ def main(arguments: list[str]) -> None:
         console.print(run(names, sweep, SKIP.value), markup=False, highlight=False, soft_wrap=True)
         if sweep.failed:
             raise UserError(
-                f"failed: {', '.join(sweep.failed)} (see error.txt in {sweep.workdir}/cells); "
-                "the same command tries them again."
+                f"failed: {', '.join(sweep.failed)}; {sweep.workdir} holds the reasons, in a cell's error.txt or an "
+                "experiment's .md, and the same command tries them again."
             )
 
 

@@ -42,7 +42,7 @@ class Sweep:
         self.config, self.workdir, self.console = config, workdir, console
         self.seeds = range(config.seed, config.seed + seeds)
         self.failed: list[str] = []
-        self._sets: dict[Path, Path] = {}  # run folder -> its synthetic set
+        self._sets: dict[Path, Path | Exception] = {}  # run folder -> its synthetic set, or what ended it
         self._results: dict[Path, Result] = {}
 
     def run(self, cell: Cell) -> list[Result]:
@@ -72,8 +72,14 @@ class Sweep:
         config.eval.dataset, config.synthesis.source = "none", ""
         path = self.workdir / "images" / f"{_name(own)}-seed{seed}"
         if path not in self._sets:
-            self._sets[path] = pipeline.run_synthesis(config, path, self._stage_console())
-        return self._sets[path]
+            try:
+                self._sets[path] = pipeline.run_synthesis(config, path, self._stage_console())
+            except Exception as error:  # every other cell of this set would end like the first
+                self._sets[path] = error
+        found = self._sets[path]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def cell_config(self, cell: Cell, seed: int) -> ConfigDict:
         """The config of a cell, its images made."""

@@ -95,8 +95,8 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def draw_sensitivity(rows: list[Row], path: Path) -> None:
-    """Figure 1 from its rows, whose labels are "name=value". Draws nothing where every cell failed."""
+def draw_sensitivity(rows: list[Row], path: Path) -> bool:
+    """Figure 1 from its rows, whose labels are "name=value". False where every cell failed: there is nothing to draw."""
     panels: dict[str, list[tuple[float, float, float | None]]] = {}
     good = [row for row in rows if "mean" in row]
     for row in good:
@@ -104,6 +104,7 @@ def draw_sensitivity(rows: list[Row], path: Path) -> None:
         panels.setdefault(name, []).append((float(value), row["mean"], row["std"]))
     if good:
         figures.sensitivity(panels, good[0]["teacher"], path)
+    return bool(good)
 
 
 def context(sweep: Sweep, images: int) -> str:
@@ -117,7 +118,7 @@ def context(sweep: Sweep, images: int) -> str:
     return (
         f"{config.teacher.network} on {config.eval.dataset}, {bits}: {made}, {steps}, seed {seeds}, {hardware}. Top-1 in per "
         f"cent on {images} real images at the last epoch; ± is the standard deviation over seeds, drop the distance from the "
-        "full-precision teacher. The paper: 5120 images x 1000 iterations, 29400 steps."
+        "full-precision teacher. The paper: 5120 images x 1000 iterations, 29400 steps of 256."
     )
 
 
@@ -146,7 +147,7 @@ def verdict(finding: Finding, sections: dict[str, Section], images: int) -> str:
         return f"{finding.sentence}: not measured, a cell failed or was left out"
     difference = pair[0]["mean"] - pair[1]["mean"]
     error = 2 * math.sqrt(sum(_variance(row, images) for row in pair))
-    decision = "undecided" if abs(difference) < error else "holds" if difference > 0 else "does not hold"
+    decision = "undecided" if abs(difference) <= error else "holds" if difference > 0 else "does not hold"
     names = f"{pair[0]['label']} {difference:+.2f} against {pair[1]['label']}, ± {error:.2f}"
     return f"{finding.sentence}: **{decision}** ({names})"
 

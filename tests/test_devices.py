@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,12 @@ def test_streamed_images_are_those_of_the_set_on_the_device(devices: int, steps:
 
 def test_on_a_cpu_few_images_pass_the_network_together() -> None:
     assert parallel.micro_batch(0, 256) == 32 and parallel.micro_batch(0, 100) == 25 and parallel.micro_batch(64, 256) == 64
+
+
+def test_an_accelerator_takes_as_many_batches_as_fill_half_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 80 * 2**30})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert parallel.stack(0, 3 * 2**30) == 13 and parallel.stack(0, 60 * 2**30) == 1 and parallel.stack(4, 3 * 2**30) == 4
 
 
 def test_devices_that_are_not_there_are_refused() -> None:

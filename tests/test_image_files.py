@@ -13,6 +13,7 @@ import tiny
 from PIL import Image
 from rich.console import Console
 
+from hast_jax import config as config_lib
 from hast_jax import data, image_files, parallel
 from hast_jax.accuracy import make_evaluator
 from hast_jax.errors import UserError
@@ -136,3 +137,23 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Path) -> None:
     (folder / "val" / "n0003" / "a.JPEG").write_bytes(b"no jpeg")
     with pytest.raises(Exception, match=r"n0003/a.JPEG cannot be decoded"):
         list(image_files.folder(folder / "val", 64, CROP).batches(8))
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"P5 99999 99999 255\n"])
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path: Path, content: bytes) -> None:
+    """Nothing; a text; a PNG without its chunks; nine billion pixels that are not there."""
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "a.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"class/a.png cannot be decoded"):
+        image_files.folder(tmp_path, 8, CROP).read(np.arange(1))
+
+
+def test_an_evaluation_batch_is_no_larger_than_the_data() -> None:
+    """A run folder from a stranger may name any size."""
+    config = tiny.config(eval__batch=8_000_000)
+    config_lib.validate(config)
+    evaluate = make_evaluator(PixelNet(), data.load(config, "test"), config, 2, Console(quiet=True))
+    assert evaluate({}).top1 >= 0
+    config.eval.batch = 10**11
+    with pytest.raises(UserError, match=r"config.eval.batch is .* at most 8388608"):
+        config_lib.validate(config)

@@ -137,6 +137,19 @@ def test_figure_2_comes_from_the_kept_checkpoints(tmp_path: Path) -> None:
             assert min(picture.size) > 300
 
 
+def test_images_that_cannot_be_made_are_tried_once_for_all_their_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def diverge(*_) -> Path:
+        tries.append(1)
+        raise UserError("synthesis diverged")
+
+    monkeypatch.setattr(pipeline, "run_synthesis", diverge)
+    small = sweep(tmp_path)
+    cells = [Cell("base", {}), Cell("other", {"finetune.eps": 0.0})]
+    assert [small.run_one(cell, 0) for cell in cells] == [{"failed": "synthesis diverged"}] * 2 and len(tries) == 1
+
+
 def test_all_experiments_make_one_page_though_a_cell_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_run, real_synthesis = pipeline.run, pipeline.run_synthesis
 
@@ -171,7 +184,8 @@ def test_all_experiments_make_one_page_though_a_cell_fails(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "verdict"), [(90, 80, "holds"), (80, 90, "does not hold"), (80, 80.5, "undecided")]
+    ("first", "second", "verdict"),
+    [(90, 80, "holds"), (80, 90, "does not hold"), (80, 80.5, "undecided"), (100, 100, "undecided")],
 )
 def test_a_difference_decides_where_it_is_larger_than_twice_its_error(first: float, second: float, verdict: str) -> None:
     row = lambda label, mean: {"label": label, "mean": mean, "std": None, "seeds": 1, "failed": []}

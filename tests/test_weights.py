@@ -1,5 +1,8 @@
 """Weight files: what is imported, what is refused and in which words."""
 
+import math
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,19 +72,23 @@ def test_files_are_read_back(tmp_path, suffix: str) -> None:
     if suffix == ".npz":
         np.savez(path, **state)
     else:
-        weights.write(path, state, {"mean": "[0.5]", "dataset": "mine", "test_top1": "12.5"})
+        weights.write(path, state, {"mean": "[0.5]", "crop": "0.9", "dataset": "mine", "test_top1": "12.5"})
     read, metadata = weights.read(path)
     assert all(np.array_equal(read[key], state[key]) for key in state)
     if suffix == ".safetensors":
-        assert metadata == weights.Metadata("mine", (0.5,), None, 12.5)
+        assert metadata == weights.Metadata("mine", (0.5,), None, 0.9, 12.5)
 
 
 def test_a_pth_file_is_read_as_weights_only(tmp_path) -> None:
     torch = pytest.importorskip("torch", reason="reading .pth files needs torch: pip install -e '.[torch]'")
     _, state = state_dict()
-    torch.save({key: torch.from_numpy(array) for key, array in state.items()}, tmp_path / "teacher.pth")
+    tensors = {key: torch.from_numpy(array) for key, array in state.items()}
+    torch.save(tensors, tmp_path / "teacher.pth")
+    torch.save({key: tensor.bfloat16() for key, tensor in tensors.items()}, tmp_path / "half.pth")
     read, _ = weights.read(tmp_path / "teacher.pth")
     assert all(np.array_equal(read[key], state[key]) for key in state)
+    read, _ = weights.read(tmp_path / "half.pth")
+    assert all(np.allclose(read[key], state[key], rtol=2**-8) for key in state)
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named() -> None:
@@ -95,6 +102,29 @@ def test_missing_unknown_and_misshapen_tensors_are_named() -> None:
     assert "features.stage1.unit2.body.conv1.bn.running_var is missing" in message
     assert "features.stage9.conv.weight is unknown" in message
     assert "output.weight has the shape (7, 64) instead of (10, 64)" in message
+
+
+def test_two_variables_of_one_name_are_refused() -> None:
+    class Twice(nn.Module):
+        def setup(self) -> None:
+            self.first, self.second = nn.Dense(3), nn.Dense(3)
+
+        def state_dict_names(self) -> dict:
+            return {"mine": lambda path: f"layer.{path[-1]}"}
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.second(self.first(x))
+
+    with pytest.raises(UserError, match=r"params/first/bias and params/second/bias 'layer.bias'"):
+        weights.name_map(Twice())
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (7, 2, 3), (4, 5, 2, 3)])
+def test_layouts_of_any_number_of_axes_are_inverse(shape: tuple[int, ...]) -> None:
+    array = np.arange(math.prod(shape)).reshape(shape)
+    torch_layout = weights.to_torch_layout(array)
+    assert torch_layout.shape == ((*reversed(shape[-2:]), *shape[:-2]) if len(shape) > 1 else shape)
+    np.testing.assert_array_equal(weights.to_our_layout(torch_layout), array)
 
 
 def test_batch_counters_of_pytorch_are_ignored() -> None:
@@ -134,8 +164,19 @@ def test_a_teacher_of_another_network_is_refused() -> None:
 def test_a_teacher_trained_with_another_normalisation_is_refused() -> None:
     config = config_for("cifar100")
     config.teacher.mean = (0.5, 0.5, 0.5)
-    with pytest.raises(UserError, match="was trained with mean"):
+    with pytest.raises(UserError, match=r"was trained for the mean .* not config.teacher.mean"):
         networks.teacher(config)
+
+
+def test_a_teacher_trained_for_another_crop_is_refused(tmp_path) -> None:
+    _, state = state_dict()
+    weights.write(tmp_path / "a.safetensors", state, {"crop": "0.9655"})
+    config = config_for(str(tmp_path / "a.safetensors"))
+    config.teacher.classes = 10
+    with pytest.raises(UserError, match=r"was trained for the crop 0.9655, not config.eval.crop 0.875"):
+        networks.teacher(config)
+    config.eval.crop = 224 / 232
+    networks.teacher(config)
 
 
 @pytest.mark.parametrize("name", weights.BUILT_IN)

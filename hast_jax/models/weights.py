@@ -6,6 +6,7 @@ can hold no code.
 """
 
 import json
+import pickle
 import zipfile
 from collections.abc import Mapping
 from importlib import resources
@@ -33,11 +34,15 @@ MAX_COMPRESSION = 100  # trained weights hardly compress at all
 
 
 class Metadata(NamedTuple):
-    """What a weight file says of itself; None where it says nothing. `mean`, `std` are of images in [0, 1]."""
+    """What a weight file says of itself; None where it says nothing.
+
+    mean, std: of images in [0, 1]. crop: as `config.eval.crop`. top1: in per cent.
+    """
 
     dataset: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    crop: float | None = None
     top1: float | None = None
 
 
@@ -50,11 +55,17 @@ def libraries(model: nn.Module) -> dict[str, names_lib.NameOf]:
 def name_map(model: nn.Module, library: str | None = None, image: Shape = (32, 32, 3)) -> dict[str, tuple[str, ...]]:
     """State dict name -> path of our variable, for each weight and running statistic of `model`.
 
-    library: one of `libraries(model)`, by default the first.
+    library: one of `libraries(model)`, by default the first. Raises UserError where two variables share a name.
     """
     maps = libraries(model)
     name_of = maps[library or next(iter(maps))]
-    return {name_of(path): path for path in flatten_dict(abstract_variables(model, image))}
+    names: dict[str, tuple[str, ...]] = {}
+    for path in flatten_dict(abstract_variables(model, image)):
+        other = names.setdefault(name_of(path), path)
+        if other != path:
+            both = f"{'/'.join(other)} and {'/'.join(path)}"
+            raise UserError(f"the network's state_dict_names calls both {both} {name_of(path)!r}: give each a name of its own.")
+    return names
 
 
 def abstract_variables(model: nn.Module, image: Shape = (32, 32, 3)) -> Variables:
@@ -65,13 +76,14 @@ def abstract_variables(model: nn.Module, image: Shape = (32, 32, 3)) -> Variable
 
 
 def to_torch_layout(array: np.ndarray) -> np.ndarray:
-    """HWIO -> OIHW, [in, out] -> [out, in], vectors as they are."""
-    return np.transpose(array, {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[array.ndim])
+    """HWIO -> OIHW, for any number of spatial axes; [in, out] -> [out, in]; vectors and scalars as they are."""
+    spatial = range(array.ndim - 2)
+    return np.transpose(array, (*reversed(range(len(spatial), array.ndim)), *spatial)) if array.ndim > 1 else array
 
 
 def to_our_layout(array: np.ndarray) -> np.ndarray:
-    """OIHW -> HWIO, [out, in] -> [in, out], vectors as they are."""
-    return np.transpose(array, {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[array.ndim])
+    """The inverse of `to_torch_layout`."""
+    return np.transpose(array, (*range(2, array.ndim), 1, 0)) if array.ndim > 1 else array
 
 
 def from_state_dict(model: nn.Module, state: Mapping[str, np.ndarray], image: Shape = (32, 32, 3)) -> Variables:
@@ -106,7 +118,7 @@ def from_state_dict(model: nn.Module, state: Mapping[str, np.ndarray], image: Sh
 def _from_torch(array: np.ndarray, axes: int) -> np.ndarray:
     if axes == 2 and array.shape[2:] == (1, 1):  # a 1x1 convolution after pooling is a linear layer
         array = array[:, :, 0, 0]
-    return to_our_layout(array) if array.ndim in (1, 2, 4) else array
+    return to_our_layout(array)
 
 
 def to_state_dict(model: nn.Module, variables: Variables, image: Shape = (32, 32, 3)) -> StateDict:
@@ -152,8 +164,8 @@ def _read_safetensors(path: Path) -> tuple[StateDict, Metadata]:
         raw = file.metadata() or {}
         state = {name: file.get_tensor(name) for name in file.keys()}
     numbers = lambda key: tuple(map(float, json.loads(raw[key]))) if key in raw else None
-    top1 = float(raw["test_top1"]) if "test_top1" in raw else None
-    return state, Metadata(raw.get("dataset"), numbers("mean"), numbers("std"), top1)
+    number = lambda key: float(raw[key]) if key in raw else None
+    return state, Metadata(raw.get("dataset"), numbers("mean"), numbers("std"), number("crop"), number("test_top1"))
 
 
 def _read_npz(path: Path) -> tuple[StateDict, Metadata]:
@@ -179,11 +191,18 @@ def _read_torch(path: Path) -> tuple[StateDict, Metadata]:
         ) from error
     if zipfile.is_zipfile(path):
         _check_archive(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} cannot be read, or holds more than tensors, which is never loaded: copy it again, or save the state dict "
+            "alone, as torch.save(model.state_dict(), FILE)."
+        ) from error
     others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise UserError(
             f"{path} is not a bare state dict: {', '.join(map(repr, others[:3]))} of it is no tensor; "
             "save the state dict alone, as torch.save(model.state_dict(), FILE)."
         )
-    return {name: tensor.detach().numpy() for name, tensor in state.items()}, Metadata()
+    widened = {n: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for n, tensor in state.items()}  # NumPy lacks it
+    return {name: tensor.detach().numpy() for name, tensor in widened.items()}, Metadata()
