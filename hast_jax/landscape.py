@@ -83,8 +83,8 @@ def hessian_spectrum(
 def quadrature(product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
     """Lanczos' algorithm for the symmetric matrix behind `product`, from `start`: Gauss nodes, and weights that sum to one.
 
-    Its loop runs here and not in a JAX library: those loop inside XLA, where convolutions on a CPU are more than ten times
-    slower (jax issue 12868). Each new vector is made orthogonal to all before it, twice, for numerical stability.
+    Its loop runs here and not in a JAX library such as matfree: those loop inside XLA, where convolutions on a CPU are more
+    than ten times slower (jax issue 12868). Each new vector is made orthogonal to all before it, twice, for numerical stability.
     """
     basis = start[None] / np.linalg.norm(start)
     diagonal: list[float] = []
