@@ -84,7 +84,7 @@ def quadrature(product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, d
     """Lanczos' algorithm for the symmetric matrix behind `product`, from `start`: Gauss nodes, and weights that sum to one.
 
     Its loop runs here and not in a JAX library such as matfree: those loop inside XLA, where convolutions on a CPU are more
-    than ten times slower (jax issue 12868). Each new vector is made orthogonal to all before it, twice, for numerical stability.
+    than ten times slower (jax issue 12868). Each new vector is made orthogonal to all before it, twice, to be stable.
     """
     basis = start[None] / np.linalg.norm(start)
     diagonal: list[float] = []

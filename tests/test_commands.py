@@ -1,6 +1,7 @@
 """The other commands: benchmark and pretrain."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -81,3 +82,14 @@ def test_pretraining_without_real_images_is_refused(tmp_path) -> None:
 def test_a_command_without_its_flags_says_which(name: str) -> None:
     done = tiny.call(tiny.module(name))
     assert done.returncode == 1 and ("--config" in done.stderr or "--workdir" in done.stderr) and "Traceback" not in done.stderr
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_folder(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # of so small a network too
+    monkeypatch.delenv("HAST_JAX_CACHE")
+    done = tiny.call(tiny.evaluate(finished))
+    assert done.returncode == 0, done.stderr
+    assert any((tmp_path / ".cache" / "hast_jax").iterdir())

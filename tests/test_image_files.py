@@ -1,5 +1,6 @@
 """Images in class folders are read in order, cropped as torchvision does it, and judged by top-1 and top-5."""
 
+import io
 from pathlib import Path
 from unittest.mock import create_autospec
 
@@ -148,12 +149,13 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path: Path, content: bytes) 
         image_files.folder(tmp_path, 8, CROP).read(np.arange(1))
 
 
-def test_an_evaluation_batch_is_no_larger_than_the_data() -> None:
+def test_an_evaluation_batch_is_no_larger_than_the_data_and_its_progress_is_shown() -> None:
     """A run folder from a stranger may name any size."""
     config = tiny.config(eval__batch=8_000_000)
     config_lib.validate(config)
-    evaluate = make_evaluator(PixelNet(), data.load(config, "test"), config, 2, Console(quiet=True))
-    assert evaluate({}).top1 >= 0
+    terminal = io.StringIO()
+    evaluate = make_evaluator(PixelNet(), data.load(config, "test"), config, 2, Console(file=terminal, force_terminal=True))
+    assert evaluate({}).top1 >= 0 and "evaluate" in terminal.getvalue()
     config.eval.batch = 10**11
     with pytest.raises(UserError, match=r"config.eval.batch is .* at most 8388608"):
         config_lib.validate(config)
