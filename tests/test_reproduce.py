@@ -100,7 +100,9 @@ def test_a_folder_may_move_but_not_take_another_config(tmp_path: Path) -> None:
 
 def test_images_that_are_there_already_must_be_those_of_the_config(tmp_path: Path, finished: Path) -> None:
     source = str(finished / "synthetic")
-    given = sweep(tmp_path / "a", synthesis__source=source, finetune__epochs=1)
+    config = tiny.config(synthesis__source=source, finetune__epochs=1, synthesis__save_every=7)
+    config.lock()  # as a config from the command line is
+    given = Sweep(config, tmp_path / "a", 1, Console(file=io.StringIO()))
     assert given.images({"finetune.eps": 1.0}, 0) == finished / "synthetic"
     with pytest.raises(UserError, match=r"iterations: 20 -> 30"):
         sweep(tmp_path / "b", synthesis__source=source, synthesis__iterations=30)
