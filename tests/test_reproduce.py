@@ -196,6 +196,7 @@ def test_a_difference_decides_where_it_is_larger_than_twice_its_error(first: flo
     assert f"**{verdict}**" in tables.verdict(FINDINGS[0], sections, images=1000)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_ends_like_an_unbroken_one(tmp_path: Path) -> None:
     def command(workdir: Path) -> list[str]:
         fields = [f"--config.{name}={value}" for name, value in tiny.FIELDS.items()]
