@@ -77,8 +77,8 @@ def abstract_variables(model: nn.Module, image: Shape = (32, 32, 3)) -> Variable
 
 def to_torch_layout(array: np.ndarray) -> np.ndarray:
     """HWIO -> OIHW, for any number of spatial axes; [in, out] -> [out, in]; vectors and scalars as they are."""
-    spatial = range(array.ndim - 2)
-    return np.transpose(array, (*reversed(range(len(spatial), array.ndim)), *spatial)) if array.ndim > 1 else array
+    axes = array.ndim
+    return np.transpose(array, (axes - 1, axes - 2, *range(axes - 2))) if axes > 1 else array
 
 
 def to_our_layout(array: np.ndarray) -> np.ndarray:
