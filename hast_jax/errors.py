@@ -14,6 +14,11 @@ class UserError(Exception):
     """Something the user can mend: the message is one sentence that says what is wrong and what to do."""
 
 
+def sentence(error: Exception) -> str:
+    """One line for what ended a part of the work; what is not the user's to mend is named by its type."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".split("\n")[0]
+
+
 def refused_by_disk(error: OSError) -> UserError | None:
     """What the person can do about what the disk refused; None where it is something else."""
     cause = CAUSES.get(error.errno or 0)

@@ -73,25 +73,24 @@ def gradient_angles(sweep: Sweep) -> Section:
         for loss, by_epoch in values.items():
             by_epoch.append([float(one[loss]) for one in each])
     epochs = [epoch for epoch, _ in found.students]
-    means = {loss: np.mean(by_epoch, 1) for loss, by_epoch in values.items()}
-    figures.cosines(
-        epochs,
-        {label: np.asarray(values[loss]) for label, loss in (("FA and KL", "fa"), ("CE and KL", "ce"))},
-        sweep.workdir / "figure2a",
-    )
-    say = lambda loss: f"cosine {means[loss].min():+.3f} to {means[loss].max():+.3f}, epochs 0 to {epochs[-1]}"
-    findings = (
-        f"the paper: gradients of FA and KL agree throughout: **{_holds(bool(np.all(means['fa'] > 0)))}** ({say('fa')})",
-        f"the paper: those of CE and KL oppose throughout: **{_holds(bool(np.all(means['ce'] < 0)))}** ({say('ce')})",
-    )
+    curves = {"FA and KL": np.asarray(values["fa"]), "CE and KL": np.asarray(values["ce"])}
+    figures.cosines(epochs, curves, sweep.workdir / "figure2a")
     body = (
         f"Cosine similarity of the gradients with respect to the student's parameters, on {batches} batches of {batch} clean "
         f"synthetic images; bars: standard deviation over batches; seed {sweep.seeds[0]}."
     )
-    section = Section(
-        "Figure 2a: do the losses pull in one direction?", body, {"epochs": epochs, "cosine_with_kl": values}, findings
+    title, data = "Figure 2a: do the losses pull in one direction?", {"epochs": epochs, "cosine_with_kl": values}
+    return Section(title, body, data, angle_findings(epochs, values)).with_picture("figure2a.png")
+
+
+def angle_findings(epochs: list[int], values: dict[str, list[list[float]]]) -> tuple[str, str]:
+    """What the supplement says of Figure 2a, and whether it holds. values: loss -> [epochs, batches]."""
+    means = {loss: np.mean(by_epoch, 1) for loss, by_epoch in values.items()}
+    say = lambda loss: f"cosine {means[loss].min():+.3f} to {means[loss].max():+.3f}, epochs 0 to {epochs[-1]}"
+    return (
+        f"the paper: gradients of FA and KL agree throughout: **{_holds(bool(np.all(means['fa'] > 0)))}** ({say('fa')})",
+        f"the paper: those of CE and KL oppose throughout: **{_holds(bool(np.all(means['ce'] < 0)))}** ({say('ce')})",
     )
-    return section.with_picture("figure2a.png")
 
 
 def hessian_spectra(sweep: Sweep) -> Section:
@@ -100,55 +99,78 @@ def hessian_spectra(sweep: Sweep) -> Section:
     params, cfg = found.students[-1][1], found.config.finetune
     constants = (found.frozen, found.frozen.images[:HESSIAN_IMAGES], found.frozen.labels[:HESSIAN_IMAGES])
     key = jax.random.fold_in(jax.random.key(found.config.seed), 5)
-    nodes, weights = {}, {}
+    probes = {}
     for loss, factor in {"ce": 1.0, "kl": 1 / cfg.alpha, "fa": 1 / cfg.lam}.items():
         one = lambda *arguments, loss=loss, factor=factor: factor * found.losses(*arguments)[loss]
-        nodes[loss], weights[loss] = landscape.hessian_spectrum(one, params, constants, key, PROBES, DEPTH)
-    width = 1e-4 * max(float(np.abs(each).max()) for each in nodes.values())
-    curves = {_LABELS[loss]: _density(nodes[loss], weights[loss], width) for loss in nodes}
+        probes[loss] = landscape.hessian_spectrum(one, params, constants, key, PROBES, DEPTH)
+    width = 1e-4 * max(float(np.abs(one.nodes).max()) for each in probes.values() for one in each)
+    curves = {_LABELS[loss]: _density(landscape.average(each), width) for loss, each in probes.items()}
     figures.spectra(curves, width, sweep.workdir / "figure2b")
-    spectra = {
-        loss: {
-            "largest": float(nodes[loss].max()),
-            "smallest": float(nodes[loss].min()),
-            "mean": float(weights[loss] @ nodes[loss]),
-            "root_mean_square": float(np.sqrt(weights[loss] @ nodes[loss] ** 2)),
-        }
-        for loss in nodes
-    }
-    for row in spectra.values():
-        row["largest_by_rms"] = row["largest"] / row["root_mean_square"]
-    table = [
-        "| | largest eigenvalue | smallest | mean | root mean square | largest / root mean square |",
-        "|---|---|---|---|---|---|",
-    ]
-    table += [f"| {_LABELS[n]} | {' | '.join(f'{value:.3g}' for value in row.values())} |" for n, row in spectra.items()]
+    spectra = {loss: moments(each) for loss, each in probes.items()}
     body = (
         f"With respect to the student's parameters at the end of fine-tuning, on {len(constants[1])} clean synthetic images, "
         f"by stochastic Lanczos quadrature ({PROBES} probes of depth {DEPTH}); seed {sweep.seeds[0]}. KL "
         "keeps its T^2 and is without alpha, FA is without lambda: these weights would only stretch the axis. The last "
-        "column does not depend on them.\n\n" + "\n".join(table)
+        "column does not depend on them; ± is its standard error, from the probes.\n\n"
+        "| | largest eigenvalue | smallest | mean | root mean square | largest / root mean square |\n"
+        "|---|---|---|---|---|---|\n"
     )
-    section = Section("Figure 2b: eigenvalues of the Hessians", body, {"spectra": spectra}, (_tail(spectra),))
+    body += "\n".join(
+        f"| {_LABELS[loss]} | {row['largest']:.3g} | {row['smallest']:.3g} | {row['mean']:.3g} | {row['root_mean_square']:.3g} "
+        f"| {_tail(row)} |"
+        for loss, row in spectra.items()
+    )
+    section = Section("Figure 2b: eigenvalues of the Hessians", body, {"spectra": spectra}, (tail_finding(spectra),))
     return section.with_picture("figure2b.png")
 
 
 _LABELS = {"ce": "CE", "kl": "T^2 KL", "fa": "FA"}
 
 
-def _density(nodes: np.ndarray, weights: np.ndarray, linear_width: float) -> tuple[np.ndarray, np.ndarray]:
+def moments(probes: list[landscape.Quadrature]) -> dict[str, float]:
+    """Largest and smallest eigenvalue, mean, root mean square; the largest by that, and its standard error.
+
+    The largest eigenvalue is found by any probe, the root mean square is an average over probes: the error is of the latter.
+    """
+    nodes, weights = landscape.average(probes)
+    squares = [float(each.weights @ each.nodes**2) for each in probes]
+    rms = float(np.sqrt(np.mean(squares)))
+    ratio = float(nodes.max()) / rms
+    return {
+        "largest": float(nodes.max()),
+        "smallest": float(nodes.min()),
+        "mean": float(weights @ nodes),
+        "root_mean_square": rms,
+        "largest_by_rms": ratio,
+        "largest_by_rms_error": ratio * float(np.std(squares, ddof=1)) / np.sqrt(len(squares)) / (2 * rms**2),
+    }
+
+
+def _density(spectrum: landscape.Quadrature, linear_width: float) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues and density, evenly spaced and widened on the axis on which they are drawn."""
-    drawn = np.arcsinh(nodes / linear_width)
-    grid = np.linspace(drawn.min() - 0.5, drawn.max() + 0.5, GRID)
-    return linear_width * np.sinh(grid), landscape.density(drawn, weights, grid, WIDTH)
+    drawn = spectrum._replace(nodes=np.arcsinh(spectrum.nodes / linear_width))
+    grid = np.linspace(drawn.nodes.min() - 0.5, drawn.nodes.max() + 0.5, GRID)
+    return linear_width * np.sinh(grid), landscape.density(drawn, grid, WIDTH)
 
 
-def _tail(spectra: dict[str, dict[str, float]]) -> str:
-    """Whether CE's largest eigenvalue is the largest: by itself, and beside the root mean square of its own spectrum."""
-    longest = [max(spectra, key=lambda loss: spectra[loss][name]) == "ce" for name in ("largest", "largest_by_rms")]
-    decision = _holds(longest[0]) if longest[0] == longest[1] else "depends on the losses' scales"
-    sizes = ", ".join(f"{_LABELS[n]} {row['largest']:.3g} ({row['largest_by_rms']:.3g})" for n, row in spectra.items())
-    return f"the paper: CE has the longer Hessian tail: **{decision}** (largest eigenvalue, and by root mean square: {sizes})"
+def tail_finding(spectra: dict[str, dict[str, float]]) -> str:
+    """Whether CE's largest eigenvalue is the largest beside the root mean square of its own spectrum.
+
+    By itself it would compare the losses' weights. A difference decides where it is larger than twice its standard error.
+    """
+    ce, *others = (spectra[loss] for loss in ("ce", "kl", "fa"))
+    lead = lambda other: ce["largest_by_rms"] - other["largest_by_rms"]
+    error = lambda other: 2 * float(np.hypot(ce["largest_by_rms_error"], other["largest_by_rms_error"]))
+    if any(lead(other) < -error(other) for other in others):
+        decision = "does not hold"
+    else:
+        decision = "holds" if all(lead(other) > error(other) for other in others) else "undecided"
+    sizes = ", ".join(f"{_LABELS[loss]} {_tail(row)}" for loss, row in spectra.items())
+    return f"the paper: CE has the longer Hessian tail: **{decision}** (largest eigenvalue by root mean square: {sizes})"
+
+
+def _tail(row: dict[str, float]) -> str:
+    return f"{row['largest_by_rms']:.3g} ± {row['largest_by_rms_error']:.2g}"
 
 
 def _holds(condition: bool) -> str:

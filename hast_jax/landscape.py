@@ -5,7 +5,7 @@ straight through.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,13 @@ from hast_jax.errors import UserError
 Array = jax.Array
 
 LossFunctions = Callable[..., dict[str, Array]]
+
+
+class Quadrature(NamedTuple):
+    """What one probe shows of a spectrum: nodes, which are estimates of eigenvalues, and their weights, whose sum is one."""
+
+    nodes: np.ndarray
+    weights: np.ndarray
 
 
 def losses(teacher: nn.Module, student: nn.Module, config: ConfigDict) -> LossFunctions:
@@ -60,11 +67,11 @@ def _cosine(a: Array, b: Array) -> Array:
 
 def hessian_spectrum(
     loss: Callable[..., Array], params: Any, constants: tuple[Any, ...], key: Array, probes: int, depth: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalue density of the Hessian of `loss(params, *constants)`, by stochastic Lanczos quadrature (Figure 2b).
+) -> list[Quadrature]:
+    """Spectrum of the Hessian of `loss(params, *constants)`, by stochastic Lanczos quadrature (Figure 2b).
 
-    Each of `probes` random unit vectors gives at most `depth` nodes, which are estimates of eigenvalues, with weights; all
-    weights sum to one. depth: at most the number of parameters. Returns nodes and weights, each [number of nodes].
+    Each of `probes` random unit vectors gives at most `depth` nodes; the average of all is the spectrum. depth: at most the
+    number of parameters.
     """
     flat, unravel = ravel_pytree(params)
 
@@ -75,13 +82,11 @@ def hessian_spectrum(
 
     product = lambda vector: np.asarray(hessian_vector(jnp.asarray(vector, flat.dtype), flat, *constants), np.float64)
     starts = np.asarray(jax.random.normal(key, (probes, len(flat))), np.float64)
-    found = [quadrature(product, start, depth) for start in starts]
-    nodes, weights = (np.concatenate(each) for each in zip(*found))
-    return nodes, weights / probes
+    return [lanczos(product, start, depth) for start in starts]
 
 
-def quadrature(product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lanczos' algorithm for the symmetric matrix behind `product`, from `start`: Gauss nodes, and weights that sum to one.
+def lanczos(product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, depth: int) -> Quadrature:
+    """Lanczos' algorithm for the symmetric matrix behind `product`, from `start`: a Gauss quadrature of its spectrum.
 
     Its loop runs here and not in a JAX library such as matfree: those loop inside XLA, where convolutions on a CPU are more
     than ten times slower (jax issue 12868). Each new vector is made orthogonal to all before it, twice, to be stable.
@@ -101,9 +106,15 @@ def quadrature(product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, d
         off_diagonal.append(norm)
         basis = np.concatenate([basis, vector[None] / norm])
     nodes, vectors = scipy.linalg.eigh_tridiagonal(diagonal, off_diagonal)
-    return nodes, np.square(vectors[0])
+    return Quadrature(nodes, np.square(vectors[0]))
 
 
-def density(nodes: np.ndarray, weights: np.ndarray, grid: np.ndarray, width: float) -> np.ndarray:
-    """The spectrum of `hessian_spectrum` on `grid` [n], each node widened to a Gaussian of standard deviation `width`."""
-    return scipy.stats.norm.pdf(grid[:, None], nodes[None], width) @ weights
+def average(quadratures: list[Quadrature]) -> Quadrature:
+    """That of all probes."""
+    nodes, weights = (np.concatenate(each) for each in zip(*quadratures))
+    return Quadrature(nodes, weights / len(quadratures))
+
+
+def density(quadrature: Quadrature, grid: np.ndarray, width: float) -> np.ndarray:
+    """The spectrum on `grid` [n], each node widened to a Gaussian of standard deviation `width`."""
+    return scipy.stats.norm.pdf(grid[:, None], quadrature.nodes[None], width) @ quadrature.weights

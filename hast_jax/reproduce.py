@@ -8,6 +8,7 @@ The same command goes on where a killed sweep was; a cell that failed is tried a
 NAME.json for each experiment, NAME.png and NAME.svg for each figure, and after several the page reproduction.md.
 """
 
+import traceback
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from hast_jax import cli, data, figure2, parallel, preemption, tables
-from hast_jax.errors import UserError
+from hast_jax.errors import UserError, sentence
 from hast_jax.experiments import EXPERIMENTS
 from hast_jax.files import write_json, write_text
 from hast_jax.sweep import Sweep
@@ -50,11 +51,11 @@ def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
     known = {cell.label for name in names if name in EXPERIMENTS for cell in EXPERIMENTS[name](sweep.config).cells}
     if unknown := set(skip) - known:
         raise UserError(f"--skip={min(unknown)}: no cell has this label; there are: {'; '.join(sorted(known))}.")
-    parallel.setup(sweep.config.devices, sweep.config.finetune.batch)
+    devices = parallel.setup(sweep.config.devices, sweep.config.finetune.batch)
     dataset = data.load(sweep.config, sweep.config.eval.split)
     if dataset is None:
         raise UserError("a table needs accuracies: set config.eval.dataset to the data set of the teacher.")
-    context = tables.context(sweep, len(dataset.labels))
+    context = tables.context(sweep, len(dataset.labels), devices)
     sections = {}
     for each in names:
         try:
@@ -63,7 +64,8 @@ def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
             if len(names) == 1:
                 raise
             sweep.failed.append(each)
-            section = Section(each, f"Not measured: {error}", {})
+            write_text(sweep.workdir / f"{each}.error.txt", traceback.format_exc())
+            section = Section(each, f"Not measured: {sentence(error)}", {})
         sections[each] = section
         write_json(sweep.workdir / f"{each}.json", {"title": section.title, "context": context, **section.data})
         write_text(sweep.workdir / f"{each}.md", f"# {section.title}\n\n{context}\n\n{section.body}\n")
@@ -88,7 +90,7 @@ def main(arguments: list[str]) -> None:
         if sweep.failed:
             raise UserError(
                 f"failed: {', '.join(sweep.failed)}; {sweep.workdir} holds the reasons, in a cell's error.txt or an "
-                "experiment's .md, and the same command tries them again."
+                "experiment's NAME.error.txt, and the same command tries them again."
             )
 
 

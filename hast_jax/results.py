@@ -1,4 +1,4 @@
-"""A Markdown table of finished runs, from their `result.json` files: how the README's table is made.
+"""A Markdown table of finished runs, from their `result.json` files: how that of docs/results.md is made.
 
 python -m hast_jax.results runs/c100-w3a3 runs/c100-w4a4
 """

@@ -2,8 +2,8 @@
 calibrated once, and a failed cell stops no other.
 """
 
+import functools
 import io
-import json
 import traceback
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from hast_jax import config as config_lib
-from hast_jax import pipeline, run_folder, synthetic_set
-from hast_jax.errors import UserError
-from hast_jax.experiments import Cell
-from hast_jax.files import write_text
+from hast_jax import networks, pipeline, run_folder, synthetic_set
+from hast_jax.errors import UserError, sentence
+from hast_jax.experiments import Cell, effective
+from hast_jax.files import read_json, write_text
+from hast_jax.models.weights import Variables
+from hast_jax.run_folder import RunFolder
 
 Result = dict[str, Any]
 
@@ -58,7 +60,12 @@ class Sweep:
 
     def path(self, cell: Cell, seed: int) -> Path:
         """The run folder of a cell."""
-        return self.workdir / "cells" / f"{_name(self._effective(cell.changes))}-seed{seed}"
+        return self.workdir / "cells" / f"{_name(effective(cell.changes, self.config))}-seed{seed}"
+
+    @functools.cached_property
+    def teacher(self) -> Variables:
+        """Variables of the teacher that all cells follow."""
+        return networks.teacher(self.config)[1]
 
     def images(self, changes: dict[str, Any], seed: int) -> Path:
         """The folder of the synthetic set for a cell with these changes, made where it is not there.
@@ -67,7 +74,9 @@ class Sweep:
         """
         own = {k: v for k, v in changes.items() if k.startswith("synthesis.") and k not in SAME_IMAGES}
         if not own and self.config.synthesis.source:
-            return Path(self.config.synthesis.source)
+            source = Path(self.config.synthesis.source)
+            RunFolder(source.parent).check_teacher(self.teacher, remember=False)
+            return source
         config = self._changed(own, seed)
         config.eval.dataset, config.synthesis.source = "none", ""
         path = self.workdir / "images" / f"{_name(own)}-seed{seed}"
@@ -81,50 +90,38 @@ class Sweep:
             raise found
         return found
 
-    def cell_config(self, cell: Cell, seed: int) -> ConfigDict:
-        """The config of a cell, its images made."""
-        changes = self._effective(cell.changes)
-        config = self._changed(changes, seed)
-        config.synthesis.source = "" if config.synthesis.real_split else str(self.images(changes, seed))
-        if not changes:
-            config.finetune.keep_every = max(1, config.finetune.epochs // KEPT_CHECKPOINTS)
-        return config
-
     def _attempt(self, cell: Cell, seed: int, path: Path) -> Result:
         try:
-            result = self._result(path, self.cell_config(cell, seed), self._ranges(cell, seed))
+            result = self._result(effective(cell.changes, self.config), seed, path)
         except Exception as error:  # whatever ended this cell, the others can still be run
-            sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".split("\n")[0]
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / "error.txt", traceback.format_exc())
             self.failed.append(path.name)
-            self.console.print(f"{path.name}: failed: {sentence}", markup=False, highlight=False)
-            return {"failed": sentence}
+            self.console.print(f"{path.name}: failed: {sentence(error)}", markup=False, highlight=False)
+            return {"failed": sentence(error)}
         (path / "error.txt").unlink(missing_ok=True)
         self.console.print(f"{path.name}: {result['last']:.2f} (teacher {result['teacher']:.2f})", highlight=False)
         return result
 
-    def _ranges(self, cell: Cell, seed: int) -> Path:
-        """Where the activation ranges of this cell may be found: in the base cell's folder, if only fine-tuning is changed."""
-        same = all(path.startswith("finetune.") for path in self._effective(cell.changes))
-        return run_folder.RunFolder(self.path(Cell("", {}) if same else cell, seed)).ranges
-
-    def _result(self, path: Path, config: ConfigDict, ranges: Path) -> Result:
-        folder = run_folder.open_for_run(path, config)
+    def _result(self, changes: dict[str, Any], seed: int, path: Path) -> Result:
+        """Of the finished cell, even where its images are gone; else of the one that is run now."""
+        folder, config = RunFolder(path), self._changed(changes, seed)
         if folder.result.exists():
-            return json.loads(folder.result.read_text())
-        if ranges.exists() and not folder.ranges.exists():
-            write_text(folder.ranges, ranges.read_text())
+            folder.check_teacher(self.teacher, remember=False)
+            return read_json(folder.result)
+        if not changes:
+            config.finetune.keep_every = max(1, config.finetune.epochs // KEPT_CHECKPOINTS)
+        config.synthesis.source = "" if config.synthesis.real_split else str(self.images(changes, seed))
+        run_folder.open_for_run(path, config)
+        base = RunFolder(self.path(Cell("", {}), seed))
+        if all(field.startswith("finetune.") for field in changes) and base.ranges.exists() and not folder.ranges.exists():
+            write_text(folder.ranges, base.ranges.read_text())  # only fine-tuning differs
         return pipeline.run(config, path, self._stage_console())
 
     def _changed(self, changes: dict[str, Any], seed: int) -> ConfigDict:
         config = self.config.copy_and_resolve_references()
         config.update_from_flattened_dict({**changes, "seed": seed})
         return config
-
-    def _effective(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """Without what the base config says too, so that equal cells of two experiments are one run."""
-        return {path: value for path, value in changes.items() if config_lib.field(self.config, path) != value}
 
     def _stage_console(self) -> Console:
         """Progress bars on a terminal; elsewhere one line a cell is enough."""

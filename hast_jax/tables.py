@@ -50,7 +50,7 @@ def rows(experiment: Experiment, results: Results, config: ConfigDict) -> list[R
             row |= {"paper": paper, "paper_drop": paper_teacher - paper}
             if "drop" in row:
                 row["difference"] = row["drop"] - row["paper_drop"]
-        found.append(row | {"changes": cell.changes})
+        found.append(row | {"changes": experiments.effective(cell.changes, config)})
     return found
 
 
@@ -107,18 +107,18 @@ def draw_sensitivity(rows: list[Row], path: Path) -> bool:
     return bool(good)
 
 
-def context(sweep: Sweep, images: int) -> str:
+def context(sweep: Sweep, images: int, devices: int) -> str:
     """What every table is of: network, bits, budget, seeds. images: real ones, of the evaluation."""
     config = sweep.config
     made = f"{config.synthesis.images} images x {config.synthesis.iterations} iterations"
     steps = f"{config.finetune.epochs * config.finetune.steps_per_epoch} steps of {config.finetune.batch}"
     seeds = ", ".join(map(str, sweep.seeds))
     bits = f"W{config.bits.weights}A{config.bits.activations}"
-    hardware = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
+    hardware = f"{devices} x {jax.devices()[0].device_kind}"
     return (
         f"{config.teacher.network} on {config.eval.dataset}, {bits}: {made}, {steps}, seed {seeds}, {hardware}. Top-1 in per "
         f"cent on {images} real images at the last epoch; ± is the standard deviation over seeds, drop the distance from the "
-        "full-precision teacher. The paper: 5120 images x 1000 iterations, 29400 steps of 256."
+        f"full-precision teacher. The paper: {experiments.PAPER_BUDGET}."
     )
 
 
@@ -145,6 +145,8 @@ def verdict(finding: Finding, sections: dict[str, Section], images: int) -> str:
     pair = pick(finding.better), pick(finding.worse)
     if any("mean" not in row or row["failed"] for row in pair):
         return f"{finding.sentence}: not measured, a cell failed or was left out"
+    if pair[0]["changes"] == pair[1]["changes"]:
+        return f"{finding.sentence}: not measured, with this config both cells are one run"
     difference = pair[0]["mean"] - pair[1]["mean"]
     error = 2 * math.sqrt(sum(_variance(row, images) for row in pair))
     decision = "undecided" if abs(difference) <= error else "holds" if difference > 0 else "does not hold"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Several GPU machines under Slurm, one process a GPU:
 #
-#     sbatch --nodes=2 launch/slurm.sh configs/imagenet.py:w4a4 /shared/runs/r18-w4a4 [--config.FIELD=VALUE ...]
+#     sbatch --nodes=2 launch/slurm.sh configs/imagenet.py:w4a4 /mnt/runs/r18-w4a4 [--config.FIELD=VALUE ...]
 #
 # It needs '.[cuda]', and '.[torch]' for .pth weights, in .venv. The run folder must be on a file system that all machines see. Two
 # minutes before its time is up the job gets SIGTERM, to save at the next step that is logged; where that comes too late, in a long

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A slice of a TPU pod, one process a host. On every host: the project in ~/hast_jax with pip install -e '.[tpu]' in its .venv,
-# and one file system that all hosts see (Filestore) for the run folder.
+# A slice of a TPU pod, one process a host. On every host: the project in ~/hast_jax with pip install -e '.[tpu]' in its .venv
+# ('.[tpu,torch]' for .pth weights), and one file system that all hosts see (Filestore) for the run folder.
 #
 #     launch/tpu_pod.sh NAME ZONE configs/imagenet.py:w4a4 /mnt/runs/r18-w4a4 [--config.FIELD=VALUE ...]
 #

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from jax.flatten_util import ravel_pytree
 
-from hast_jax import finetune, landscape, models, networks, quant
+from hast_jax import figure2, finetune, landscape, models, networks, quant
+from hast_jax.landscape import Quadrature
 
 
 def symmetric(size: int) -> np.ndarray:
@@ -17,16 +19,18 @@ def symmetric(size: int) -> np.ndarray:
 def test_the_spectrum_of_a_quadratic_is_that_of_its_matrix() -> None:
     matrix = symmetric(30)
     loss = lambda p: 0.5 * p["x"] @ matrix @ p["x"]
-    nodes, weights = landscape.hessian_spectrum(loss, {"x": jnp.ones(30)}, (), jax.random.key(0), probes=3, depth=30)
-    for each in nodes.reshape(3, 30):
-        np.testing.assert_allclose(np.sort(each), np.linalg.eigvalsh(matrix), atol=1e-4)
-    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
+    found = landscape.hessian_spectrum(loss, {"x": jnp.ones(30)}, (), jax.random.key(0), probes=3, depth=30)
+    assert len(found) == 3
+    for nodes, weights in found:
+        np.testing.assert_allclose(np.sort(nodes), np.linalg.eigvalsh(matrix), atol=1e-4)
+        np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
 
 
 def test_few_lanczos_steps_find_the_largest_eigenvalue_and_the_mean() -> None:
     eigenvalues = jnp.concatenate([jnp.linspace(-1, 1, 399), jnp.asarray([25.0])])
     loss = lambda p: 0.5 * jnp.sum(eigenvalues * p**2)
-    nodes, weights = landscape.hessian_spectrum(loss, jnp.ones(400), (), jax.random.key(0), probes=32, depth=12)
+    found = landscape.hessian_spectrum(loss, jnp.ones(400), (), jax.random.key(0), probes=32, depth=12)
+    nodes, weights = landscape.average(found)
     np.testing.assert_allclose(nodes.max(), 25, rtol=1e-4)
     np.testing.assert_allclose(nodes @ weights, eigenvalues.mean(), atol=0.05)
 
@@ -42,16 +46,15 @@ def test_the_spectrum_of_a_small_quantized_network_is_that_of_its_exact_hessian(
 
     flat, unravel = ravel_pytree(params)
     exact = np.linalg.eigvalsh(jax.hessian(lambda p: loss(unravel(p)))(flat))
-    nodes, _ = landscape.hessian_spectrum(loss, params, (), jax.random.key(0), probes=2, depth=len(flat))
+    nodes, _ = landscape.average(landscape.hessian_spectrum(loss, params, (), jax.random.key(0), probes=2, depth=len(flat)))
     assert nodes.min() >= exact.min() - 1e-5 and nodes.max() <= exact.max() + 1e-5
     np.testing.assert_allclose([nodes.min(), nodes.max()], [exact.min(), exact.max()], atol=1e-5)
 
 
 def test_it_stops_where_the_krylov_space_is_exhausted() -> None:
     eigenvalues = jnp.asarray([1.0, 1.0, 1.0, 4.0, 4.0])
-    nodes, weights = landscape.hessian_spectrum(
-        lambda p: 0.5 * jnp.sum(eigenvalues * p**2), jnp.ones(5), (), jax.random.key(0), probes=1, depth=5
-    )
+    loss = lambda p: 0.5 * jnp.sum(eigenvalues * p**2)
+    [(nodes, weights)] = landscape.hessian_spectrum(loss, jnp.ones(5), (), jax.random.key(0), probes=1, depth=5)
     np.testing.assert_allclose(nodes, [1, 4], rtol=1e-5)
     np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
 
@@ -59,8 +62,43 @@ def test_it_stops_where_the_krylov_space_is_exhausted() -> None:
 def test_the_density_integrates_to_one() -> None:
     nodes, weights = np.asarray([-1.0, 2.0, 0.0, 1.0]), np.asarray([0.1, 0.4, 0.2, 0.3])
     grid = np.linspace(-5, 6, 1101)
-    density = landscape.density(nodes, weights, grid, 0.3)
+    density = landscape.density(Quadrature(nodes, weights), grid, 0.3)
     np.testing.assert_allclose(density.sum() * (grid[1] - grid[0]), 1, rtol=1e-4)
+
+
+def test_the_error_of_a_tail_is_that_of_its_probes() -> None:
+    """Twice as many eigenvalues of 8 as of 0, give or take: the largest is sqrt(3 / 2) of the root mean square."""
+    rng = np.random.default_rng(0)
+
+    def probes() -> list[Quadrature]:
+        eights = rng.beta(20, 10, size=16)
+        return [Quadrature(np.asarray([0.0, 8.0]), np.asarray([1 - each, each])) for each in eights]
+
+    found = [figure2.moments(probes()) for _ in range(200)]
+    ratios = [one["largest_by_rms"] for one in found]
+    np.testing.assert_allclose(np.mean(ratios), np.sqrt(3 / 2), rtol=0.01)
+    np.testing.assert_allclose(np.mean([one["largest_by_rms_error"] for one in found]), np.std(ratios), rtol=0.15)
+    np.testing.assert_allclose(
+        [found[0]["mean"] * 8, found[0]["largest"], found[0]["smallest"]], [found[0]["root_mean_square"] ** 2, 8, 0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("ce", "kl", "fa", "verdict"),
+    [(150, 100, 90, "holds"), (100, 150, 90, "does not hold"), (100, 90, 150, "does not hold"), (110, 100, 50, "undecided")],
+)
+def test_cross_entropy_has_the_longer_tail_where_it_leads_both_by_more_than_the_error(
+    ce: float, kl: float, fa: float, verdict: str
+) -> None:
+    row = lambda ratio: {"largest_by_rms": ratio, "largest_by_rms_error": 5.0}
+    assert f"**{verdict}**" in figure2.tail_finding({"ce": row(ce), "kl": row(kl), "fa": row(fa)})
+
+
+def test_gradients_agree_where_every_epochs_mean_is_positive() -> None:
+    positive, mixed, negative = [[0.5, -0.1], [0.2, 0.1]], [[0.5, 0.4], [-0.2, 0.1]], [[-0.5, 0.4], [-0.2, -0.1]]
+    verdicts = lambda fa, ce: [line.split("**")[1] for line in figure2.angle_findings([0, 1], {"fa": fa, "ce": ce})]
+    assert verdicts(positive, negative) == ["holds", "holds"]
+    assert verdicts(mixed, mixed) == verdicts(negative, positive) == ["does not hold", "does not hold"]
 
 
 def test_cosines_are_those_of_the_gradients_of_each_loss_alone() -> None:

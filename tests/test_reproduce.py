@@ -1,16 +1,19 @@
 """Experiments share what is equal, go on where they were killed, and say what failed."""
 
+import functools
 import io
 import json
+import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 from rich.console import Console
 
-from hast_jax import calibrate, data, figure2, pipeline, reproduce, tables
+from hast_jax import calibrate, data, figure2, landscape, pipeline, reproduce, tables
 from hast_jax import config as config_lib
 from hast_jax.errors import UserError
 from hast_jax.experiments import EXPERIMENTS, FINDINGS, Cell
@@ -86,14 +89,21 @@ def test_cells_share_images_equal_cells_are_one_run_and_seeds_differ(tmp_path: P
     images = {path.parent.name: np.load(path / "images.npy") for path in (tmp_path / "images").glob("*/synthetic")}
     assert np.abs(images["base-seed0"] - images["base-seed1"]).max() > 1
     np.testing.assert_allclose(np.load(noise / "images.npy").std(), 1, atol=0.05)
-    ranges = {(tmp_path / "cells" / f"base-seed{seed}" / "ranges.json").read_text() for seed in (0, 1)}
-    assert len(ranges) == 2
+    ranges = lambda name: (tmp_path / "cells" / name / "ranges.json").read_text()
+    assert len({ranges(name) for name in ("base-seed0", "base-seed1", "images=32-seed0")}) == 3
+    assert ranges("eps=0-seed0") == ranges("base-seed0")
 
 
-def test_a_folder_may_move_but_not_take_another_config(tmp_path: Path) -> None:
+def test_a_finished_cell_is_only_read_wherever_its_folder_has_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = sweep(tmp_path / "here", finetune__epochs=1).run(Cell("base", {}))
     (tmp_path / "here").rename(tmp_path / "there")
+    shutil.rmtree(tmp_path / "there" / "images")  # a table can be drawn again without them
+    for stage in ("run", "run_synthesis"):
+        monkeypatch.setattr(pipeline, stage, lambda *_: pytest.fail("it was finished"))
     assert sweep(tmp_path / "there", finetune__epochs=1).run(Cell("base", {})) == first
+    monkeypatch.setattr(Sweep, "teacher", {"kernel": np.ones(3)})
+    other = sweep(tmp_path / "there", finetune__epochs=1).run(Cell("base", {}))
+    assert "began with a teacher of other weights" in other[0]["failed"]
     with pytest.raises(UserError, match=r"finetune.epochs: 1 -> 2"):
         sweep(tmp_path / "there", finetune__epochs=2)
 
@@ -108,6 +118,9 @@ def test_images_that_are_there_already_must_be_those_of_the_config(tmp_path: Pat
         sweep(tmp_path / "b", synthesis__source=source, synthesis__iterations=30)
     with pytest.raises(UserError, match=r"use --seeds=1"):
         sweep(tmp_path / "c", seeds=2, synthesis__source=source)
+    given.teacher = {"kernel": np.ones(3)}
+    with pytest.raises(UserError, match=r"began with a teacher of other weights"):
+        given.images({}, 0)
 
 
 def test_real_images_are_those_of_the_train_split(tmp_path: Path) -> None:
@@ -128,7 +141,12 @@ def test_figure_2_comes_from_the_kept_checkpoints(tmp_path: Path) -> None:
     reproduce.run(["figure2b"], small)
     angles = json.loads((tmp_path / "figure2a.json").read_text())
     assert angles["epochs"] == [0, 1, 2, 3, 4]
-    assert all(abs(cosine) <= 1 for each in angles["cosine_with_kl"].values() for epoch in each for cosine in epoch)
+    found = figure2.base(small)
+    batch = found.students[-1][1], found.frozen, found.frozen.images[:16], found.frozen.labels[:16]
+    expected = jax.jit(functools.partial(landscape.gradient_cosines, found.losses))(*batch)
+    for loss, cosines in angles["cosine_with_kl"].items():
+        assert np.shape(cosines) == (5, 6) and np.abs(cosines).max() <= 1
+        np.testing.assert_allclose(cosines[-1][0], expected[loss], atol=1e-5)
     spectra = json.loads((tmp_path / "figure2b.json").read_text())["spectra"]
     for row in spectra.values():
         assert row["smallest"] <= row["mean"] <= row["largest"] and 0 < row["root_mean_square"] <= row["largest"]
@@ -190,10 +208,33 @@ def test_all_experiments_make_one_page_though_a_cell_fails(tmp_path: Path, monke
     [(90, 80, "holds"), (80, 90, "does not hold"), (80, 80.5, "undecided"), (100, 100, "undecided")],
 )
 def test_a_difference_decides_where_it_is_larger_than_twice_its_error(first: float, second: float, verdict: str) -> None:
-    row = lambda label, mean: {"label": label, "mean": mean, "std": None, "seeds": 1, "failed": []}
-    rows = [row("HAST", first), row("no promotion", second)]
-    sections = {"baselines": tables.Section("", "", {"rows": rows})}
-    assert f"**{verdict}**" in tables.verdict(FINDINGS[0], sections, images=1000)
+    assert f"**{verdict}**" in promotion_helps(row("HAST", first), row("no promotion", second, changes={"finetune.b": 0.0}))
+
+
+def test_the_error_of_a_difference_is_of_the_seeds_too() -> None:
+    without = row("no promotion", 86, changes={"finetune.b": 0.0})
+    for std, seeds, verdict in [(0.5, 4, "holds"), (4.0, 4, "undecided"), (4.0, 64, "holds")]:
+        assert f"**{verdict}**" in promotion_helps(row("HAST", 90, std=std, seeds=seeds), without)
+
+
+def test_a_cell_is_not_compared_with_itself() -> None:
+    config = tiny.config(finetune__b=0.0)
+    cells = EXPERIMENTS["baselines"](config).cells
+    rows = tables.rows(EXPERIMENTS["baselines"](config), {cell.label: [result(90.0)] for cell in cells}, config)
+    assert "not measured, with this config both cells are one run" in promotion_helps(*rows)
+    config.synthesis.images = config.synthesis.batch
+    config.finetune.lam = 0.0
+    for name, count in {"table4": 1, "figure1": 11}.items():
+        assert len(EXPERIMENTS[name](config).cells) == count
+
+
+def row(label: str, mean: float, **changes) -> dict:
+    return {"label": label, "mean": mean, "std": None, "seeds": 1, "failed": [], "changes": {}} | changes
+
+
+def promotion_helps(*rows: dict) -> str:
+    sections = {"baselines": tables.Section("", "", {"rows": list(rows)})}
+    return tables.verdict(FINDINGS[0], sections, images=1000)
 
 
 @pytest.mark.slow

@@ -79,8 +79,8 @@ def test_a_run_without_evaluation_data_needs_none(tmp_path: Path) -> None:
     assert result["teacher"] is None and result["last"] is None
     done = tiny.call(tiny.evaluate(tmp_path / "run"))
     assert done.returncode == 1 and "name a data set with --dataset" in done.stderr
-    done = tiny.call(tiny.evaluate(tmp_path / "run", "--dataset=digits"))
-    assert done.returncode == 0 and "719 images, digits test" in done.stdout
+    done = tiny.call(tiny.evaluate(tmp_path / "run", "--dataset=digits", "--split=train"))
+    assert done.returncode == 0 and "1078 images, digits train" in done.stdout
 
 
 def test_a_synthetic_set_is_reused_from_another_run(finished: Path, tmp_path: Path) -> None:
