@@ -6,6 +6,7 @@ import re
 import shutil
 
 os.environ.setdefault("PJRT_NPROC", "8")  # as parallel.setup does: more threads than devices
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # many tests and commands share small programs
 
 from pathlib import Path
 

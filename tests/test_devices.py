@@ -61,7 +61,7 @@ def trajectory(devices: int, steps: int, **changes) -> list[dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_fine_tuning_trajectory_is_the_same_on_several_devices(devices: int) -> None:
     for one, several in zip(trajectory(1, 4), trajectory(devices, 4)):
         for name, value in one.items():
