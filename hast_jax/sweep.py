@@ -39,7 +39,7 @@ class Sweep:
         if config.synthesis.real_split:
             raise UserError("config.synthesis.real_split must be empty: a sweep has cells on real images of its own.")
         if config.synthesis.source:
-            _check_source(config, seeds)
+            _check_source(config)
         run_folder.open_for_run(workdir, config)
         self.config, self.workdir, self.console = config, workdir, console
         self.seeds = range(config.seed, config.seed + seeds)
@@ -70,13 +70,16 @@ class Sweep:
     def images(self, changes: dict[str, Any], seed: int) -> Path:
         """The folder of the synthetic set for a cell with these changes, made where it is not there.
 
-        Cells that change nothing about synthesis use `config.synthesis.source`, where it is set.
+        Where `config.synthesis.source` is set, cells that change nothing about synthesis use it, and the sets of the others are
+        of its seed too: the cells' seeds then change calibration and fine-tuning alone.
         """
         own = {k: v for k, v in changes.items() if k.startswith("synthesis.") and k not in SAME_IMAGES}
         if not own and self.config.synthesis.source:
             source = Path(self.config.synthesis.source)
             RunFolder(source.parent).check_teacher(self.teacher, remember=False)
             return source
+        if self.config.synthesis.source:
+            seed = self.config.seed
         config = self._changed(own, seed)
         config.eval.dataset, config.synthesis.source = "none", ""
         path = self.workdir / "images" / f"{_name(own)}-seed{seed}"
@@ -128,11 +131,9 @@ class Sweep:
         return self.console if self.console.is_terminal else Console(file=io.StringIO())
 
 
-def _check_source(config: ConfigDict, seeds: int) -> None:
+def _check_source(config: ConfigDict) -> None:
     """Raise UserError where the given set is not what the base would make: other cells would differ in more than they say."""
     source = Path(config.synthesis.source)
-    if seeds > 1:
-        raise UserError("config.synthesis.source gives every seed the same images: leave it empty, or use --seeds=1.")
     images, _ = synthetic_set.load(source, tuple(config.teacher.image))
     _, made = run_folder.open_for_reading(source.parent)
     dicts = [config_lib.to_dict(c) for c in (made, config)]

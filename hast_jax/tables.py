@@ -113,6 +113,8 @@ def context(sweep: Sweep, images: int, devices: int) -> str:
     made = f"{config.synthesis.images} images x {config.synthesis.iterations} iterations"
     steps = f"{config.finetune.epochs * config.finetune.steps_per_epoch} steps of {config.finetune.batch}"
     seeds = ", ".join(map(str, sweep.seeds))
+    if config.synthesis.source and len(sweep.seeds) > 1:
+        seeds += f" on the images of seed {config.seed}"
     bits = f"W{config.bits.weights}A{config.bits.activations}"
     hardware = f"{devices} x {jax.devices()[0].device_kind}"
     return (

@@ -116,8 +116,9 @@ def test_images_that_are_there_already_must_be_those_of_the_config(tmp_path: Pat
     assert given.images({"finetune.eps": 1.0}, 0) == finished / "synthetic"
     with pytest.raises(UserError, match=r"iterations: 20 -> 30"):
         sweep(tmp_path / "b", synthesis__source=source, synthesis__iterations=30)
-    with pytest.raises(UserError, match=r"use --seeds=1"):
-        sweep(tmp_path / "c", seeds=2, synthesis__source=source)
+    two = sweep(tmp_path / "c", seeds=2, synthesis__source=source)
+    assert two.images({"synthesis.iterations": 0}, 1) == two.images({"synthesis.iterations": 0}, 0)
+    assert "seed 0, 1 on the images of seed 0, " in tables.context(two, images=719, devices=2)
     given.teacher = {"kernel": np.ones(3)}
     with pytest.raises(UserError, match=r"began with a teacher of other weights"):
         given.images({}, 0)
