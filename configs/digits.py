@@ -2,7 +2,7 @@
 
     python -m hast_jax.main --config=configs/digits.py --workdir=runs/digits
 
-Under three minutes on two cores; some 98 % of 719 held-out digits at W3A3 (the README's table), where the paper has no row.
+Under two minutes on two cores; some 98 % of 719 held-out digits at W3A3 (the README's table), where the paper has no row.
 The teacher (99.58 %) ships with the package; it was trained by
 
     python -m hast_jax.pretrain --config=configs/digits.py
