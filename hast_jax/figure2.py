@@ -117,7 +117,7 @@ def hessian_spectra(sweep: Sweep) -> Section:
     )
     body += "\n".join(
         f"| {_LABELS[loss]} | {row['largest']:.3g} | {row['smallest']:.3g} | {row['mean']:.3g} | {row['root_mean_square']:.3g} "
-        f"| {_tail(row)} |"
+        f"| {_ratio(row)} |"
         for loss, row in spectra.items()
     )
     section = Section("Figure 2b: eigenvalues of the Hessians", body, {"spectra": spectra}, (tail_finding(spectra),))
@@ -165,11 +165,11 @@ def tail_finding(spectra: dict[str, dict[str, float]]) -> str:
         decision = "does not hold"
     else:
         decision = "holds" if all(lead(other) > error(other) for other in others) else "undecided"
-    sizes = ", ".join(f"{_LABELS[loss]} {_tail(row)}" for loss, row in spectra.items())
+    sizes = ", ".join(f"{_LABELS[loss]} {_ratio(row)}" for loss, row in spectra.items())
     return f"the paper: CE has the longer Hessian tail: **{decision}** (largest eigenvalue by root mean square: {sizes})"
 
 
-def _tail(row: dict[str, float]) -> str:
+def _ratio(row: dict[str, float]) -> str:
     return f"{row['largest_by_rms']:.3g} ± {row['largest_by_rms_error']:.2g}"
 
 

@@ -58,14 +58,17 @@ def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
     context = tables.context(sweep, len(dataset.labels), devices)
     sections = {}
     for each in names:
+        traceback_file = sweep.workdir / f"{each}.error.txt"
         try:
             section = FIGURES[each](sweep) if each in FIGURES else table(each, sweep, skip)
         except Exception as error:  # the other experiments can still be run
             if len(names) == 1:
                 raise
             sweep.failed.append(each)
-            write_text(sweep.workdir / f"{each}.error.txt", traceback.format_exc())
+            write_text(traceback_file, traceback.format_exc())
             section = Section(each, f"Not measured: {sentence(error)}", {})
+        else:
+            traceback_file.unlink(missing_ok=True)
         sections[each] = section
         write_json(sweep.workdir / f"{each}.json", {"title": section.title, "context": context, **section.data})
         write_text(sweep.workdir / f"{each}.md", f"# {section.title}\n\n{context}\n\n{section.body}\n")

@@ -204,6 +204,19 @@ def test_all_experiments_make_one_page_though_a_cell_fails(tmp_path: Path, monke
         reproduce.run(["table2", "table4"], small, skip=["a=9"])
 
 
+def test_an_experiment_that_fails_leaves_its_traceback_until_it_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, drawn = sweep(tmp_path), lambda _: tables.Section("drawn", "", {})
+    monkeypatch.setattr(reproduce, "FIGURES", {"figure2a": lambda _: 1 / 0, "figure2b": drawn})
+    page = reproduce.run(["figure2a", "figure2b"], small)
+    assert "Not measured: ZeroDivisionError: division by zero" in page and "## drawn" in page and small.failed == ["figure2a"]
+    assert "1 / 0" in (tmp_path / "figure2a.error.txt").read_text()
+    monkeypatch.setitem(reproduce.FIGURES, "figure2a", drawn)
+    assert "Not measured" not in reproduce.run(["figure2a", "figure2b"], small)
+    assert not (tmp_path / "figure2a.error.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("first", "second", "verdict"),
     [(90, 80, "holds"), (80, 90, "does not hold"), (80, 80.5, "undecided"), (100, 100, "undecided")],
