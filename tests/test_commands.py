@@ -11,6 +11,7 @@ from hast_jax.models import weights
 DIGITS = f"--config={tiny.ROOT}/configs/digits.py:w3a3,small"
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_a_json_line_for_each_step() -> None:
     done = tiny.call(
         [*tiny.module("benchmark"), DIGITS, "--steps=2", "--config.synthesis.batch=32", "--config.synthesis.images=256"]

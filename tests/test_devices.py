@@ -68,7 +68,7 @@ def test_the_fine_tuning_trajectory_is_the_same_on_several_devices(devices: int)
             np.testing.assert_allclose(several[name], value, rtol=1e-2, err_msg=name)
 
 
-@pytest.mark.parametrize("direction", ["kl", "fa"])
+@pytest.mark.parametrize("direction", ["kl", pytest.param("fa", marks=pytest.mark.slow)])
 def test_the_other_directions_promote_other_images(direction: str) -> None:
     both, other = trajectory(1, 1)[0], trajectory(1, 1, finetune__direction=direction)[0]
     np.testing.assert_allclose(other["kl"], both["kl"], rtol=1e-5)

@@ -39,6 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_the_pages_commands_train_quantize_evaluate_and_read_its_network(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [command[0] for command in COMMANDS] == ["pretrain", "main", "evaluate"]
     for name, *arguments in COMMANDS:
