@@ -26,10 +26,13 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from hast_jax import calibrate, cli, finetune, networks, parallel, synthesize
+from hast_jax import cli
 from hast_jax import config as config_lib
 from hast_jax.errors import UserError
-from hast_jax.models.conv import ARITHMETIC
+from hast_jax.networks import from_config
+from hast_jax.networks.conv import ARITHMETIC
+from hast_jax.runs import parallel
+from hast_jax.stages import calibrate, finetune, synthesize
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
 PART = flags.DEFINE_enum("part", "all", ["all", "synthesize", "finetune"], "The step to time.")
@@ -71,7 +74,7 @@ class Part(NamedTuple):
 
 def synthesis(config: ConfigDict, devices: int) -> Part:
     """One Adam step on as many batches a device as a run stacks there (`synthesis.stack`)."""
-    teacher = networks.bare_teacher(config)
+    teacher = from_config.bare_teacher(config)
     key, cfg = jax.random.key(config.seed), config.synthesis
     image, shape = jnp.zeros((1, *config.teacher.image)), (cfg.batch, *config.teacher.image)
     size = synthesize.memory(teacher, jax.eval_shape(teacher.init, key, image), shape, cfg)
@@ -87,7 +90,7 @@ def synthesis(config: ConfigDict, devices: int) -> Part:
 
 def fine_tuning(config: ConfigDict, devices: int) -> Part:
     """One step of fine-tuning, augmentation and promotion included."""
-    teacher, student = networks.bare_teacher(config), networks.student(config)
+    teacher, student = from_config.bare_teacher(config), from_config.student(config)
     key, cfg, image = jax.random.key(config.seed), config.finetune, tuple(config.teacher.image)
     shape = (1, cfg.batch // parallel.together(devices)) if cfg.stream else (max(256, cfg.batch),)
 

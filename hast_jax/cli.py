@@ -9,8 +9,8 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from hast_jax import parallel
 from hast_jax.errors import UserError, refused_by_disk
+from hast_jax.runs import parallel
 
 PROCESSES = flags.DEFINE_string(
     "processes", "", "Several processes, one run: auto (Slurm, TPU, MPI), or HOST:PORT,NUMBER,INDEX with process 0's address."

@@ -15,12 +15,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from hast_jax import losses, promote, quant
-from hast_jax.data import DATASETS
+from hast_jax.data.datasets import DATASETS
 from hast_jax.errors import UserError
-from hast_jax.files import crc32
-from hast_jax.models import ARCHITECTURES, own
-from hast_jax.models.conv import ARITHMETIC
+from hast_jax.method import losses, promotion, quantizer
+from hast_jax.networks import ARCHITECTURES, user_files
+from hast_jax.networks.conv import ARITHMETIC
+from hast_jax.runs.files import crc32
 
 SCHEDULES = ("step", "cosine")
 
@@ -184,22 +184,22 @@ def field(config: ConfigDict, path: str) -> Any:
 def _faults(config: ConfigDict) -> Iterator[tuple[str, bool, str]]:
     """(field, is it impossible, what it must be), field by field."""
     synthesis, calibration, finetune, teacher = config.synthesis, config.calibration, config.finetune, config.teacher
-    bits = f"between {quant.MIN_BITS} and {quant.MAX_BITS}"
+    bits = f"between {quantizer.MIN_BITS} and {quantizer.MAX_BITS}"
     for name in ("weights", "activations"):
-        yield f"bits.{name}", not quant.MIN_BITS <= config.bits[name] <= quant.MAX_BITS, bits
+        yield f"bits.{name}", not quantizer.MIN_BITS <= config.bits[name] <= quantizer.MAX_BITS, bits
     for path, value in flatten_dict(config.to_dict(), sep=".").items():
         yield path, isinstance(value, float) and not math.isfinite(value), "finite"
     yield "seed", not 0 <= config.seed < 2**32, "between 0 and 2**32 - 1"
     choices: dict[str, tuple[str, Any]] = {
         "teacher.arithmetic": (teacher.arithmetic, ARITHMETIC),
-        "calibration.range": (calibration.range, quant.RANGE_RULES),
+        "calibration.range": (calibration.range, quantizer.RANGE_RULES),
         "finetune.schedule": (finetune.schedule, SCHEDULES),
-        "finetune.straight_through": (finetune.straight_through, quant.STRAIGHT_THROUGH),
+        "finetune.straight_through": (finetune.straight_through, quantizer.STRAIGHT_THROUGH),
         "finetune.alignment": (finetune.alignment, losses.ALIGNMENTS),
-        "finetune.direction": (finetune.direction, promote.DIRECTIONS),
+        "finetune.direction": (finetune.direction, promotion.DIRECTIONS),
         "eval.dataset": (config.eval.dataset, DATASETS),
     }
-    if not own.is_own(teacher.network):
+    if not user_files.is_own(teacher.network):
         choices["teacher.network"] = teacher.network, [*ARCHITECTURES, "FILE.py:CLASS"]
     for path, (value, known) in choices.items():
         close = difflib.get_close_matches(str(value), known, 1)

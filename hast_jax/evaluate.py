@@ -9,11 +9,13 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from hast_jax import cli, data, networks, parallel, pipeline, run_folder
+from hast_jax import cli, pipeline
 from hast_jax import config as config_lib
-from hast_jax.accuracy import Accuracy, make_evaluator
+from hast_jax.data import datasets
 from hast_jax.errors import UserError
-from hast_jax.models import own
+from hast_jax.networks import from_config, user_files
+from hast_jax.runs import parallel, run_folder
+from hast_jax.stages.accuracy import Accuracy, make_evaluator
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
 CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which student: best was selected on test data.")
@@ -43,7 +45,7 @@ def run(
     folder, config = run_folder.open_for_reading(workdir)
     if network is not None:
         config.teacher.network = network
-    elif own.is_own(config.teacher.network):
+    elif user_files.is_own(config.teacher.network):
         name = config.teacher.network
         raise UserError(f"{workdir} names {name}, a network of its maker's own: if you trust its code, add --network={name}.")
     count = parallel.setup(devices)
@@ -51,15 +53,15 @@ def run(
     chosen = {"dataset": dataset, "split": split, "data_dir": data_dir}
     config.eval.update({name: value for name, value in chosen.items() if value is not None})
     config_lib.validate(config)
-    images = data.load(config, config.eval.split)
+    images = datasets.load(config, config.eval.split)
     if images is None:
         raise UserError(f"{workdir} was run with config.eval.dataset none: name a data set with --dataset.")
-    teacher, variables = networks.teacher(config)
+    teacher, variables = from_config.teacher(config)
     folder.check_teacher(variables, remember=False)
     student_variables, steps = pipeline.restore_student(folder, variables, config, checkpoint)
     found = {
         "teacher": make_evaluator(teacher, images, config, count, console)(variables),
-        "student": make_evaluator(networks.student(config), images, config, count, console)(student_variables),
+        "student": make_evaluator(from_config.student(config), images, config, count, console)(student_variables),
     }
     bits = f"W{config.bits.weights}A{config.bits.activations}"
     judged_on = f"{len(images.labels)} images, {config.eval.dataset} {config.eval.split}"

@@ -11,8 +11,9 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from hast_jax import cli, pipeline, preemption
-from hast_jax.report import show_result
+from hast_jax import cli, pipeline
+from hast_jax.runs import preemption
+from hast_jax.runs.report import show_result
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone on in.", required=True)

@@ -14,16 +14,18 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from hast_jax import calibrate, data, finetune, networks, parallel, preemption, run_folder, synthesize, synthetic_set
 from hast_jax import config as config_lib
-from hast_jax.accuracy import Accuracy, make_evaluator
-from hast_jax.checkpoint import Checkpoints
+from hast_jax.data import datasets
 from hast_jax.errors import UserError
-from hast_jax.files import crc32, write_json
-from hast_jax.loop import call_length, drive
-from hast_jax.models import weights
-from hast_jax.report import Reporter, save_picture
-from hast_jax.run_folder import RunFolder
+from hast_jax.networks import from_config, weights
+from hast_jax.runs import parallel, preemption, run_folder, synthetic_set
+from hast_jax.runs.checkpoint import Checkpoints
+from hast_jax.runs.files import crc32, write_json
+from hast_jax.runs.loop import call_length, drive
+from hast_jax.runs.report import Reporter, save_picture
+from hast_jax.runs.run_folder import RunFolder
+from hast_jax.stages import calibrate, finetune, synthesize
+from hast_jax.stages.accuracy import Accuracy, make_evaluator
 
 Evaluator = Callable[[weights.Variables], Accuracy]
 
@@ -54,9 +56,9 @@ def prepare(config: ConfigDict, workdir: Path, console: Console) -> tuple[Job, f
     config_lib.validate(config)
     devices = parallel.setup(config.devices, config.finetune.batch)
     console.quiet = console.quiet or not parallel.is_main()
-    teacher, variables = networks.teacher(config)
-    student = networks.student(config)
-    dataset = data.load(config, config.eval.split)
+    teacher, variables = from_config.teacher(config)
+    student = from_config.student(config)
+    dataset = datasets.load(config, config.eval.split)
     given = given_images(config)
     parallel.on_main(lambda: run_folder.open_for_run(workdir, config))
     folder = run_folder.RunFolder(workdir)
@@ -107,7 +109,7 @@ def given_images(config: ConfigDict) -> tuple[np.ndarray, np.ndarray] | None:
     """
     cfg = config.synthesis
     if cfg.real_split:
-        images, labels = data.sample(config, cfg.images)
+        images, labels = datasets.sample(config, cfg.images)
     elif cfg.source:
         images, labels = (array[: cfg.images] for array in synthetic_set.load(Path(cfg.source), tuple(config.teacher.image)))
     else:

@@ -15,10 +15,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from hast_jax import accuracy, cli, data, models, parallel
+from hast_jax import cli, networks
 from hast_jax import config as config_lib
+from hast_jax.data import datasets
 from hast_jax.errors import UserError
-from hast_jax.models import weights
+from hast_jax.networks import weights
+from hast_jax.runs import parallel
+from hast_jax.stages import accuracy
 
 Array = jax.Array
 
@@ -45,7 +48,7 @@ def shift(images: Array, key: Array, pixels: int) -> Array:
     return jax.vmap(crop)(padded, corners)
 
 
-def train(model: nn.Module, dataset: data.Arrays, config: ConfigDict, console: Console) -> Mapping[str, Any]:
+def train(model: nn.Module, dataset: datasets.Arrays, config: ConfigDict, console: Console) -> Mapping[str, Any]:
     """`params` and `batch_stats` after SGD with Nesterov momentum and a cosine schedule. config: the whole config."""
     cfg, teacher = config.pretrain, config.teacher
     images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
@@ -58,7 +61,7 @@ def train(model: nn.Module, dataset: data.Arrays, config: ConfigDict, console: C
     def step(state: State) -> tuple[State, Array]:
         draw_key, shift_key = jax.random.split(jax.random.fold_in(key, state.step))
         chosen = jax.random.choice(draw_key, len(labels), (cfg.batch,), replace=False)
-        batch = shift(data.normalise(images[chosen], teacher.mean, teacher.std), shift_key, cfg.shift)
+        batch = shift(datasets.normalise(images[chosen], teacher.mean, teacher.std), shift_key, cfg.shift)
 
         def loss_fn(params: Any) -> tuple[Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -91,10 +94,10 @@ def main(_: list[str]) -> None:
         if output.suffix != ".safetensors":
             raise UserError(f"--output={output}: the file must end in .safetensors.")
         devices = parallel.setup(config.devices)
-        model = models.create(config.teacher.network, config.teacher.classes)
-        train_set = data.load(config, "train")
-        test_set = data.load(config, config.eval.split)
-        if not isinstance(train_set, data.Arrays) or test_set is None:
+        model = networks.create(config.teacher.network, config.teacher.classes)
+        train_set = datasets.load(config, "train")
+        test_set = datasets.load(config, config.eval.split)
+        if not isinstance(train_set, datasets.Arrays) or test_set is None:
             raise UserError("a teacher needs real images in memory: set config.eval.dataset to digits, cifar10 or cifar100.")
         if config.pretrain.batch > len(train_set.labels):
             raise UserError(f"config.pretrain.batch is {config.pretrain.batch}, more than the {len(train_set.labels)} images.")

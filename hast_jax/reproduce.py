@@ -16,12 +16,15 @@ from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 
-from hast_jax import cli, data, figure2, parallel, preemption, tables
+from hast_jax import cli
+from hast_jax.data import datasets
 from hast_jax.errors import UserError, sentence
-from hast_jax.experiments import EXPERIMENTS
-from hast_jax.files import write_json, write_text
-from hast_jax.sweep import Sweep
-from hast_jax.tables import Section
+from hast_jax.paper import figure2, tables
+from hast_jax.paper.experiments import EXPERIMENTS
+from hast_jax.paper.sweep import Sweep
+from hast_jax.paper.tables import Section
+from hast_jax.runs import parallel, preemption
+from hast_jax.runs.files import write_json, write_text
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/reproduction", "Folder of the sweep: made, or gone on in.")
@@ -52,7 +55,7 @@ def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
     if unknown := set(skip) - known:
         raise UserError(f"--skip={min(unknown)}: no cell has this label; there are: {'; '.join(sorted(known))}.")
     devices = parallel.setup(sweep.config.devices, sweep.config.finetune.batch)
-    dataset = data.load(sweep.config, sweep.config.eval.split)
+    dataset = datasets.load(sweep.config, sweep.config.eval.split)
     if dataset is None:
         raise UserError("a table needs accuracies: set config.eval.dataset to the data set of the teacher.")
     context = tables.context(sweep, len(dataset.labels), devices)

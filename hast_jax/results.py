@@ -9,8 +9,8 @@ from typing import Any
 
 from hast_jax import cli
 from hast_jax.errors import UserError
-from hast_jax.files import read_json
-from hast_jax.report import format_images, format_seconds
+from hast_jax.runs.files import read_json
+from hast_jax.runs.report import format_images, format_seconds
 
 HEADER = (
     "| network, data | bits | settings | teacher | no fine-tuning | HAST, last epoch | drop | best epoch* "

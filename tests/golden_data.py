@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from hast_jax.models import ResNet, weights
+from hast_jax.networks import ResNet, weights
 
 
 class Golden:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hast_jax import augment
+from hast_jax.method import augmentation
 
 SIZE = 16
 
@@ -17,13 +17,13 @@ def test_a_crop_resized_back_is_pillows(box: tuple[int, ...]) -> None:
     image = np.random.default_rng(0).random((SIZE, SIZE), np.float32)
     crop = Image.fromarray(image[top : top + height, left : left + width])
     expected = np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
-    rows = augment.resize_matrix(jnp.float32(top), jnp.float32(height), SIZE)
-    columns = augment.resize_matrix(jnp.float32(left), jnp.float32(width), SIZE)
+    rows = augmentation.resize_matrix(jnp.float32(top), jnp.float32(height), SIZE)
+    columns = augmentation.resize_matrix(jnp.float32(left), jnp.float32(width), SIZE)
     np.testing.assert_allclose(rows @ image @ columns.T, expected, atol=1e-5)
 
 
 def test_boxes_lie_in_the_image_and_have_the_wanted_areas_and_aspects() -> None:
-    box = jax.vmap(lambda k: jnp.stack(augment.crop_box(k, 32, (0.5, 1.0), (3 / 4, 4 / 3))))
+    box = jax.vmap(lambda k: jnp.stack(augmentation.crop_box(k, 32, (0.5, 1.0), (3 / 4, 4 / 3))))
     top, left, height, width = np.asarray(box(jax.random.split(jax.random.key(0), 2000))).T
     assert (top >= 0).all() and (left >= 0).all()
     assert (top + height <= 32).all() and (left + width <= 32).all()
@@ -35,7 +35,7 @@ def test_boxes_lie_in_the_image_and_have_the_wanted_areas_and_aspects() -> None:
 def test_the_whole_image_without_a_crop_is_itself_or_its_mirror() -> None:
     images = jax.random.normal(jax.random.key(0), (64, SIZE, SIZE, 3))
     keys = jax.random.split(jax.random.key(1), 64)
-    out = augment.random_resized_crop_and_flip(keys, images, (1.0, 1.0), (1.0, 1.0))
+    out = augmentation.random_resized_crop_and_flip(keys, images, (1.0, 1.0), (1.0, 1.0))
     same = jnp.abs(out - images).max((1, 2, 3)) < 1e-5
     mirrored = jnp.abs(out - images[:, :, ::-1]).max((1, 2, 3)) < 1e-5
     assert (same ^ mirrored).all() and 16 < int(same.sum()) < 48
@@ -43,14 +43,14 @@ def test_the_whole_image_without_a_crop_is_itself_or_its_mirror() -> None:
 
 def test_one_key_gives_the_batch_one_crop_and_many_keys_give_many() -> None:
     images = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, SIZE, SIZE, 3)), (4, SIZE, SIZE, 3))
-    one = augment.random_resized_crop_and_flip(jax.random.key(1), images, (0.4, 0.6))
-    many = augment.random_resized_crop_and_flip(jax.random.split(jax.random.key(1), 4), images, (0.4, 0.6))
+    one = augmentation.random_resized_crop_and_flip(jax.random.key(1), images, (0.4, 0.6))
+    many = augmentation.random_resized_crop_and_flip(jax.random.split(jax.random.key(1), 4), images, (0.4, 0.6))
     assert jnp.abs(one - one[:1]).max() == 0
     assert jnp.abs(many - many[:1]).max() > 0.1
 
 
 def test_it_is_linear_in_the_images_so_that_gradients_flow_through_it() -> None:
     images = jax.random.normal(jax.random.key(0), (2, SIZE, SIZE, 3))
-    see = lambda x: augment.random_resized_crop_and_flip(jax.random.key(3), x, (0.4, 1.0))
+    see = lambda x: augmentation.random_resized_crop_and_flip(jax.random.key(3), x, (0.4, 1.0))
     _, tangent = jax.jvp(see, (images,), (2 * images,))
     np.testing.assert_allclose(tangent, 2 * see(images), rtol=1e-5, atol=1e-6)

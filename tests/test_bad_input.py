@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tiny
 
-from hast_jax import synthetic_set
 from hast_jax.errors import UserError
+from hast_jax.runs import synthetic_set
 
 
 def test_a_corrupt_synthetic_set_is_noticed(copy: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from hast_jax.models import weights
+from hast_jax.networks import weights
 
 DIGITS = f"--config={tiny.ROOT}/configs/digits.py:w3a3,small"
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from hast_jax.models.conv import conv
+from hast_jax.networks.conv import conv
 
 
 def plain(x, kernel, stride, groups):

@@ -7,14 +7,16 @@ import tiny
 from rich.console import Console
 from test_config import get_config
 
-from hast_jax import data, networks, parallel
-from hast_jax.accuracy import make_evaluator
+from hast_jax.data import datasets
 from hast_jax.errors import UserError
+from hast_jax.networks import from_config
+from hast_jax.runs import parallel
+from hast_jax.stages.accuracy import make_evaluator
 
 
 def test_the_digits_are_split_without_overlap_and_by_class() -> None:
     config = tiny.config()
-    train, test = data.load(config, "train"), data.load(config, "test")
+    train, test = datasets.load(config, "train"), datasets.load(config, "test")
     assert len(train.labels) == 1078 and len(test.labels) == 719
     assert train.images.dtype == np.uint8 and train.images.shape[1:] == (8, 8, 1) and train.images.max() == 255
     assert np.abs(np.bincount(train.labels) / 1078 - np.bincount(test.labels) / 719).max() < 0.01
@@ -24,12 +26,12 @@ def test_the_digits_are_split_without_overlap_and_by_class() -> None:
 
 def test_a_split_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match="use train or test"):
-        data.load(tiny.config(), "validation")
+        datasets.load(tiny.config(), "validation")
 
 
 def test_images_are_normalised_with_the_teachers_mean_and_std() -> None:
     images = jnp.asarray([[[[0, 255]]]], jnp.uint8)
-    np.testing.assert_allclose(data.normalise(images, (0.5, 0.25), (0.5, 0.5)), [[[[-1.0, 1.5]]]])
+    np.testing.assert_allclose(datasets.normalise(images, (0.5, 0.25), (0.5, 0.5)), [[[[-1.0, 1.5]]]])
 
 
 @pytest.mark.parametrize(("name", "top1"), [("cifar10", 90.09), ("cifar100", 67.62)])
@@ -37,10 +39,10 @@ def test_the_built_in_teachers_reach_their_accuracy(name: str, top1: float, requ
     config = get_config(tiny.ROOT / "configs" / f"{name}.py")
     config.eval.data_dir = request.config.getoption("--tfds") or ""
     try:
-        dataset = data.load(config, "test")
+        dataset = datasets.load(config, "test")
     except UserError:
         pytest.skip(f"{name} is not prepared: give --tfds=DIR")
-    model, variables = networks.teacher(config)
+    model, variables = from_config.teacher(config)
     devices = parallel.setup(2)
     assert len(dataset.labels) == 10_000
     found = make_evaluator(model, dataset, config, devices, Console(quiet=True))(variables)

@@ -11,7 +11,10 @@ import pytest
 import tiny
 from rich.console import Console
 
-from hast_jax import finetune, networks, parallel, pipeline, synthesize
+from hast_jax import pipeline
+from hast_jax.networks import from_config
+from hast_jax.runs import parallel
+from hast_jax.stages import finetune, synthesize
 
 
 def test_the_synthetic_images_are_the_same_on_one_and_on_four_devices(tmp_path) -> None:
@@ -46,8 +49,8 @@ def test_a_device_is_dealt_as_many_batches_as_the_others() -> None:
 def trajectory(devices: int, steps: int, **changes) -> list[dict[str, float]]:
     """Metrics of the first steps on random images."""
     config = tiny.config(**changes)
-    teacher, variables = networks.teacher(config)
-    student = networks.student(config)
+    teacher, variables = from_config.teacher(config)
+    student = from_config.student(config)
     images, labels = jax.random.normal(jax.random.key(1), (64, 8, 8, 1)), jnp.arange(64) % 10
     _, updated = student.apply(variables, images, mutable=["ranges"])
     frozen = parallel.replicate(finetune.freeze(variables, updated["ranges"], images, labels, config), devices)
@@ -96,7 +99,7 @@ def test_several_steps_in_one_call_are_the_same_steps() -> None:
 
 def test_a_batch_in_parts_has_the_objective_and_gradient_of_the_whole() -> None:
     config = tiny.config()
-    teacher, variables = networks.teacher(config)
+    teacher, variables = from_config.teacher(config)
     images, labels = jax.random.normal(jax.random.key(1), (24, 8, 8, 1)), jnp.arange(24) % 10
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -114,7 +117,7 @@ def test_a_batch_in_parts_has_the_objective_and_gradient_of_the_whole() -> None:
 
 
 def test_computing_again_needs_the_memory_of_one_part() -> None:
-    teacher, variables = networks.teacher(tiny.config())
+    teacher, variables = from_config.teacher(tiny.config())
     images, labels = jnp.zeros((256, 8, 8, 1)), jnp.zeros(256, jnp.int32)
 
     def memory(micro_batch: int, remat: bool) -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from hast_jax import run_folder
 from hast_jax.errors import UserError
+from hast_jax.runs import run_folder
 
 
 def start(workdir: Path) -> subprocess.Popen:

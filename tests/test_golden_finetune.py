@@ -14,8 +14,10 @@ from golden_data import Golden, assert_close_per_image, nchw, nhwc, per_image, r
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
-from hast_jax import finetune, losses, models, promote, quant
-from hast_jax.models import weights
+from hast_jax import networks
+from hast_jax.method import losses, promotion, quantizer
+from hast_jax.networks import weights
+from hast_jax.stages import finetune
 
 pytestmark = pytest.mark.golden
 KIND = "finetune"
@@ -36,8 +38,8 @@ class Case(NamedTuple):
     images: jax.Array
 
     @property
-    def teacher(self) -> models.ResNet:
-        return models.create("resnet20", self.classes)
+    def teacher(self) -> networks.ResNet:
+        return networks.create("resnet20", self.classes)
 
     def look(self, params: Any = None) -> dict[str, Any]:
         """All that one step computes, at the given parameters of the student."""
@@ -51,7 +53,7 @@ class Case(NamedTuple):
 
 @functools.cache
 def compiled(bits: tuple[int, int], classes: int):
-    teacher, student = models.create("resnet20", classes), models.create("resnet20", classes, models.Precision(*bits))
+    teacher, student = networks.create("resnet20", classes), networks.create("resnet20", classes, networks.Precision(*bits))
 
     @jax.jit
     def look(params, frozen):
@@ -69,7 +71,7 @@ def compiled(bits: tuple[int, int], classes: int):
         for name, parts in (("KL", ["kl"]), ("FA", ["fa"]), ("KLFA", ["kl", "fa"])):
             scalar = lambda x: sum(between(params, x)[part] for part in parts)
             found[f"grad_{name}_img"] = jax.grad(scalar)(images)
-        _, _, found["hard_images"] = promote.promote(between, params, images, frozen.strengths.eps, "kl+fa")
+        _, _, found["hard_images"] = promotion.promote(between, params, images, frozen.strengths.eps, "kl+fa")
         found["logits_perturbed"], _ = student.apply(student_variables, found["hard_images"])
         found["teacher_logits_perturbed"], _ = teacher.apply(frozen.teacher, found["hard_images"])
         found["metrics"], found["gradient"] = finetune.loss_and_gradient(between, params, images, frozen.strengths, config)
@@ -88,7 +90,7 @@ def case_of(golden: Golden, name: str, head: str, dtype: type) -> Case:
     config.lr = float(golden[f"{group}/lr"])
     assert (golden["temperature"], golden["alpha"]) == (config.temperature, config.alpha)
     scale = 1.0 if head else float(golden[f"{group}/head_scale"])
-    variables = recipe_weights(models.create("resnet20", classes), int(golden["weight_seed"]), scale, dtype)
+    variables = recipe_weights(networks.create("resnet20", classes), int(golden["weight_seed"]), scale, dtype)
     return Case(
         prefix=f"{name}/{head}".rstrip("/"),
         group=group,
@@ -141,7 +143,7 @@ def test_integer_weights_agree(golden: Golden) -> None:
         for layer, expected in golden.under(f"{case.group}/w_codes").items():
             kernel = flat[names[f"{layer}.weight"]]
             low, high = (f(kernel, range(kernel.ndim - 1), keepdims=True) for f in (jnp.min, jnp.max))
-            codes = quant.quantize(kernel, *quant.scale_and_zero_point(low, high, bits), bits)
+            codes = quantizer.quantize(kernel, *quantizer.scale_and_zero_point(low, high, bits), bits)
             codes = weights.to_torch_layout(np.asarray(codes)) + 2 ** (bits - 1)
             assert np.abs(codes - expected).max() <= 1 and np.mean(codes != expected) <= 1e-3, layer
 
@@ -152,7 +154,7 @@ def test_integer_activations_agree(golden: Golden) -> None:
         stored = golden.under(f"{case.prefix}/act_codes")
         if not stored:
             continue
-        student = models.create("resnet20", case.classes, models.Precision(*case.bits))
+        student = networks.create("resnet20", case.classes, networks.Precision(*case.bits))
         variables = {**case.variables, "ranges": case.ranges}
         _, captured = student.apply(variables, case.images[:2], capture_intermediates=True, mutable=["intermediates"])
         outputs = captured["intermediates"]
@@ -164,7 +166,7 @@ def test_integer_activations_agree(golden: Golden) -> None:
             ranges = case.ranges if parts[0] == "init_block" else case.ranges["_".join(parts[:2])]
             limits = ranges[leaf]["low"], ranges[leaf]["high"]
             y = block[leaf]["__call__"][0]
-            codes = quant.quantize(y, *quant.scale_and_zero_point(*limits, case.bits[1]), case.bits[1])
+            codes = quantizer.quantize(y, *quantizer.scale_and_zero_point(*limits, case.bits[1]), case.bits[1])
             wrong += np.sum(nchw(codes) + 2 ** (case.bits[1] - 1) != expected)
             total += expected.size
         assert wrong / total < 1e-3

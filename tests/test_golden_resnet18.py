@@ -7,8 +7,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from golden_data import Golden, nhwc, per_image, recipe_weights
 
-from hast_jax import calibrate, models
-from hast_jax.models import weights
+from hast_jax import networks
+from hast_jax.networks import weights
+from hast_jax.stages import calibrate
 
 pytestmark = pytest.mark.golden
 KIND = "resnet18_imagenet"
@@ -19,8 +20,8 @@ def setting(golden: Golden):
     rng = np.random.Generator(np.random.PCG64([int(s) for s in golden["x_seed"]]))
     images = rng.standard_normal(tuple(golden["x_shape"])).astype(np.float32)
     np.testing.assert_array_equal(images.ravel()[:8], golden["x_first8"])
-    model = models.create("resnet18", classes)
-    student = models.create("resnet18", classes, models.Precision(bits, bits))
+    model = networks.create("resnet18", classes)
+    student = networks.create("resnet18", classes, networks.Precision(bits, bits))
     return model, student, recipe_weights(model, int(golden["weight_seed"])), nhwc(images)
 
 
@@ -61,7 +62,7 @@ def test_calibration_on_the_same_images_gives_the_stored_ranges(golden: Golden) 
     np.testing.assert_allclose(high, golden["x_max"], rtol=5e-2)
 
 
-def ordered_activations(student: models.ResNet) -> list[tuple[str, ...]]:
+def ordered_activations(student: networks.ResNet) -> list[tuple[str, ...]]:
     """Paths of the activations in the order of execution."""
     paths = [("init_activ",)]
     for i, units in enumerate(student.units):

@@ -9,7 +9,9 @@ from golden_data import Golden, assert_close_per_image, nchw, nhwc, recipe_weigh
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
-from hast_jax import losses, models, synthesize
+from hast_jax import networks
+from hast_jax.method import losses
+from hast_jax.stages import synthesize
 
 pytestmark = pytest.mark.golden
 KIND = "synthesis"
@@ -23,7 +25,7 @@ def beta_and_gamma(name: str) -> tuple[float, float]:
 def setting(golden: Golden, name: str, *, scaled: bool = False, dtype=np.float32):
     """Network, variables, labels and prefix of a config, with the unscaled or the scaled head."""
     # The number of classes is not stored: it is at least that of the edge cases' logits.
-    model = models.create("resnet20", golden["edge/logits"].shape[1])
+    model = networks.create("resnet20", golden["edge/logits"].shape[1])
     scale = float(golden["head_scale"]) if scaled else 1.0
     variables = recipe_weights(model, int(golden["weight_seed"]), scale, dtype)
     labels = golden["labels_scaled_head" if scaled else "labels"]

@@ -5,15 +5,16 @@ import pytest
 from golden_data import Golden, nhwc, recipe_weights
 from jax import numpy as jnp
 
-from hast_jax import losses, models
-from hast_jax.models import weights
+from hast_jax import networks
+from hast_jax.method import losses
+from hast_jax.networks import weights
 
 pytestmark = pytest.mark.golden
 KIND = r"resnet20_\w+_teacher"
 
 
-def network(golden: Golden) -> models.ResNet:
-    return models.create("resnet20", golden["logits"].shape[1])
+def network(golden: Golden) -> networks.ResNet:
+    return networks.create("resnet20", golden["logits"].shape[1])
 
 
 def test_the_recipe_fills_the_weights_that_the_file_holds(golden: Golden) -> None:

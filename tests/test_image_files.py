@@ -15,10 +15,11 @@ from PIL import Image
 from rich.console import Console
 
 from hast_jax import config as config_lib
-from hast_jax import data, image_files, parallel
-from hast_jax.accuracy import make_evaluator
+from hast_jax.data import datasets, image_files
 from hast_jax.errors import UserError
-from hast_jax.models.layers import FULL_PRECISION, Precision
+from hast_jax.networks.layers import FULL_PRECISION, Precision
+from hast_jax.runs import parallel
+from hast_jax.stages.accuracy import make_evaluator
 
 CROP = 224 / 256
 SIZES = [(300, 200), (200, 300), (257, 255), (64, 500), (256, 256), (301, 299)]
@@ -85,7 +86,7 @@ def test_imagenet_of_tfds_is_decoded_and_cropped_like_files(folder: Path, monkey
     monkeypatch.setattr(tfds, "data_source", create_autospec(tfds.data_source, return_value=Source(records)))
     config = tiny.config(eval__dataset="imagenet2012", eval__split="validation")
     config.teacher.image, config.teacher.classes = (64, 64, 3), 1000
-    dataset = data.load(config, "validation")
+    dataset = datasets.load(config, "validation")
     np.testing.assert_array_equal(dataset.labels, files.labels)
     np.testing.assert_array_equal(np.concatenate(list(dataset.batches(7))), files.read(np.arange(25)))
 
@@ -103,7 +104,7 @@ class PixelNet(nn.Module):
 def test_top_1_and_top_5_are_those_of_sorted_logits(folder: Path) -> None:
     config = tiny.config(eval__dataset="folder", eval__data_dir=str(folder), eval__split="val", eval__batch=7)
     config.teacher.image, config.teacher.mean, config.teacher.std = (64, 64, 3), (0.5,) * 3, (0.2,) * 3
-    dataset = data.load(config, "val")
+    dataset = datasets.load(config, "val")
     found = make_evaluator(PixelNet(), dataset, config, parallel.setup(2), Console(quiet=True))({})
     logits = dataset.read(np.arange(25)).astype(np.float64) / 255
     logits = ((logits - 0.5) / 0.2).reshape(25, -1)[:, :10]
@@ -115,7 +116,7 @@ def test_top_1_and_top_5_are_those_of_sorted_logits(folder: Path) -> None:
 
 def test_a_network_without_finite_logits_is_right_about_nothing() -> None:
     config = tiny.config()
-    dataset = data.load(config, "test")
+    dataset = datasets.load(config, "test")
 
     class NotANumber(nn.Module):
         precision: Precision = FULL_PRECISION
@@ -132,9 +133,9 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Path) -> None:
     config.teacher.image, config.teacher.mean, config.teacher.std = (64, 64, 3), (0.5,) * 3, (0.2,) * 3
     config.teacher.classes = 1000
     with pytest.raises(UserError, match=r"10 classes, the network takes .* knows 1000"):
-        data.load(config, "val")
+        datasets.load(config, "val")
     with pytest.raises(UserError, match="one folder for each class"):
-        data.load(config, "test")
+        datasets.load(config, "test")
     (folder / "val" / "n0003" / "a.JPEG").write_bytes(b"no jpeg")
     with pytest.raises(Exception, match=r"n0003/a.JPEG cannot be decoded"):
         list(image_files.folder(folder / "val", 64, CROP).batches(8))
@@ -154,7 +155,7 @@ def test_an_evaluation_batch_is_no_larger_than_the_data_and_its_progress_is_show
     config = tiny.config(eval__batch=8_000_000)
     config_lib.validate(config)
     terminal = io.StringIO()
-    evaluate = make_evaluator(PixelNet(), data.load(config, "test"), config, 2, Console(file=terminal, force_terminal=True))
+    evaluate = make_evaluator(PixelNet(), datasets.load(config, "test"), config, 2, Console(file=terminal, force_terminal=True))
     assert evaluate({}).top1 >= 0 and "evaluate" in terminal.getvalue()
     config.eval.batch = 10**11
     with pytest.raises(UserError, match=r"config.eval.batch is .* at most 8388608"):

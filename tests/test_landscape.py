@@ -7,8 +7,12 @@ import pytest
 import tiny
 from jax.flatten_util import ravel_pytree
 
-from hast_jax import figure2, finetune, landscape, models, networks, quant
-from hast_jax.landscape import Quadrature
+from hast_jax import networks
+from hast_jax.method import quantizer
+from hast_jax.networks import from_config
+from hast_jax.paper import figure2, landscape
+from hast_jax.paper.landscape import Quadrature
+from hast_jax.stages import finetune
 
 
 def symmetric(size: int) -> np.ndarray:
@@ -40,7 +44,9 @@ def test_the_spectrum_of_a_small_quantized_network_is_that_of_its_exact_hessian(
     params = {"a": jax.random.normal(jax.random.key(2), (4, 5)), "b": jax.random.normal(jax.random.key(3), (5, 3))}
 
     def loss(p):
-        hidden = quant.fake_quantize(jnp.tanh(x @ quant.fake_quantize_weight(p["a"], 4)), jnp.float32(-1), jnp.float32(1), 3)
+        hidden = quantizer.fake_quantize(
+            jnp.tanh(x @ quantizer.fake_quantize_weight(p["a"], 4)), jnp.float32(-1), jnp.float32(1), 3
+        )
         log_probabilities = jax.nn.log_softmax(hidden @ p["b"])
         return -jnp.mean(jnp.take_along_axis(log_probabilities, y[:, None], 1))
 
@@ -103,8 +109,8 @@ def test_gradients_agree_where_every_epochs_mean_is_positive() -> None:
 
 def test_cosines_are_those_of_the_gradients_of_each_loss_alone() -> None:
     config = tiny.config()
-    teacher, variables = networks.teacher(config)
-    student = networks.student(config)
+    teacher, variables = from_config.teacher(config)
+    student = from_config.student(config)
     images, labels = jax.random.normal(jax.random.key(1), (8, 8, 8, 1)), jnp.arange(8)
     _, updated = student.apply(variables, images, mutable=["ranges"])
     frozen = finetune.freeze(variables, updated["ranges"], images, labels, config)
@@ -113,7 +119,7 @@ def test_cosines_are_those_of_the_gradients_of_each_loss_alone() -> None:
     found = jax.jit(lambda p: landscape.gradient_cosines(losses, p, frozen, images, labels))(params)
 
     def cross_entropy(p):
-        logits, _ = models.apply(student, {**variables, "params": p, "ranges": updated["ranges"]}, images)
+        logits, _ = networks.apply(student, {**variables, "params": p, "ranges": updated["ranges"]}, images)
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(8), labels])
 
     gradients = {

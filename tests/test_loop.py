@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from hast_jax.errors import UserError
-from hast_jax.loop import call_length, drive
+from hast_jax.runs.loop import call_length, drive
 
 
 def count(state, add):

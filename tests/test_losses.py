@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hast_jax import losses
-from hast_jax.models import BatchNormTap
+from hast_jax.method import losses
+from hast_jax.networks import BatchNormTap
 
 
 def test_bn_statistics_are_zero_where_the_batch_has_the_running_moments() -> None:

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from hast_jax import models
-from hast_jax.models import weights
+from hast_jax import networks
+from hast_jax.networks import weights
 
 torch = pytest.importorskip("torch", reason="needs pip install -e '.[parity]'")
 torchvision = pytest.importorskip("torchvision", reason="needs pip install -e '.[parity]'")
@@ -65,10 +65,10 @@ def test_logits_batch_norm_inputs_and_branches_agree(name: str) -> None:
     with torch.no_grad():
         logits = network(torch.from_numpy(images)).numpy()
 
-    model = models.create(ours, CLASSES)
+    model = networks.create(ours, CLASSES)
     state = {key: tensor.numpy() for key, tensor in network.state_dict().items()}
     variables = weights.from_state_dict(model, state)
-    found, taps = jax.jit(lambda v, x: models.apply(model, v, x))(variables, images.transpose(0, 2, 3, 1))
+    found, taps = jax.jit(lambda v, x: networks.apply(model, v, x))(variables, images.transpose(0, 2, 3, 1))
 
     close(found, logits)
     assert len(taps.batch_norms) == len(inputs)

@@ -13,8 +13,10 @@ import pytest
 import tiny
 from jax.flatten_util import ravel_pytree
 
-from hast_jax import networks, pipeline, run_folder, synthesize
-from hast_jax.models import weights
+from hast_jax import pipeline
+from hast_jax.networks import from_config, weights
+from hast_jax.runs import run_folder
+from hast_jax.stages import synthesize
 
 # Steps so small that few weights come near the edge of a code, where a rounding difference decides which one it is; and
 # enough of them for a signal to reach every process.
@@ -62,7 +64,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def moved(workdir: Path) -> np.ndarray:
     """How far fine-tuning moved each parameter of the student."""
     folder, config = run_folder.open_for_reading(workdir)
-    _, variables = networks.teacher(config)
+    _, variables = from_config.teacher(config)
     student, _ = pipeline.restore_student(folder, variables, config, "latest")
     return np.asarray(ravel_pytree(student["params"])[0] - ravel_pytree(variables["params"])[0])
 

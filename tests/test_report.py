@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from hast_jax.report import Reporter, read_metrics
+from hast_jax.runs.report import Reporter, read_metrics
 
 
 def session(folder: Path, done: int, until: int) -> None:

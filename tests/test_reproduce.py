@@ -13,11 +13,14 @@ import tiny
 from PIL import Image
 from rich.console import Console
 
-from hast_jax import calibrate, data, figure2, landscape, pipeline, reproduce, tables
 from hast_jax import config as config_lib
+from hast_jax import pipeline, reproduce
+from hast_jax.data import datasets
 from hast_jax.errors import UserError
-from hast_jax.experiments import EXPERIMENTS, FINDINGS, Cell
-from hast_jax.sweep import Sweep
+from hast_jax.paper import figure2, landscape, tables
+from hast_jax.paper.experiments import EXPERIMENTS, FINDINGS, Cell
+from hast_jax.paper.sweep import Sweep
+from hast_jax.stages import calibrate
 
 
 @pytest.fixture(autouse=True)
@@ -126,8 +129,8 @@ def test_images_that_are_there_already_must_be_those_of_the_config(tmp_path: Pat
 
 def test_real_images_are_those_of_the_train_split(tmp_path: Path) -> None:
     config = tiny.config(synthesis__real_split="train")
-    images, labels = data.sample(config, 10**7)
-    train, test = (data.load(config, split) for split in ("train", "test"))
+    images, labels = datasets.sample(config, 10**7)
+    train, test = (datasets.load(config, split) for split in ("train", "test"))
     assert len(images) == len(train.labels) and np.array_equal(np.bincount(labels), np.bincount(train.labels))
     back = np.round((images * 0.3762 + 0.3053) * 255).astype(np.uint8)
     seen = {image.tobytes() for image in back}

@@ -6,13 +6,14 @@ import jax
 import numpy as np
 import tiny
 
-from hast_jax import networks, synthesize
+from hast_jax.networks import from_config
+from hast_jax.stages import synthesize
 
 
 def test_every_other_step_sees_a_crop_and_leaves_the_pixels_outside_it_alone() -> None:
     """All images of a batch share the crop, so that a pixel outside it stands still in each."""
     config = tiny.config(synthesis__crop_probability=0.5)
-    teacher, variables = networks.teacher(config)
+    teacher, variables = from_config.teacher(config)
     key, shape = jax.random.key(0), (8, *config.teacher.image)
     state = synthesize.init(0, key, shape, config.teacher.classes, config.synthesis)
     do = lambda config: jax.jit(
@@ -36,7 +37,7 @@ def test_every_other_step_sees_a_crop_and_leaves_the_pixels_outside_it_alone() -
 def test_a_batch_that_explodes_returns_to_its_best_images_with_a_lower_rate() -> None:
     """The rate is so large that the loss soon rises; the images that it ends with are those of the lowest loss of all."""
     config = tiny.config(synthesis__return_to_best=True, synthesis__lr=2.0, synthesis__patience=3)
-    teacher, variables = networks.teacher(config)
+    teacher, variables = from_config.teacher(config)
     key, shape = jax.random.key(0), (8, *config.teacher.image)
     state = synthesize.init(0, key, shape, config.teacher.classes, config.synthesis)
     step = jax.jit(partial(synthesize.step, variables=variables, teacher=teacher, key=key, config=config.synthesis))

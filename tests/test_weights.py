@@ -10,13 +10,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
-from hast_jax import models, networks
+from hast_jax import networks
 from hast_jax.errors import UserError
-from hast_jax.models import weights
+from hast_jax.networks import from_config, weights
 
 
-def state_dict(seed: int = 0, name: str = "resnet20", classes: int = 10) -> tuple[models.ResNet, weights.StateDict]:
-    model = models.create(name, classes)
+def state_dict(seed: int = 0, name: str = "resnet20", classes: int = 10) -> tuple[networks.ResNet, weights.StateDict]:
+    model = networks.create(name, classes)
     variables = model.init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
     return model, weights.to_state_dict(model, variables)
 
@@ -42,10 +42,10 @@ def test_imagenet_networks_have_the_published_size_and_the_methods_taps(
     name: str, parameters: int, batch_norms: int, branches: int
 ) -> None:
     """Sizes: pytorchcv's and torchvision's own counts."""
-    model = models.create(name, 1000)
+    model = networks.create(name, 1000)
     shapes = weights.abstract_variables(model)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == parameters
-    logits, taps = jax.eval_shape(lambda v, x: models.apply(model, v, x), shapes, jnp.zeros((2, 224, 224, 3)))
+    logits, taps = jax.eval_shape(lambda v, x: networks.apply(model, v, x), shapes, jnp.zeros((2, 224, 224, 3)))
     assert logits.shape == (2, 1000) and (len(taps.batch_norms), len(taps.branches)) == (batch_norms, branches)
 
 
@@ -59,7 +59,7 @@ def test_imagenet_networks_have_the_published_size_and_the_methods_taps(
     ],
 )
 def test_names_are_those_of_the_library_and_each_is_one_variables(name: str, library: str, examples: list[str]) -> None:
-    model = models.create(name, 10)
+    model = networks.create(name, 10)
     names = weights.name_map(model, library)
     assert names.keys() >= set(examples)
     assert len(names) == len(jax.tree.leaves(weights.abstract_variables(model)))
@@ -158,14 +158,14 @@ def config_for(weights_name: str) -> ConfigDict:
 
 def test_a_teacher_of_another_network_is_refused() -> None:
     with pytest.raises(UserError, match=r"output.weight has the shape \(10, 64\) instead of \(100, 64\)"):
-        networks.teacher(config_for("cifar10"))
+        from_config.teacher(config_for("cifar10"))
 
 
 def test_a_teacher_trained_with_another_normalisation_is_refused() -> None:
     config = config_for("cifar100")
     config.teacher.mean = (0.5, 0.5, 0.5)
     with pytest.raises(UserError, match=r"was trained for the mean .* not config.teacher.mean"):
-        networks.teacher(config)
+        from_config.teacher(config)
 
 
 def test_a_teacher_trained_for_another_crop_is_refused(tmp_path) -> None:
@@ -174,9 +174,9 @@ def test_a_teacher_trained_for_another_crop_is_refused(tmp_path) -> None:
     config = config_for(str(tmp_path / "a.safetensors"))
     config.teacher.classes = 10
     with pytest.raises(UserError, match=r"was trained for the crop 0.9655, not config.eval.crop 0.875"):
-        networks.teacher(config)
+        from_config.teacher(config)
     config.eval.crop = 224 / 232
-    networks.teacher(config)
+    from_config.teacher(config)
 
 
 @pytest.mark.parametrize("name", weights.BUILT_IN)

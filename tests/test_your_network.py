@@ -16,10 +16,11 @@ import tiny
 from flax.traverse_util import flatten_dict
 from safetensors.flax import save_file
 
-from hast_jax import data, models, networks
+from hast_jax import networks
+from hast_jax.data import datasets
 from hast_jax.errors import UserError
-from hast_jax.models import own, weights
-from hast_jax.models.layers import FULL_PRECISION, Activation, Conv, ConvNorm, Dense, Precision, Taps
+from hast_jax.networks import from_config, user_files, weights
+from hast_jax.networks.layers import FULL_PRECISION, Activation, Conv, ConvNorm, Dense, Precision, Taps
 
 PAGE = (tiny.ROOT / "docs" / "your_network.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
@@ -53,9 +54,9 @@ def test_the_pages_commands_train_quantize_evaluate_and_read_its_network(place: 
     monkeypatch.chdir(place)
     page = {"Path": Path}
     exec(next(block for block in BLOCKS if "restore_student" in block), page)
-    held_out, teacher = data.load(page["config"], "test"), page["config"].teacher
+    held_out, teacher = datasets.load(page["config"], "test"), page["config"].teacher
     right = (
-        jnp.argmax(page["logits"](data.normalise(jnp.asarray(held_out.images), teacher.mean, teacher.std)), -1)
+        jnp.argmax(page["logits"](datasets.normalise(jnp.asarray(held_out.images), teacher.mean, teacher.std)), -1)
         == held_out.labels
     )
     assert 100 * right.mean() == pytest.approx(result["last"], abs=0.2)
@@ -76,7 +77,7 @@ def test_code_that_a_run_folder_names_is_not_run(copy: Path, name: str, words: s
 
 @pytest.fixture
 def densenet(place: Path) -> type[nn.Module]:
-    return own.load(f"{place}/densenet.py:DenseNet")
+    return user_files.load(f"{place}/densenet.py:DenseNet")
 
 
 def test_flax_weights_are_read_as_the_page_writes_them(densenet: type[nn.Module], tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ class Broken(Base):
 
 
 def check(network: type[nn.Module], alignment: bool = True) -> None:
-    own.check(network(10), network(10, Precision(4, 4)), (8, 8, 1), alignment)
+    user_files.check(network(10), network(10, Precision(4, 4)), (8, 8, 1), alignment)
 
 
 @pytest.mark.parametrize(
@@ -219,17 +220,17 @@ def test_a_file_that_holds_no_network_is_refused(tmp_path: Path, name: str, cont
     if content is not None:
         (tmp_path / name.split(":")[0]).write_text(content)
     with pytest.raises(UserError, match=words):
-        models.create(f"{tmp_path}/{name}", 10)
+        networks.create(f"{tmp_path}/{name}", 10)
 
 
 def test_a_network_of_ones_own_is_checked_before_its_weights_are_read(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text("from test_your_network import NoTap as Parent\n\nclass Net(Parent):\n    pass\n")
     config = tiny.config(teacher__network=f"{tmp_path}/net.py:Net", teacher__weights="nowhere.safetensors")
     with pytest.raises(UserError, match="no batch norm in its Taps"):
-        networks.teacher(config)
+        from_config.teacher(config)
 
 
-@pytest.mark.parametrize("function", models.ACTIVATIONS)
+@pytest.mark.parametrize("function", networks.ACTIVATIONS)
 def test_every_activation_is_quantized_on_a_grid_of_its_range(function: str) -> None:
     x = jax.random.normal(jax.random.key(0), (64, 8)) * 2
     layer = Activation(Precision(3, 3, straight_through="clipped"), function)

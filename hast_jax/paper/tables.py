@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from hast_jax import experiments, figures
-from hast_jax.experiments import FINDINGS, PAPER_TEACHERS, Experiment, Finding
-from hast_jax.sweep import Result, Sweep
+from hast_jax.paper import experiments, figures
+from hast_jax.paper.experiments import FINDINGS, PAPER_TEACHERS, Experiment, Finding
+from hast_jax.paper.sweep import Result, Sweep
 
 Row = dict[str, Any]
 Results = dict[str, list[Result]]

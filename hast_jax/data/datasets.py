@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from hast_jax import image_files
+from hast_jax.data import image_files
+from hast_jax.data.image_files import ImageFiles
 from hast_jax.errors import UserError
-from hast_jax.image_files import ImageFiles
 
 Array = jax.Array
 

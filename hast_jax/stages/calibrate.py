@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from hast_jax import preemption
-from hast_jax.report import Reporter
+from hast_jax.runs import preemption
+from hast_jax.runs.report import Reporter
 
 Array = jax.Array
 Variables = Mapping[str, Any]

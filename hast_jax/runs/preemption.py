@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from hast_jax import parallel
+from hast_jax.runs import parallel
 
 _heard = threading.Event()
 

@@ -11,8 +11,10 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from hast_jax import augment, losses, models, parallel
-from hast_jax.promote import Distances, promote
+from hast_jax import networks
+from hast_jax.method import augmentation, losses
+from hast_jax.method.promotion import Distances, promote
+from hast_jax.runs import parallel
 
 Array = jax.Array
 Images = Array | np.ndarray
@@ -83,9 +85,9 @@ def distances(teacher: nn.Module, student: nn.Module, frozen: Frozen, labels: Ar
     """
 
     def between(params: Any, images: Array) -> dict[str, Array]:
-        target, teacher_taps = models.apply(teacher, frozen.teacher, images)
+        target, teacher_taps = networks.apply(teacher, frozen.teacher, images)
         variables = {"params": params, "batch_stats": frozen.teacher["batch_stats"], "ranges": frozen.ranges}
-        logits, taps = models.apply(student, variables, images)
+        logits, taps = networks.apply(student, variables, images)
         kl = losses.distillation(target, logits, config.temperature, config.alpha)
         fa = frozen.strengths.lam * losses.ALIGNMENTS[config.alignment](teacher_taps.branches, taps.branches)
         if config.ce == 0:
@@ -141,7 +143,7 @@ def draw(frozen: Frozen, step: Array, config: ConfigDict) -> tuple[Array, Array]
     images, labels = frozen.images[rows], frozen.labels[rows]
     if config.augment:
         keys = parallel.own_share(keys)
-        images = augment.random_resized_crop_and_flip(keys, images, (config.crop_scale, 1.0))
+        images = augmentation.random_resized_crop_and_flip(keys, images, (config.crop_scale, 1.0))
     return jnp.asarray(images), jnp.asarray(labels)
 
 

@@ -11,9 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hast_jax.models.layers import BatchNormTap
-
 Array = jax.Array
+
+
+class BatchNormTap(NamedTuple):
+    """What the BN statistics loss needs of one layer: its input [batch, ..., c], its running moments [c]."""
+
+    inputs: Array
+    mean: Array
+    var: Array
 
 
 class Moments(NamedTuple):

@@ -21,7 +21,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hast_jax.errors import UserError
-from hast_jax.models import names as names_lib
+from hast_jax.networks import names as names_lib
 
 Variables = Mapping[str, Any]
 StateDict = dict[str, np.ndarray]

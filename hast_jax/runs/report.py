@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
-from hast_jax.files import write_text
+from hast_jax.runs.files import write_text
 
 SHOWN = ("loss", "kl", "fa", "hard", "lr")  # metrics beside the progress bar
 PICTURE_IMAGES = 64

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
 from hast_jax.errors import UserError
-from hast_jax.files import crc32, read_json, write_json
-from hast_jax.models.weights import Variables
+from hast_jax.networks.weights import Variables
+from hast_jax.runs.files import crc32, read_json, write_json
 
 # Of this process, which may open a folder more than once: by the lock file itself, as folders may be moved.
 _held: dict[tuple[int, int], BaseFileLock] = {}

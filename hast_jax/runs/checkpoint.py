@@ -12,7 +12,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from hast_jax.errors import UserError
-from hast_jax.files import crc32
+from hast_jax.runs.files import crc32
 
 DISK_MARGIN = 2**20  # bytes beside the arrays of a checkpoint
 

@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hast_jax import figures, finetune, landscape, networks, synthetic_set
-from hast_jax.checkpoint import Checkpoints
 from hast_jax.errors import UserError
-from hast_jax.experiments import Cell
-from hast_jax.run_folder import open_for_reading
-from hast_jax.sweep import Sweep
-from hast_jax.tables import Section
+from hast_jax.networks import from_config
+from hast_jax.paper import figures, landscape
+from hast_jax.paper.experiments import Cell
+from hast_jax.paper.sweep import Sweep
+from hast_jax.paper.tables import Section
+from hast_jax.runs import synthetic_set
+from hast_jax.runs.checkpoint import Checkpoints
+from hast_jax.runs.run_folder import open_for_reading
+from hast_jax.stages import finetune
 
 Array = jax.Array
 
@@ -40,13 +43,13 @@ def base(sweep: Sweep) -> Base:
     if "failed" in result:
         raise UserError(f"the base cell failed: {result['failed']}")
     folder, config = open_for_reading(sweep.path(cell, seed))
-    teacher, variables = networks.teacher(config)
+    teacher, variables = from_config.teacher(config)
     images, labels = synthetic_set.load(sweep.images({}, seed), tuple(config.teacher.image))
     most = max(BATCHES * config.finetune.batch, HESSIAN_IMAGES)  # that are looked at
     count = min(most, config.synthesis.images)
     constants = jnp.asarray(images[:count]), jnp.asarray(labels[:count])
     frozen = finetune.freeze(variables, folder.read_ranges(), *constants, config)
-    losses = landscape.losses(teacher, networks.student(config), config.finetune)
+    losses = landscape.losses(teacher, from_config.student(config), config.finetune)
     students = [(0, variables["params"]), *_kept(folder.checkpoints("latest"), variables["params"], config.finetune)]
     return Base(losses, frozen, students, config)
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hast_jax import preemption
 from hast_jax.errors import UserError
+from hast_jax.runs import preemption
 
 Metrics = dict[str, float]
 

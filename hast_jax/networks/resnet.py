@@ -10,8 +10,8 @@ from functools import partial
 import flax.linen as nn
 import jax
 
-from hast_jax.models import names
-from hast_jax.models.layers import FULL_PRECISION, Activation, BatchNormTap, ConvNorm, Dense, Precision, Taps
+from hast_jax.networks import names
+from hast_jax.networks.layers import FULL_PRECISION, Activation, BatchNormTap, ConvNorm, Dense, Precision, Taps
 
 Array = jax.Array
 

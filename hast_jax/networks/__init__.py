@@ -6,10 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from hast_jax.models import own
-from hast_jax.models.layers import ACTIVATIONS, FULL_PRECISION, BatchNormTap, Precision, Taps
-from hast_jax.models.mobilenet import MobileNetV1, MobileNetV2
-from hast_jax.models.resnet import ResNet
+from hast_jax.networks import user_files
+from hast_jax.networks.layers import ACTIVATIONS, FULL_PRECISION, BatchNormTap, Precision, Taps
+from hast_jax.networks.mobilenet import MobileNetV1, MobileNetV2
+from hast_jax.networks.resnet import ResNet
 
 ARCHITECTURES: dict[str, Any] = {
     "resnet8": partial(ResNet, widths=(16, 32, 64), units=(1, 1, 1)),
@@ -27,7 +27,7 @@ def create(name: str, classes: int, precision: Precision = FULL_PRECISION) -> nn
     name: one of `ARCHITECTURES`, or "FILE.py:CLASS" for a network of one's own (docs/your_network.md). Raises UserError where
     there is none.
     """
-    make = ARCHITECTURES[name] if name in ARCHITECTURES else own.load(name)
+    make = ARCHITECTURES[name] if name in ARCHITECTURES else user_files.load(name)
     return make(classes=classes, precision=precision)
 
 

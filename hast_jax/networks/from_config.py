@@ -5,15 +5,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
-from hast_jax import models, quant
+from hast_jax import networks
 from hast_jax.errors import UserError
-from hast_jax.models import own, weights
+from hast_jax.method import quantizer
+from hast_jax.networks import user_files, weights
 
 
 def bare_teacher(config: ConfigDict) -> nn.Module:
     """The full-precision network without its variables."""
-    precision = models.Precision(arithmetic=config.teacher.arithmetic)
-    return models.create(config.teacher.network, config.teacher.classes, precision)
+    precision = networks.Precision(arithmetic=config.teacher.arithmetic)
+    return networks.create(config.teacher.network, config.teacher.classes, precision)
 
 
 def teacher(config: ConfigDict) -> tuple[nn.Module, weights.Variables]:
@@ -23,8 +24,8 @@ def teacher(config: ConfigDict) -> tuple[nn.Module, weights.Variables]:
     """
     model = bare_teacher(config)
     image = tuple(config.teacher.image)
-    if own.is_own(config.teacher.network):
-        own.check(model, student(config), image, alignment=config.finetune.lam > 0)
+    if user_files.is_own(config.teacher.network):
+        user_files.check(model, student(config), image, alignment=config.finetune.lam > 0)
     path = weights.locate(config.teacher.weights)
     state, metadata = weights.read(path)
     for field in ("teacher.mean", "teacher.std", "eval.crop"):
@@ -37,6 +38,6 @@ def teacher(config: ConfigDict) -> tuple[nn.Module, weights.Variables]:
 
 def student(config: ConfigDict) -> nn.Module:
     """The same network with quantized weights and activations."""
-    rule = quant.RANGE_RULES[config.calibration.range]
-    precision = models.Precision(config.bits.weights, config.bits.activations, rule, config.finetune.straight_through)
-    return models.create(config.teacher.network, config.teacher.classes, precision)
+    rule = quantizer.RANGE_RULES[config.calibration.range]
+    precision = networks.Precision(config.bits.weights, config.bits.activations, rule, config.finetune.straight_through)
+    return networks.create(config.teacher.network, config.teacher.classes, precision)

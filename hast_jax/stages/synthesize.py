@@ -14,12 +14,14 @@ import optax
 from jax import lax
 from ml_collections import ConfigDict
 
-from hast_jax import augment, losses, models, parallel, preemption
-from hast_jax.checkpoint import Checkpoints
-from hast_jax.files import crc32
-from hast_jax.loop import call_length, drive
-from hast_jax.report import Reporter
-from hast_jax.synthetic_set import SyntheticSet
+from hast_jax import networks
+from hast_jax.method import augmentation, losses
+from hast_jax.runs import parallel, preemption
+from hast_jax.runs.checkpoint import Checkpoints
+from hast_jax.runs.files import crc32
+from hast_jax.runs.loop import call_length, drive
+from hast_jax.runs.report import Reporter
+from hast_jax.runs.synthetic_set import SyntheticSet
 
 Array = jax.Array
 Variables = Mapping[str, Any]
@@ -81,7 +83,7 @@ def objective(
     """
 
     def look(part: Array) -> tuple[Array, tuple[losses.Moments, ...]]:
-        logits, taps = models.apply(teacher, variables, part)
+        logits, taps = networks.apply(teacher, variables, part)
         return logits, losses.bn_moments(taps.batch_norms)
 
     parts = images.reshape(-1, parallel.micro_batch(config.micro_batch, len(images)), *images.shape[1:])
@@ -142,7 +144,7 @@ def step(
 
 def _see_through_crop(images: Array, key: Array, config: ConfigDict) -> Array:
     crop_key, choice_key = jax.random.split(key)
-    cropped = augment.random_resized_crop_and_flip(crop_key, images, (config.crop_scale, 1.0))
+    cropped = augmentation.random_resized_crop_and_flip(crop_key, images, (config.crop_scale, 1.0))
     return jnp.where(jax.random.bernoulli(choice_key, config.crop_probability), cropped, images)
 
 
@@ -229,7 +231,9 @@ def memory(teacher: nn.Module, variables: Variables, shape: tuple[int, ...], con
     Compilers were seen to take 1.5 to 3.2 times as much (docs/performance.md). config: `config.synthesis`.
     """
     images = parallel.micro_batch(config.micro_batch, shape[0]) if config.remat else shape[0]
-    _, taps = jax.eval_shape(partial(models.apply, teacher), variables, jax.ShapeDtypeStruct((images, *shape[1:]), jnp.float32))
+    _, taps = jax.eval_shape(
+        partial(networks.apply, teacher), variables, jax.ShapeDtypeStruct((images, *shape[1:]), jnp.float32)
+    )
     return 4 * sum(tap.inputs.size * tap.inputs.dtype.itemsize for tap in taps.batch_norms)
 
 

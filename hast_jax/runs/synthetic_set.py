@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hast_jax.errors import UserError
-from hast_jax.files import crc32, write_json
+from hast_jax.runs.files import crc32, write_json
 
 
 class SyntheticSet:

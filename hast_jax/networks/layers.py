@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hast_jax import quant
 from hast_jax.errors import UserError
-from hast_jax.models.conv import conv
+from hast_jax.method import quantizer
+from hast_jax.method.losses import BatchNormTap
+from hast_jax.networks.conv import conv
 
 Array = jax.Array
 RangeRule = Callable[[Array, int], tuple[Array, Array]]
@@ -25,14 +26,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "hard_swish": nn.hard_swish,
     "gelu": nn.gelu,
 }
-
-
-class BatchNormTap(NamedTuple):
-    """What the BN statistics loss needs of one layer: its input [batch, height, width, c], its running moments [c]."""
-
-    inputs: Array
-    mean: Array
-    var: Array
 
 
 class Taps(NamedTuple):
@@ -51,13 +44,13 @@ class Precision(NamedTuple):
 
     weights, activations: bits; `None` is full precision.
     range_rule: observes the range of activations when calibrating.
-    straight_through: of an activation outside its range, one of `quant.STRAIGHT_THROUGH`.
+    straight_through: of an activation outside its range, one of `quantizer.STRAIGHT_THROUGH`.
     arithmetic: of convolutions and matrix products, one of `conv.ARITHMETIC`; everything else is float32.
     """
 
     weights: int | None = None
     activations: int | None = None
-    range_rule: RangeRule = quant.minmax_range
+    range_rule: RangeRule = quantizer.minmax_range
     straight_through: str = "identity"
     arithmetic: str = "float32"
 
@@ -84,7 +77,7 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", nn.initializers.variance_scaling(2.0, "fan_out", "normal"), shape)
         if self.bits is not None:
-            kernel = quant.fake_quantize_weight(kernel, self.bits)
+            kernel = quantizer.fake_quantize_weight(kernel, self.bits)
         x = conv(x, kernel, self.stride, self.groups)
         if not self.use_bias:
             return x
@@ -103,7 +96,7 @@ class Dense(nn.Module):
         """[batch, in] -> [batch, features]."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         if self.bits is not None:
-            kernel = quant.fake_quantize_weight(kernel, self.bits)
+            kernel = quantizer.fake_quantize_weight(kernel, self.bits)
         if not self.use_bias:
             return x @ kernel
         return x @ kernel + self.param("bias", nn.initializers.zeros_init(), (self.features,))[None]
@@ -169,5 +162,5 @@ class Activation(nn.Module):
                 limit.value = jnp.where(jnp.isnan(limit.value), new, average)
         if self.precision.straight_through == "clipped":
             # This changes no code; it stops the gradient of what it cuts.
-            x = jnp.clip(x, *quant.limits(low.value, high.value, bits))
-        return quant.fake_quantize(x, low.value, high.value, bits)
+            x = jnp.clip(x, *quantizer.limits(low.value, high.value, bits))
+        return quantizer.fake_quantize(x, low.value, high.value, bits)

@@ -15,8 +15,8 @@ import scipy
 from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
 
-from hast_jax import finetune
 from hast_jax.errors import UserError
+from hast_jax.stages import finetune
 
 Array = jax.Array
 

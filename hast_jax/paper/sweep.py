@@ -12,12 +12,14 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from hast_jax import config as config_lib
-from hast_jax import networks, pipeline, run_folder, synthetic_set
+from hast_jax import pipeline
 from hast_jax.errors import UserError, sentence
-from hast_jax.experiments import Cell, effective
-from hast_jax.files import read_json, write_text
-from hast_jax.models.weights import Variables
-from hast_jax.run_folder import RunFolder
+from hast_jax.networks import from_config
+from hast_jax.networks.weights import Variables
+from hast_jax.paper.experiments import Cell, effective
+from hast_jax.runs import run_folder, synthetic_set
+from hast_jax.runs.files import read_json, write_text
+from hast_jax.runs.run_folder import RunFolder
 
 Result = dict[str, Any]
 
@@ -65,7 +67,7 @@ class Sweep:
     @functools.cached_property
     def teacher(self) -> Variables:
         """Variables of the teacher that all cells follow."""
-        return networks.teacher(self.config)[1]
+        return from_config.teacher(self.config)[1]
 
     def images(self, changes: dict[str, Any], seed: int) -> Path:
         """The folder of the synthetic set for a cell with these changes, made where it is not there.

@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from hast_jax import models, parallel, preemption
-from hast_jax.data import Dataset, normalise
-from hast_jax.models.weights import Variables
+from hast_jax import networks
+from hast_jax.data.datasets import Dataset, normalise
+from hast_jax.networks.weights import Variables
+from hast_jax.runs import parallel, preemption
 
 Array = jax.Array
 
@@ -41,7 +42,7 @@ def make_evaluator(
     own_labels = padded.reshape(-1, batch)[process::processes]
 
     def correct(variables: Variables, images: Array, labels: Array) -> tuple[Array, Array]:
-        logits, _ = models.apply(network, variables, normalise(images, config.teacher.mean, config.teacher.std))
+        logits, _ = networks.apply(network, variables, normalise(images, config.teacher.mean, config.teacher.std))
         # A label's rank is the number of larger logits, or as large ones of smaller index, as argmax and top-k count.
         own = jnp.take_along_axis(logits, labels[:, None], 1)
         before = jnp.arange(logits.shape[1])[None] < labels[:, None]

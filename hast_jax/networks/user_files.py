@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from hast_jax.errors import UserError
-from hast_jax.models.layers import Conv, Dense, Taps
+from hast_jax.networks.layers import Conv, Dense, Taps
 
 # Layers of Flax whose kernels stay in full precision, as nothing quantizes them.
 NOT_QUANTIZED = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)

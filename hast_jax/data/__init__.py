@@ -1,0 +1,1 @@
+"""Real images, for evaluation."""

@@ -1,0 +1,1 @@
+"""What makes a run survive: its folder, checkpoints, records, devices and processes. Nothing here knows the method."""
