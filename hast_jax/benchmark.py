@@ -16,6 +16,7 @@ take each step together, and process 0 prints.
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from hast_jax import cli
 from hast_jax import config as config_lib
@@ -34,13 +35,16 @@ from hast_jax.networks.conv import ARITHMETIC
 from hast_jax.runs import parallel
 from hast_jax.stages import calibrate, finetune, synthesize
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
-PART = flags.DEFINE_enum("part", "all", ["all", "synthesize", "finetune"], "The step to time.")
-STEPS = flags.DEFINE_integer("steps", 10, "Timed calls of each step.", lower_bound=1)
-DEVICE = flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Print a table for this kind of device.")
-COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Print what the compiler says of a step, without running it.")
-
 CPU_MATMUL_SIZE, ACCELERATOR_MATMUL_SIZE = 1024, 8192  # the larger takes an accelerator longer than it takes to be asked
+
+
+def define_flags() -> None:
+    """Define the flags of this command."""
+    cli.define_config()
+    flags.DEFINE_enum("part", "all", ["all", "synthesize", "finetune"], "The step to time.")
+    flags.DEFINE_integer("steps", 10, "Timed calls of each step.", lower_bound=1)
+    flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Print a table for this kind of device.")
+    flags.DEFINE_bool("compile_only", False, "Print what the compiler says of a step, without running it.")
 
 
 def time_calls(call: Callable[[], Any], calls: int) -> float:
@@ -77,12 +81,12 @@ def synthesis(config: ConfigDict, devices: int) -> Part:
     teacher = from_config.bare_teacher(config)
     key, cfg = jax.random.key(config.seed), config.synthesis
     image, shape = jnp.zeros((1, *config.teacher.image)), (cfg.batch, *config.teacher.image)
-    size = synthesize.memory(teacher, jax.eval_shape(teacher.init, key, image), shape, cfg)
+    size = synthesize.memory(teacher, jax.eval_shape(teacher.module.init, key, image), shape, cfg)
     stack = parallel.stack(cfg.stack, size)
 
     def build() -> tuple[synthesize.State, Any]:
         start = lambda batch: synthesize.init(batch, key, shape, config.teacher.classes, cfg)
-        return jax.vmap(start)(jnp.arange(stack)), teacher.init(key, image)
+        return jax.vmap(start)(jnp.arange(stack)), teacher.module.init(key, image)
 
     step = synthesize.on_each(lambda state, variables: synthesize.step(state, variables, teacher, key, cfg))
     return Part(step, build, cfg.batch, parallel.together(devices) * stack * cfg.batch)
@@ -95,7 +99,7 @@ def fine_tuning(config: ConfigDict, devices: int) -> Part:
     shape = (1, cfg.batch // parallel.together(devices)) if cfg.stream else (max(256, cfg.batch),)
 
     def build() -> tuple[finetune.State, finetune.Frozen]:
-        variables = teacher.init(key, jnp.zeros((1, *image)))
+        variables = teacher.module.init(key, jnp.zeros((1, *image)))
         some = jax.random.normal(key, (config.calibration.batch, *image))
         ranges = calibrate.step(student, variables, {}, some)
         data = jax.random.normal(key, (*shape, *image)), jnp.zeros(shape, jnp.int32)
@@ -172,32 +176,32 @@ def row(cells: list[str]) -> str:
 def main(_: list[str]) -> None:
     """Print a line for each part, each as soon as it is measured."""
     with cli.user_errors():
-        config = CONFIG.value
+        given = flags.FLAGS
+        config = given.config
         config_lib.validate(config)
-        cli.join(together=not COMPILE_ONLY.value)
-        if DEVICE.value == "cpu":  # the others are what JAX takes first, where they are there
+        cli.join(together=not given.compile_only)
+        if given.device == "cpu":  # the others are what JAX takes first, where they are there
             jax.config.update("jax_platforms", "cpu")
         devices = parallel.setup(config.devices, config.finetune.batch)
-        if DEVICE.value not in (None, jax.default_backend()):
-            raise UserError(f"there is no {DEVICE.value} here that JAX can use: it found only the {jax.default_backend()}.")
+        if given.device not in (None, jax.default_backend()):
+            raise UserError(f"there is no {given.device} here that JAX can use: it found only the {jax.default_backend()}.")
         jax.config.update("jax_enable_compilation_cache", False)  # compile times are part of what is measured
-        calls, repeats = parallel.steps_per_call(config.steps_per_call), 0 if COMPILE_ONLY.value else STEPS.value
+        calls, repeats = parallel.steps_per_call(config.steps_per_call), 0 if given.compile_only else given.steps
         show: Callable[[str], None] = partial(print, flush=True) if parallel.is_main() else lambda _: None
-        if DEVICE.value:
+        if given.device:
             show(head(devices))
-        for arithmetic in ARITHMETIC if DEVICE.value else [config.teacher.arithmetic]:
+        for arithmetic in ARITHMETIC if given.device else [config.teacher.arithmetic]:
             config.teacher.arithmetic = arithmetic
-            for name in PARTS if PART.value == "all" else [PART.value]:
+            for name in PARTS if given.part == "all" else [given.part]:
                 try:
                     line = measure(PARTS[name](config, devices), devices, calls, repeats, arithmetic)
                 except jax.errors.JaxRuntimeError as error:  # too little memory for one row leaves the others
-                    if not DEVICE.value:
+                    if not given.device:
                         raise
                     line = {"per_second": "failed: " + str(error).split("\n")[0]}
                 line = {"part": name, "arithmetic": arithmetic, **line}
-                show(row([cell(line.get(column, "")) for column in COLUMNS]) if DEVICE.value else json.dumps(line))
+                show(row([cell(line.get(column, "")) for column in COLUMNS]) if given.device else json.dumps(line))
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config"])
-    cli.run(main)
+    cli.run(sys.modules["__main__"])

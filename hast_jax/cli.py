@@ -1,24 +1,75 @@
-"""What the commands share: every error that a person can mend ends in one sentence and exit status 1."""
+"""What the commands share: flags, and every error that a person can mend ends in one sentence and exit status 1.
 
+A command is a module with a docstring, `define_flags()` and `main(arguments)`. Its flags are defined when it is run, not when
+it is imported, so that several can be imported together.
+"""
+
+import importlib
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from types import ModuleType
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import config_flags
 
-from hast_jax.errors import UserError, refused_by_disk
+from hast_jax.errors import AccuracyWarning, Stopped, UserError, refused_by_disk
 from hast_jax.runs import parallel
 
-PROCESSES = flags.DEFINE_string(
-    "processes", "", "Several processes, one run: auto (Slurm, TPU, MPI), or HOST:PORT,NUMBER,INDEX with process 0's address."
-)
+COMMANDS = {
+    "quantize": "main",
+    "evaluate": "evaluate",
+    "reproduce": "reproduce",
+    "benchmark": "benchmark",
+    "results": "results",
+    "pretrain": "pretrain",
+}
 OUT_OF_MEMORY = (
     "the memory of a device is too small ({words}): set --config.synthesis.stack=1, --config.synthesis.remat=True with a small "
     "synthesis.micro_batch, --config.finetune.stream=True or a smaller finetune.batch or eval.batch."
 )
+
+
+def run(command: ModuleType, arguments: list[str] | None = None) -> None:
+    """Run a command with one-sentence errors, for flags and config files too. arguments: by default those of the process."""
+    # What goes wrong in a library reaches us as an exception; its log would only hide our sentence.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, *rest: (
+        f"hast_jax: {message}\n" if category is AccuracyWarning else plain(message, category, *rest)
+    )
+    sys.modules["__main__"].__doc__ = command.__doc__  # what --help begins with
+    with user_errors():
+        define_processes()
+        command.define_flags()
+        app.run(command.main, arguments, flags_parser=_parse)
+
+
+def console_script() -> None:
+    """`hast-jax COMMAND ...` is `python -m hast_jax.MODULE ...`."""
+    name, *arguments = sys.argv[1:] or [""]
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"hast_jax: name a command: {known}; hast-jax COMMAND --help shows its flags.", file=sys.stderr)
+        sys.exit(1)
+    run(importlib.import_module(f"hast_jax.{COMMANDS[name]}"), [f"hast-jax {name}", *arguments])
+
+
+def define_config(required: bool = True) -> None:
+    """Define the flag of the config file."""
+    config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
+    if required:
+        flags.mark_flag_as_required("config")
+
+
+def define_processes() -> None:
+    """Define the flag by which several processes find each other."""
+    words = "Several processes, one run: auto (Slurm, TPU, MPI), or HOST:PORT,NUMBER,INDEX with process 0's address."
+    flags.DEFINE_string("processes", "", words)
 
 
 def join(together: bool = True) -> None:
@@ -26,10 +77,11 @@ def join(together: bool = True) -> None:
 
     together: whether this command knows how to work in several processes. Raises UserError where it does not and is asked to.
     """
-    if PROCESSES.value and not together:
+    processes = flags.FLAGS.processes
+    if processes and not together:
         raise UserError("this command works in one process: leave out --processes.")
-    if PROCESSES.value:
-        parallel.join(PROCESSES.value)
+    if processes:
+        parallel.join(processes)
 
 
 @contextmanager
@@ -37,6 +89,9 @@ def user_errors() -> Iterator[None]:
     """Turn `UserError`, and what the disk refuses, into one sentence on stderr and exit status 1."""
     try:
         yield
+    except Stopped as stopped:
+        print(f"hast_jax: {stopped}", file=sys.stderr)
+        sys.exit(0)
     except UserError as error:
         _fail(str(error))
     except OSError as error:
@@ -55,17 +110,28 @@ def user_errors() -> Iterator[None]:
         _fail("interrupted; the same command goes on where it was.")
 
 
-def run(main: Callable[[list[str]], Any]) -> None:
-    """`app.run` with one-sentence errors for flags and config files too."""
-    # What goes wrong in a library reaches us as an exception; its log would only hide our sentence.
-    absl_logging.set_verbosity(absl_logging.FATAL)
-    with user_errors():
-        app.run(main, flags_parser=_parse)
+def shipped_config(path: str) -> str:
+    """The path of a config: that of the file, or of the config of this name that ships with the package.
+
+    path: may have a variant after a colon.
+    """
+    name, colon, variant = path.partition(":")
+    given = Path(name).expanduser()
+    if given.is_file():
+        return f"{given}{colon}{variant}"
+    here = Path(__file__).parent
+    for folder in (here / "configs", here.parent / "configs"):  # of an installed package, of a checkout
+        found = folder / f"{given.stem}.py"
+        if found.is_file() and str(given) in (given.stem, f"configs/{given.stem}.py"):
+            return f"{found}{colon}{variant}"
+    return path
 
 
-def _parse(args: list[str]) -> list[str]:
+def _parse(arguments: list[str]) -> list[str]:
+    flag = "--config="
+    arguments = [f"{flag}{shipped_config(a.removeprefix(flag))}" if a.startswith(flag) else a for a in arguments]
     try:
-        return flags.FLAGS(args)
+        return flags.FLAGS(arguments)
     except flags.Error as error:
         raise UserError(str(error)) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:

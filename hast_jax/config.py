@@ -22,6 +22,7 @@ from hast_jax.networks import ARCHITECTURES, user_files
 from hast_jax.networks.conv import ARITHMETIC
 from hast_jax.runs.files import crc32
 
+FULL_PRECISION = 32  # bits that are not quantized
 SCHEDULES = ("step", "cosine")
 
 # Variants of the CIFAR configs. `small`: a budget for a CPU. `tuned`: settings that lose less at that budget than the paper's.
@@ -72,9 +73,10 @@ def default() -> ConfigDict:
         {
             "seed": 0,
             "devices": 0,  # local devices used; 0: all accelerators, or a CPU device a core, as many as divide finetune.batch
+            "fast_convolution": True,
             "steps_per_call": 0,  # steps in one XLA call; 0: 1 on a CPU, 50 on an accelerator
             "log_every": 50,  # steps between two looks at the metrics
-            "bits": {"weights": 3, "activations": 3},
+            "bits": {"weights": 3, "activations": 3, "rules": ""},
             "teacher": {
                 "network": "resnet20",  # one of models.ARCHITECTURES, or FILE.py:CLASS for one of your own
                 "weights": "cifar100",  # a built-in teacher, or the path of a .safetensors, .npz or .pth file
@@ -82,6 +84,8 @@ def default() -> ConfigDict:
                 "image": (32, 32, 3),  # height, width, channels
                 "mean": (0.4914, 0.4822, 0.4465),  # of images in [0, 1], for each channel
                 "std": (0.2023, 0.1994, 0.2010),
+                "arguments": "",
+                "call": "",
                 "arithmetic": "float32",  # of its products: tensorfloat32 or bfloat16 are faster on accelerators
             },
             "pretrain": {  # only for python -m hast_jax.pretrain
@@ -134,6 +138,7 @@ def default() -> ConfigDict:
                 "b": 1.0,  # weight of the loss on promoted images; 0: no promotion
                 "stream": False,  # read images from disk as they are drawn, instead of keeping all on every device
                 "keep_every": 0,  # epochs between checkpoints that are kept for good; 0: none
+                "branches": "",
                 "augment": True,
                 "crop_scale": 0.5,  # smallest area of the random resized crop
             },

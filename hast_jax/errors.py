@@ -14,6 +14,18 @@ class UserError(Exception):
     """Something the user can mend: the message is one sentence that says what is wrong and what to do."""
 
 
+class InputError(UserError, ValueError):
+    """An argument of a library call that is impossible."""
+
+
+class AccuracyWarning(UserWarning):
+    """A network judges images no better than chance."""
+
+
+class Stopped(BaseException):
+    """A run was asked to stop, and has saved all that it needs to go on. It is no error, so `except Exception` lets it pass."""
+
+
 def sentence(error: Exception) -> str:
     """One line for what ended a part of the work; what is not the user's to mend is named by its type."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".split("\n")[0]

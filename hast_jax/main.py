@@ -5,18 +5,22 @@
 The same command goes on where a killed run was.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 
 from hast_jax import cli, pipeline
-from hast_jax.runs import preemption
-from hast_jax.runs.report import show_result
+from hast_jax import config as config_lib
+from hast_jax.deliver.console import Bar, show_result
+from hast_jax.runs import parallel, preemption
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone on in.", required=True)
+
+def define_flags() -> None:
+    """Define the flags of this command."""
+    cli.define_config()
+    flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone on in.", required=True)
 
 
 def main(_: list[str]) -> None:
@@ -24,10 +28,14 @@ def main(_: list[str]) -> None:
     with cli.user_errors():
         cli.join()
         preemption.listen()
-        console = Console()
-        show_result(console, pipeline.run(CONFIG.value, Path(WORKDIR.value), console))
+        config = flags.FLAGS.config
+        config_lib.validate(config)
+        parallel.setup(config.devices, config.finetune.batch)
+        console = Console(quiet=not parallel.is_main())
+        with Bar(console) as progress:
+            result = pipeline.run(config, Path(flags.FLAGS.workdir), progress)
+        show_result(console, result)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config"])
-    cli.run(main)
+    cli.run(sys.modules["__main__"])

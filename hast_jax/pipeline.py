@@ -1,10 +1,9 @@
 """The stages in their order, each going on where a killed run left it."""
 
-import json
+import datetime
 import platform
-import shutil
+import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,242 +11,248 @@ import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from hast_jax import config as config_lib
+from hast_jax import networks
 from hast_jax.data import datasets
-from hast_jax.errors import UserError
+from hast_jax.deliver.pictures import save_picture
+from hast_jax.errors import AccuracyWarning, UserError
 from hast_jax.networks import from_config, weights
-from hast_jax.runs import parallel, preemption, run_folder, synthetic_set
-from hast_jax.runs.checkpoint import Checkpoints
-from hast_jax.runs.files import crc32, write_json
-from hast_jax.runs.loop import call_length, drive
-from hast_jax.runs.report import Reporter, save_picture
+from hast_jax.runs import parallel, run_folder, synthetic_set
+from hast_jax.runs.files import crc32
+from hast_jax.runs.memory import MemoryRun
+from hast_jax.runs.progress import Progress, Recorder, Update, silent
 from hast_jax.runs.run_folder import RunFolder
 from hast_jax.stages import calibrate, finetune, synthesize
-from hast_jax.stages.accuracy import Accuracy, make_evaluator
+from hast_jax.stages.evaluate import evaluator
+from hast_jax.stages.job import Job
 
-Evaluator = Callable[[weights.Variables], Accuracy]
+Given = tuple[np.ndarray, np.ndarray]  # images and labels
 
 
-class Job(NamedTuple):
-    """What every stage of a run needs.
+class Own(NamedTuple):
+    """A network given in Python instead of named by the config, and real images to judge it by, where there are some."""
 
-    `variables` are the teacher's; `accuracy` judges the student, where data are given; `given` are the images and labels to
-    learn from, where the config names some instead of having them made.
-    """
-
-    config: ConfigDict
-    devices: int
-    folder: RunFolder
-    reporter: Reporter
-    teacher: nn.Module
-    student: nn.Module
+    module: nn.Module
     variables: weights.Variables
-    accuracy: Evaluator | None
-    given: tuple[np.ndarray, np.ndarray] | None
+    dataset: datasets.Dataset | None = None
+    images: Given | None = None  # to learn from, instead of synthetic ones
 
 
-def prepare(config: ConfigDict, workdir: Path, console: Console) -> tuple[Job, float | None]:
-    """The job of this config in `workdir`, and the teacher's accuracy (None without evaluation data).
+class Outcome(NamedTuple):
+    """What a run ends with: the contents of `result.json`, the student and its variables."""
+
+    result: dict[str, Any]
+    student: networks.Network
+    variables: weights.Variables
+
+
+def run(config: ConfigDict, workdir: Path, progress: Progress = silent) -> dict[str, Any]:
+    """From a trained network to an evaluated quantized one in `workdir`; returns what `result.json` holds. Raises UserError."""
+    return quantize(config, workdir, progress).result
+
+
+def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = silent, own: Own | None = None) -> Outcome:
+    """The same, of a network that may be given in Python; without `workdir` nothing is written. Raises UserError."""
+    job, given, dataset = _prepare(config, workdir, progress, own)
+    with job.storage.held():
+        evaluate = _teacher_accuracy(job, dataset)
+        segment = _begin_segment(job)
+        images, labels = _training_images(job, given)
+        ranges = _activation_ranges(job, images)
+        state, evaluations = finetune.run(job, images, labels, ranges, evaluate)
+        _end_segment(job, segment)
+        result = job.storage.read_result()
+        if result is None:
+            result = _summary(job, len(images), evaluations)
+            parallel.on_main(lambda: job.storage.write_result(result))
+        job.recorder.close()
+    return Outcome(result, job.student, {**job.variables, "params": state.params, "ranges": ranges})
+
+
+def run_synthesis(config: ConfigDict, workdir: Path, progress: Progress = silent) -> Path:
+    """Stage 1 alone; returns the folder of the synthetic set. Raises UserError."""
+    job, given, _ = _prepare(config, workdir, progress, None)
+    with job.storage.held():
+        _training_images(job, given)
+        job.recorder.close()
+    return RunFolder(workdir).synthetic
+
+
+def _prepare(
+    config: ConfigDict, workdir: Path | None, progress: Progress, own: Own | None
+) -> tuple[Job, Given | None, datasets.Dataset | None]:
+    """The job of this config, the images that it gives, and those that it is judged by.
 
     Everything that can be refused is refused here, before any stage starts. Raises UserError.
     """
     config_lib.validate(config)
-    devices = parallel.setup(config.devices, config.finetune.batch)
-    console.quiet = console.quiet or not parallel.is_main()
-    teacher, variables = from_config.teacher(config)
-    student = from_config.student(config)
-    dataset = datasets.load(config, config.eval.split)
-    given = given_images(config)
-    parallel.on_main(lambda: run_folder.open_for_run(workdir, config))
-    folder = run_folder.RunFolder(workdir)
-    parallel.agree(
-        {
-            "config": config_lib.checksum(config),
-            "weights": crc32(variables),
-            "number of devices": devices,
-            "run folder (on one file system?)": crc32(np.fromfile(folder.config, np.uint8)) if folder.config.exists() else 0,
-        }
-    )
-    parallel.on_main(lambda: folder.check_teacher(variables))
-    teacher_accuracy = accuracy = None
-    if dataset is not None:
-        teacher_accuracy = make_evaluator(teacher, dataset, config, devices, console)(variables).top1
-        accuracy = make_evaluator(student, dataset, config, devices, console)
-    reporter = Reporter(folder.path, console, writing=parallel.is_main())
-    return Job(config, devices, folder, reporter, teacher, student, variables, accuracy, given), teacher_accuracy
+    devices = parallel.choose(config.devices, config.finetune.batch)
+    if own is None:
+        teacher, variables = from_config.teacher(config)
+        dataset, given = datasets.load(config, config.eval.split), _given_images(config)
+    else:
+        teacher, variables = from_config.bare_teacher(config, own.module), own.variables
+        dataset, given = own.dataset, own.images
+    student = from_config.student(config, own.module if own else None)
+    if config.finetune.lam > 0 and not teacher.branches:
+        raise UserError("the network has no batch norms whose outputs could be aligned: set finetune.lam to 0.")
+    if given is not None:
+        _check_enough(config, len(given[0]))
+    storage: RunFolder | MemoryRun = MemoryRun()
+    if workdir is not None:
+        parallel.on_main(lambda: run_folder.open_for_run(workdir, config))
+        storage = RunFolder(workdir)
+        known = crc32(np.fromfile(storage.config, np.uint8)) if storage.config.exists() else 0
+        parallel.agree(
+            {
+                "config": config_lib.checksum(config),
+                "weights": crc32(variables),
+                "number of devices": devices,
+                "run folder (on one file system?)": known,
+            }
+        )
+    try:
+        parallel.on_main(lambda: storage.check_teacher(variables))
+        recorder = Recorder(workdir, progress, writing=parallel.is_main())
+    except BaseException:
+        if workdir is not None:
+            run_folder.release(workdir)
+        raise
+    return Job(config, devices, storage, recorder, teacher, student, variables), given, dataset
 
 
-def run(config: ConfigDict, workdir: Path, console: Console) -> dict[str, Any]:
-    """From a trained network to an evaluated quantized one in `workdir`; returns what `result.json` holds.
-
-    Raises UserError.
-    """
-    job, teacher_accuracy = prepare(config, workdir, console)
-    images, labels = training_images(job)
-    ranges = activation_ranges(job, images)
-    evaluations = fine_tune(job, finetune.freeze(job.variables, ranges, images, labels, config))
-    result = summarise(job, len(images), teacher_accuracy, evaluations)
-    parallel.on_main(lambda: write_json(job.folder.result, result))
-    job.reporter.close()
-    return result
-
-
-def run_synthesis(config: ConfigDict, workdir: Path, console: Console) -> Path:
-    """Stage 1 alone; returns the folder of the synthetic set. Raises UserError."""
-    job, _ = prepare(config, workdir, console)
-    training_images(job)
-    job.reporter.close()
-    return job.folder.synthetic
-
-
-def given_images(config: ConfigDict) -> tuple[np.ndarray, np.ndarray] | None:
+def _given_images(config: ConfigDict) -> Given | None:
     """Images and labels of `config.synthesis.source`, memory-mapped, or real ones of `config.synthesis.real_split`, or None.
 
-    Raises UserError where they are not there, or fewer than a batch.
+    Raises UserError where they are not there.
     """
-    cfg = config.synthesis
-    if cfg.real_split:
-        images, labels = datasets.sample(config, cfg.images)
-    elif cfg.source:
-        images, labels = (array[: cfg.images] for array in synthetic_set.load(Path(cfg.source), tuple(config.teacher.image)))
-    else:
-        return None
+    settings = config.synthesis
+    if settings.real_split:
+        return datasets.sample(config, settings.images)
+    if settings.source:
+        images, labels = synthetic_set.load(Path(settings.source).expanduser(), tuple(config.teacher.image))
+        return images[: settings.images], labels[: settings.images]
+    return None
+
+
+def _check_enough(config: ConfigDict, images: int) -> None:
     most = max(config.finetune.batch, config.calibration.batch)
-    if len(images) < most:
-        place = cfg.source or f"the {cfg.real_split} split"
-        raise UserError(f"{place} holds {len(images)} images, fewer than the batch of {most}: lower the batch.")
-    return images, labels
+    if images < most:
+        settings = config.synthesis
+        place = settings.source or (f"the {settings.real_split} split" if settings.real_split else "the given set")
+        raise UserError(f"{place} holds {images} images, fewer than the batch of {most}: lower the batch.")
 
 
-def training_images(job: Job) -> tuple[np.ndarray, np.ndarray]:
+def _teacher_accuracy(job: Job, dataset: datasets.Dataset | None) -> Callable[[Any], float] | None:
+    """Measure the teacher once, and tell of it before any long work; returns what judges a student, where there are images."""
+    if dataset is None:
+        return None
+    progress = job.recorder.progress
+    judge = lambda network: evaluator(lambda v, x: networks.apply(network, v, x)[0], dataset, job.config, job.devices, progress)
+    accuracy = job.storage.teacher_accuracy()
+    if accuracy is None:
+        found = judge(job.teacher)(job.variables)
+        accuracy = {"top1": found.top1, "top5": found.top5, "images": len(dataset.labels)}
+        parallel.on_main(lambda: job.storage.remember_teacher_accuracy(accuracy))
+    progress(Update("teacher", 1, 1, 0.0, accuracy, finished=True))
+    chance = 100 / job.teacher.classes
+    error = (chance * (100 - chance) / accuracy["images"]) ** 0.5
+    if accuracy["top1"] <= chance + 3 * error:
+        warnings.warn(
+            f"the teacher's top-1 of {accuracy['top1']:.2f} % is no better than chance ({chance:.2f} %): "
+            "see whether the weights, the normalisation and the order of the classes are right.",
+            AccuracyWarning,
+            stacklevel=2,
+        )
+    evaluate = judge(job.student)
+    return lambda variables: evaluate(variables).top1
+
+
+def _training_images(job: Job, given: Given | None) -> Given:
     """Stage 1: the images and labels that the student learns from: those given, or synthesized ones, memory-mapped."""
-    config, folder = job.config, job.folder
-    cfg, shape = config.synthesis, tuple(config.teacher.image)
-    if job.given is not None:
-        images, labels = job.given
+    if given is None:
+        images, labels = synthesize.run(job)
+    else:
+        images, labels = given
         if parallel.process_count() > 1:
             parallel.agree({"images": crc32((images, labels))})
-    else:
-        store = partial(synthetic_set.SyntheticSet, folder.synthetic, cfg.images, cfg.batch, shape)
-        parallel.on_main(store)
-        with Checkpoints(folder.checkpoints("synthesis"), keep=2) as checkpoints:
-            synthesize.run(job.teacher, job.variables, config, job.devices, store(create=False), checkpoints, job.reporter)
-        # Until here process 0 may still have been writing. What was half-way is whole now.
-        parallel.on_main(lambda: shutil.rmtree(folder.checkpoints("synthesis")))
-        images, labels = store(create=False).read()
-    parallel.on_main(lambda: folder.check_images(images, labels))
-    parallel.on_main(lambda: save_picture(folder.picture, images, config.teacher.mean, config.teacher.std))
+    parallel.on_main(lambda: job.storage.check_images(images, labels))
+    if isinstance(job.storage, RunFolder):
+        picture, teacher = job.storage.picture, job.config.teacher
+        parallel.on_main(lambda: save_picture(picture, images, teacher.mean, teacher.std))
     return images, labels
 
 
-def activation_ranges(job: Job, images: np.ndarray) -> weights.Variables:
-    """Stage 2: the ranges of the activations, read from `ranges.json` where it exists."""
+def _activation_ranges(job: Job, images: np.ndarray) -> weights.Variables:
+    """Stage 2: the ranges of the activations, read where this run has them already."""
 
     def calibrated() -> None:
-        if not job.folder.ranges.exists():
-            job.folder.write_ranges(calibrate.run(job.student, job.variables, images, job.config, job.reporter))
+        if not job.storage.has_ranges():
+            job.storage.write_ranges(calibrate.run(job, images))
 
     parallel.on_main(calibrated)
-    return job.folder.read_ranges()
-
-
-def fine_tune(job: Job, frozen: finetune.Frozen) -> dict[int, float]:
-    """Stage 3: train the student, saving it after each epoch; returns its accuracy by epoch (0 is before fine-tuning)."""
-    config, devices, cfg = job.config, job.devices, job.config.finetune
-    stop, every = cfg.epochs * cfg.steps_per_epoch, cfg.steps_per_epoch
-    step = finetune.make_step(job.teacher, job.student, cfg)
-
-    def evaluate(state: finetune.State) -> None:
-        epoch = int(state.step) // every
-        if job.accuracy is not None:
-            variables = {**job.variables, "params": state.params, "ranges": frozen.ranges}
-            evaluations[epoch] = job.accuracy(variables).top1
-        if best_epoch(evaluations) == epoch:
-            best.save(int(state.step), state)
-        # Last, so that a run that is killed before evaluates this epoch again.
-        parallel.on_main(lambda: write_json(job.folder.evaluations, evaluations))
-
-    with (
-        Checkpoints(job.folder.checkpoints("latest"), keep=2, keep_every=cfg.keep_every * every) as latest,
-        Checkpoints(job.folder.checkpoints("best"), keep=1) as best,
-    ):
-        state, evaluations = _resume(latest, finetune.init(job.variables["params"], cfg), job.folder, every)
-        start = int(state.step)
-        calls = call_length(parallel.steps_per_call(config.steps_per_call), config.log_every, every, start)
-        due = lambda step: step % every == 0 and (step // every % config.eval.every == 0 or step == stop)
-        with job.reporter.stage("finetune", stop, start) as progress:
-            if due(start) and start // every not in evaluations:
-                evaluate(state)
-            loop = drive(
-                parallel.pmap_steps(step, devices, calls, together=True),
-                parallel.replicate(state, devices),
-                finetune.inputs(frozen, range(start, stop, calls), devices, cfg),
-                start=start,
-                stop=stop,
-                steps_per_call=calls,
-                every=(config.log_every, every),
-                what="finetune",
-            )
-            for done, state, metrics, preempted in loop:
-                progress.update(done, metrics)
-                if done % every == 0 or preempted:
-                    one = jax.device_get(parallel.unreplicate(state))
-                    latest.save(done, one)
-                    if preempted:
-                        preemption.leave()
-                    if due(done):
-                        evaluate(one)
-    return evaluations
-
-
-def _resume(
-    latest: Checkpoints, fresh: finetune.State, folder: RunFolder, steps_per_epoch: int
-) -> tuple[finetune.State, dict[int, float]]:
-    """The newest saved state and the accuracies up to it; else the fresh state and none."""
-    saved = latest.restore(fresh)
-    parallel.agree({"newest checkpoint": 0 if saved is None else int(saved.step)})
-    if saved is None:
-        return fresh, {}
-    try:
-        known = {int(epoch): float(top1) for epoch, top1 in json.loads(folder.evaluations.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder.evaluations} is damaged ({error}): use another --workdir.") from error
-    return saved, {epoch: top1 for epoch, top1 in known.items() if epoch * steps_per_epoch <= int(saved.step)}
+    return job.storage.read_ranges(job.student.range_names)
 
 
 def restore_student(
-    folder: RunFolder, variables: weights.Variables, config: ConfigDict, checkpoint: str
+    folder: RunFolder, variables: weights.Variables, config: ConfigDict, checkpoint: str, student: networks.Network
 ) -> tuple[weights.Variables, int]:
     """Variables of the student saved in a run folder, ranges included, and the number of steps it was trained.
 
     variables: the teacher's. checkpoint: "latest" or "best". Raises UserError where there is none that is whole.
     """
-    state, path = None, folder.checkpoints(checkpoint)
-    if path.is_dir():
-        with Checkpoints(path, keep=2, writing=False) as checkpoints:
+    state = None
+    if folder.checkpoints(checkpoint).is_dir():
+        with folder.open_checkpoints(checkpoint, keep=2, writing=False) as checkpoints:
             state = checkpoints.restore(finetune.init(variables["params"], config.finetune))
     if state is None:
-        raise UserError(f"{folder.path} holds no {checkpoint} student yet: let its run reach the end of an epoch.")
-    return {**variables, "params": state.params, "ranges": folder.read_ranges()}, int(state.step)
+        raise UserError(f"{folder} holds no {checkpoint} student yet: let its run reach the end of an epoch.")
+    return {**variables, "params": state.params, "ranges": folder.read_ranges(student.range_names)}, int(state.step)
 
 
-def best_epoch(evaluations: dict[int, float]) -> int | None:
-    """The first of the best epochs after fine-tuning began: selected on the data it was evaluated on."""
-    return max((epoch for epoch in evaluations if epoch > 0), key=lambda epoch: evaluations[epoch], default=None)
+def _hardware(job: Job) -> str:
+    return f"{job.devices * parallel.process_count()} x {jax.devices()[0].device_kind} ({platform.machine()})"
 
 
-def summarise(job: Job, images: int, teacher_accuracy: float | None, evaluations: dict[int, float]) -> dict[str, Any]:
+STAGES = ("synthesis", "calibrate", "finetune")
+
+
+def _begin_segment(job: Job) -> dict[str, Any] | None:
+    """Note that this run was started here; None where it is finished already."""
+    if job.storage.read_result() is not None:
+        return None
+    segment = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": _hardware(job),
+        "jax": jax.__version__,
+        "spent_before": {name: round(job.recorder.seconds(name), 1) for name in STAGES},
+    }
+    segments = [*job.storage.read_segments(), segment]
+    parallel.on_main(lambda: job.storage.write_segments(segments))
+    return segment
+
+
+def _end_segment(job: Job, segment: dict[str, Any] | None) -> None:
+    """Note how long the stages took since this start."""
+    if segment is not None:
+        before = segment["spent_before"]
+        segment["seconds"] = {name: round(job.recorder.seconds(name) - before[name], 1) for name in STAGES}
+        segments = [*job.storage.read_segments()[:-1], segment]
+        parallel.on_main(lambda: job.storage.write_segments(segments))
+
+
+def _summary(job: Job, images: int, evaluations: dict[int, float]) -> dict[str, Any]:
     """What `result.json` holds: accuracies in per cent, the budget, the time of each stage, the hardware."""
-    config, best = job.config, best_epoch(evaluations)
+    config, best, teacher = job.config, finetune.best_epoch(evaluations), job.storage.teacher_accuracy()
+    segments = job.storage.read_segments()
     return {
         "network": config.teacher.network,
         "weights": config.teacher.weights,
         "dataset": config.eval.dataset,
         "bits": config.bits.to_dict(),
         "seed": config.seed,
-        "teacher": teacher_accuracy,
+        "teacher": teacher["top1"] if teacher else None,
         "no_finetuning": evaluations.get(0),
         "last": evaluations[max(evaluations)] if best else None,
         "best": evaluations[best] if best else None,
@@ -257,7 +262,8 @@ def summarise(job: Job, images: int, teacher_accuracy: float | None, evaluations
         "real_split": config.synthesis.real_split,
         "steps": config.finetune.epochs * config.finetune.steps_per_epoch,
         "batch": config.finetune.batch,
-        "seconds": {name: round(job.reporter.seconds(name), 1) for name in ("synthesis", "calibrate", "finetune")},
-        "hardware": f"{job.devices * parallel.process_count()} x {jax.devices()[0].device_kind} ({platform.machine()})",
+        "seconds": {name: round(job.recorder.seconds(name), 1) for name in STAGES},
+        "hardware": ", then ".join(dict.fromkeys(segment["hardware"] for segment in segments)),
+        "segments": segments,
         "config": config_lib.to_dict(config),
     }

@@ -3,7 +3,8 @@
 python -m hast_jax.pretrain --config=configs/digits.py        # writes teacher.safetensors
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,21 +13,25 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from hast_jax import cli, networks
 from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.errors import UserError
-from hast_jax.networks import weights
+from hast_jax.networks import from_config, weights
 from hast_jax.runs import parallel
-from hast_jax.stages import accuracy
+from hast_jax.runs.progress import silent
+from hast_jax.stages.evaluate import evaluator
 
 Array = jax.Array
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
-OUTPUT = flags.DEFINE_string("output", "teacher.safetensors", "The .safetensors file to write.")
+
+def define_flags() -> None:
+    """Define the flags of this command."""
+    cli.define_config()
+    flags.DEFINE_string("output", "teacher.safetensors", "The .safetensors file to write.")
 
 
 class State(NamedTuple):
@@ -48,7 +53,7 @@ def shift(images: Array, key: Array, pixels: int) -> Array:
     return jax.vmap(crop)(padded, corners)
 
 
-def train(model: nn.Module, dataset: datasets.Arrays, config: ConfigDict, console: Console) -> Mapping[str, Any]:
+def train(model: nn.Module, dataset: datasets.Arrays, config: ConfigDict, say: Callable[[str], None]) -> Mapping[str, Any]:
     """`params` and `batch_stats` after SGD with Nesterov momentum and a cosine schedule. config: the whole config."""
     cfg, teacher = config.pretrain, config.teacher
     images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
@@ -65,7 +70,7 @@ def train(model: nn.Module, dataset: datasets.Arrays, config: ConfigDict, consol
 
         def loss_fn(params: Any) -> tuple[Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            (logits, _), updated = model.apply(variables, batch, train=True, mutable=["batch_stats"])
+            logits, updated = model.apply(variables, batch, train=True, mutable=["batch_stats"])
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
             return loss, updated["batch_stats"]
 
@@ -80,7 +85,7 @@ def train(model: nn.Module, dataset: datasets.Arrays, config: ConfigDict, consol
         for _ in range(steps // cfg.epochs):
             state, loss = step(state)
         if (epoch + 1) % 10 == 0 or epoch + 1 == cfg.epochs:
-            console.print(f"epoch {epoch + 1}: loss {float(loss):.4f}")
+            say(f"epoch {epoch + 1}: loss {float(loss):.4f}")
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
@@ -88,13 +93,13 @@ def main(_: list[str]) -> None:
     """Train, evaluate, write."""
     with cli.user_errors():
         cli.join(together=False)
-        config, console = CONFIG.value, Console()
+        config, console = flags.FLAGS.config, Console()
         config_lib.validate(config)
-        output = Path(OUTPUT.value)
+        output = Path(flags.FLAGS.output)
         if output.suffix != ".safetensors":
             raise UserError(f"--output={output}: the file must end in .safetensors.")
         devices = parallel.setup(config.devices)
-        model = networks.create(config.teacher.network, config.teacher.classes)
+        model = from_config.module(config)
         train_set = datasets.load(config, "train")
         test_set = datasets.load(config, config.eval.split)
         if not isinstance(train_set, datasets.Arrays) or test_set is None:
@@ -108,8 +113,10 @@ def main(_: list[str]) -> None:
                 output.unlink()
         except OSError as error:
             raise UserError(f"--output={output} cannot be written ({error.strerror}): choose another place.") from error
-        variables = train(model, train_set, config, console)
-        top1 = accuracy.make_evaluator(model, test_set, config, devices, console)(variables).top1
+        variables = train(model, train_set, config, console.print)
+        network = from_config.bare_teacher(config)
+        evaluate = evaluator(lambda v, x: networks.apply(network, v, x)[0], test_set, config, devices, silent)
+        top1 = evaluate(variables).top1
         recipe = ", ".join(f"{name} {value}" for name, value in config.pretrain.items())
         state = weights.to_state_dict(model, variables, tuple(config.teacher.image))
         metadata = {
@@ -126,5 +133,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config"])
-    cli.run(main)
+    cli.run(sys.modules["__main__"])

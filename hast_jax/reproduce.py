@@ -8,16 +8,19 @@ The same command goes on where a killed sweep was; a cell that failed is tried a
 NAME.json for each experiment, NAME.png and NAME.svg for each figure, and after several the page reproduction.md.
 """
 
+import functools
+import sys
 import traceback
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 from rich.console import Console
 
 from hast_jax import cli
+from hast_jax import config as config_lib
 from hast_jax.data import datasets
+from hast_jax.deliver.console import Bar
 from hast_jax.errors import UserError, sentence
 from hast_jax.paper import figure2, tables
 from hast_jax.paper.experiments import EXPERIMENTS
@@ -26,13 +29,16 @@ from hast_jax.paper.tables import Section
 from hast_jax.runs import parallel, preemption
 from hast_jax.runs.files import write_json, write_text
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
-WORKDIR = flags.DEFINE_string("workdir", "runs/reproduction", "Folder of the sweep: made, or gone on in.")
-SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds of each cell, from config.seed on.", lower_bound=1)
-SKIP = flags.DEFINE_multi_string("skip", [], "Label of a cell to leave out; may be given several times.")
-
 FIGURES = {"figure2a": figure2.gradient_angles, "figure2b": figure2.hessian_spectra}
 NAMES = [*EXPERIMENTS, *FIGURES]
+
+
+def define_flags() -> None:
+    """Define the flags of this command."""
+    cli.define_config()
+    flags.DEFINE_string("workdir", "runs/reproduction", "Folder of the sweep: made, or gone on in.")
+    flags.DEFINE_integer("seeds", 1, "Number of seeds of each cell, from config.seed on.", lower_bound=1)
+    flags.DEFINE_multi_string("skip", [], "Label of a cell to leave out; may be given several times.")
 
 
 def table(name: str, sweep: Sweep, skip: Collection[str]) -> Section:
@@ -54,7 +60,7 @@ def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
     known = {cell.label for name in names if name in EXPERIMENTS for cell in EXPERIMENTS[name](sweep.config).cells}
     if unknown := set(skip) - known:
         raise UserError(f"--skip={min(unknown)}: no cell has this label; there are: {'; '.join(sorted(known))}.")
-    devices = parallel.setup(sweep.config.devices, sweep.config.finetune.batch)
+    devices = parallel.choose(sweep.config.devices, sweep.config.finetune.batch)
     dataset = datasets.load(sweep.config, sweep.config.eval.split)
     if dataset is None:
         raise UserError("a table needs accuracies: set config.eval.dataset to the data set of the teacher.")
@@ -90,9 +96,14 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"name one or several experiments of: {', '.join(NAMES)}; or all.")
         cli.join(together=False)
         preemption.listen()
-        console = Console()
-        sweep = Sweep(CONFIG.value, Path(WORKDIR.value), SEEDS.value, console)
-        console.print(run(names, sweep, SKIP.value), markup=False, highlight=False, soft_wrap=True)
+        given, console = flags.FLAGS, Console()
+        config_lib.validate(given.config)
+        parallel.setup(given.config.devices, given.config.finetune.batch)
+        say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        with Bar(console if console.is_terminal else Console(quiet=True)) as progress:
+            sweep = Sweep(given.config, Path(given.workdir), given.seeds, progress, say)
+            page = run(names, sweep, given.skip)
+        say(page)
         if sweep.failed:
             raise UserError(
                 f"failed: {', '.join(sweep.failed)}; {sweep.workdir} holds the reasons, in a cell's error.txt or an "
@@ -101,5 +112,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config"])
-    cli.run(main)
+    cli.run(sys.modules["__main__"])

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hast_jax import cli
+from hast_jax.deliver.console import format_bits, format_images, format_seconds
 from hast_jax.errors import UserError
 from hast_jax.runs.files import read_json
-from hast_jax.runs.report import format_images, format_seconds
 
 HEADER = (
     "| network, data | bits | settings | teacher | no fine-tuning | HAST, last epoch | drop | best epoch* "
@@ -23,7 +23,7 @@ def row(name: str, result: dict[str, Any]) -> str:
     drop = result["teacher"] - result["last"]
     cells = [
         f"{result['network']}, {result['dataset']}",
-        f"W{result['bits']['weights']}A{result['bits']['activations']}",
+        format_bits(result["bits"]),
         name,
         f"{result['teacher']:.2f}",
         f"{result['no_finetuning']:.2f}",
@@ -55,6 +55,10 @@ def table(folders: list[Path]) -> str:
     return "\n".join([HEADER, "|" + "---|" * (HEADER.count("|") - 1), *rows, "", "\\* selected on test data.", *notes])
 
 
+def define_flags() -> None:
+    """This command has none."""
+
+
 def main(arguments: list[str]) -> None:
     """Print the table."""
     with cli.user_errors():
@@ -64,4 +68,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    cli.run(sys.modules["__main__"])

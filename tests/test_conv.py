@@ -20,6 +20,10 @@ def plain(x, kernel, stride, groups):
     )
 
 
+def around(size):
+    return ((size // 2, size // 2),) * 2
+
+
 @pytest.mark.parametrize("channels", [(3, 16), (16, 16), (16, 32), (32, 32), (1, 16)])
 @pytest.mark.parametrize(
     ("width", "size", "stride"), [(8, 3, 1), (7, 3, 1), (2, 3, 1), (8, 3, 2), (8, 1, 1), (8, 7, 2), (8, 7, 1)]
@@ -40,7 +44,7 @@ def check(channels: tuple[int, int], width: int, size: int, stride: int, groups:
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2, width, width, channels[0]))
     kernel = jax.random.normal(keys[1], (size, size, channels[0] // groups, channels[1]))
-    y, pull_back = jax.vjp(lambda x, k: conv(x, k, stride, groups), x, kernel)
+    y, pull_back = jax.vjp(lambda x, k: conv(x, k, (stride, stride), around(size), groups=groups), x, kernel)
     expected, expected_pull_back = jax.vjp(lambda x, k: plain(x, k, stride, groups), x, kernel)
     upstream = jax.random.normal(keys[2], expected.shape)
     for actual, wanted in zip((y, *pull_back(upstream)), (expected, *expected_pull_back(upstream)), strict=True):
@@ -52,7 +56,7 @@ def test_on_a_cpu_operands_are_rounded_as_an_accelerator_would(arithmetic: str, 
     keys = jax.random.split(jax.random.key(0), 2)
     x, kernel = jax.random.normal(keys[0], (2, 8, 8, 16)), jax.random.normal(keys[1], (3, 3, 16, 16))
     with jax.default_matmul_precision(arithmetic):
-        found = conv(x, kernel)
+        found = conv(x, kernel, (1, 1), around(3))
     expected = plain(lax.reduce_precision(x, 8, bits), lax.reduce_precision(kernel, 8, bits), 1, 1)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     assert (np.abs(found - plain(x, kernel, 1, 1)).max() > 1e-3) == (bits < 23)

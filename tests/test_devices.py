@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from rich.console import Console
 
-from hast_jax import pipeline
+from hast_jax import networks, pipeline
 from hast_jax.networks import from_config
 from hast_jax.runs import parallel
 from hast_jax.stages import finetune, synthesize
@@ -34,7 +33,7 @@ def test_stacked_batches_are_those_made_one_after_the_other(tmp_path, devices: i
     for name, changes in {"alone": {"devices": 1, "stack": 1}, "stacked": {"devices": devices, "stack": stack}}.items():
         config = tiny.config(devices=changes["devices"], synthesis__stack=changes["stack"], synthesis__images=160)
         config.synthesis.iterations = 10
-        folder = pipeline.run_synthesis(config, tmp_path / name, Console(quiet=True))
+        folder = pipeline.run_synthesis(config, tmp_path / name)
         images[name] = np.load(folder / "images.npy")
     assert np.mean(np.abs(images["alone"] - images["stacked"]) > 1e-3) <= 1e-3
 
@@ -52,8 +51,8 @@ def trajectory(devices: int, steps: int, **changes) -> list[dict[str, float]]:
     teacher, variables = from_config.teacher(config)
     student = from_config.student(config)
     images, labels = jax.random.normal(jax.random.key(1), (64, 8, 8, 1)), jnp.arange(64) % 10
-    _, updated = student.apply(variables, images, mutable=["ranges"])
-    frozen = parallel.replicate(finetune.freeze(variables, updated["ranges"], images, labels, config), devices)
+    ranges = networks.observe(student, variables, {}, images)
+    frozen = parallel.replicate(finetune.freeze(variables, ranges, images, labels, config), devices)
     state = parallel.replicate(finetune.init(variables["params"], config.finetune), devices)
     step = finetune.make_step(teacher, student, config.finetune)
     run = parallel.pmap_steps(step, devices)

@@ -98,7 +98,7 @@ def zeros(model: nn.Module) -> weights.StateDict:
 def test_a_pth_file_whose_tensors_repeat_one_number_takes_no_memory(tmp_path: Path) -> None:
     """A view of 64 GiB into four bytes, which is all that the file holds."""
     torch = pytest.importorskip("torch", reason="reading .pth files needs torch: pip install -e '.[torch]'")
-    model = networks.create("resnet20", 10)
+    model = networks.module("resnet20", 10)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     state = {name: torch.from_numpy(array) for name, array in weights.to_state_dict(model, variables).items()}
     torch.save(state | {"output.bias": torch.zeros(1).expand(2**34)}, tmp_path / "a.pth")
@@ -108,7 +108,7 @@ def test_a_pth_file_whose_tensors_repeat_one_number_takes_no_memory(tmp_path: Pa
 
 
 def test_a_name_that_is_a_path_is_only_an_unknown_name(tmp_path: Path) -> None:
-    model, path = networks.create("resnet20", 10), tmp_path / "a.safetensors"
+    model, path = networks.module("resnet20", 10), tmp_path / "a.safetensors"
     weights.write(path, zeros(model) | {"../../escape": np.zeros(3, np.float32)}, {})
     with pytest.raises(UserError, match=r"fit the network: \.\./\.\./escape is unknown"):
         weights.from_state_dict(model, weights.read(path)[0])
@@ -116,7 +116,7 @@ def test_a_name_that_is_a_path_is_only_an_unknown_name(tmp_path: Path) -> None:
 
 
 def test_whole_numbers_are_no_weights_and_half_precision_is() -> None:
-    model = networks.create("resnet20", 10)
+    model = networks.module("resnet20", 10)
     state = zeros(model)
     halves = {name: array.astype(ml_dtypes.bfloat16) for name, array in state.items()}
     assert jax.tree.leaves(weights.from_state_dict(model, halves))[0].dtype == np.float32

@@ -4,7 +4,6 @@ import io
 from pathlib import Path
 from unittest.mock import create_autospec
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +15,11 @@ from rich.console import Console
 
 from hast_jax import config as config_lib
 from hast_jax.data import datasets, image_files
+from hast_jax.deliver.console import Bar
 from hast_jax.errors import UserError
-from hast_jax.networks.layers import FULL_PRECISION, Precision
 from hast_jax.runs import parallel
-from hast_jax.stages.accuracy import make_evaluator
+from hast_jax.runs.progress import silent
+from hast_jax.stages.evaluate import evaluator
 
 CROP = 224 / 256
 SIZES = [(300, 200), (200, 300), (257, 255), (64, 500), (256, 256), (301, 299)]
@@ -91,21 +91,16 @@ def test_imagenet_of_tfds_is_decoded_and_cropped_like_files(folder: Path, monkey
     np.testing.assert_array_equal(np.concatenate(list(dataset.batches(7))), files.read(np.arange(25)))
 
 
-class PixelNet(nn.Module):
+def pixels(variables: dict, images: jax.Array) -> jax.Array:
     """Logits that are the image's first pixels."""
-
-    precision: Precision = FULL_PRECISION
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple]:
-        return x.reshape(len(x), -1)[:, :10], ()
+    return images.reshape(len(images), -1)[:, :10]
 
 
 def test_top_1_and_top_5_are_those_of_sorted_logits(folder: Path) -> None:
     config = tiny.config(eval__dataset="folder", eval__data_dir=str(folder), eval__split="val", eval__batch=7)
     config.teacher.image, config.teacher.mean, config.teacher.std = (64, 64, 3), (0.5,) * 3, (0.2,) * 3
     dataset = datasets.load(config, "val")
-    found = make_evaluator(PixelNet(), dataset, config, parallel.setup(2), Console(quiet=True))({})
+    found = evaluator(pixels, dataset, config, parallel.setup(2), silent)({})
     logits = dataset.read(np.arange(25)).astype(np.float64) / 255
     logits = ((logits - 0.5) / 0.2).reshape(25, -1)[:, :10]
     ranked = np.argsort(-logits.round(6), 1, kind="stable")
@@ -118,14 +113,10 @@ def test_a_network_without_finite_logits_is_right_about_nothing() -> None:
     config = tiny.config()
     dataset = datasets.load(config, "test")
 
-    class NotANumber(nn.Module):
-        precision: Precision = FULL_PRECISION
+    def not_a_number(variables: dict, images: jax.Array) -> jax.Array:
+        return jnp.full((len(images), 10), jnp.nan)
 
-        @nn.compact
-        def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple]:
-            return jnp.full((len(x), 10), jnp.nan), ()
-
-    assert make_evaluator(NotANumber(), dataset, config, 1, Console(quiet=True))({}) == (0, 0)
+    assert evaluator(not_a_number, dataset, config, 1, silent)({}) == (0, 0)
 
 
 def test_what_is_wrong_with_a_folder_is_said(folder: Path) -> None:
@@ -155,8 +146,9 @@ def test_an_evaluation_batch_is_no_larger_than_the_data_and_its_progress_is_show
     config = tiny.config(eval__batch=8_000_000)
     config_lib.validate(config)
     terminal = io.StringIO()
-    evaluate = make_evaluator(PixelNet(), datasets.load(config, "test"), config, 2, Console(file=terminal, force_terminal=True))
-    assert evaluate({}).top1 >= 0 and "evaluate" in terminal.getvalue()
+    with Bar(Console(file=terminal, force_terminal=True)) as progress:
+        evaluate = evaluator(pixels, datasets.load(config, "test"), config, 2, progress)
+        assert evaluate({}).top1 >= 0 and "evaluate" in terminal.getvalue()
     config.eval.batch = 10**11
     with pytest.raises(UserError, match=r"config.eval.batch is .* at most 8388608"):
         config_lib.validate(config)

@@ -32,7 +32,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(network: str, data_dir: Path, workdir: Path) -> list[str]:
     """The command line of a run from random weights, which stand beside `workdir`."""
     file = workdir.parent / f"{network}.safetensors"
-    model = networks.create(network, CLASSES)
+    model = networks.module(network, CLASSES)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
     weights.write(file, weights.to_state_dict(model, variables), {"mean": "[0.485, 0.456, 0.406]"})
     return [

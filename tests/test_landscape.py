@@ -112,14 +112,14 @@ def test_cosines_are_those_of_the_gradients_of_each_loss_alone() -> None:
     teacher, variables = from_config.teacher(config)
     student = from_config.student(config)
     images, labels = jax.random.normal(jax.random.key(1), (8, 8, 8, 1)), jnp.arange(8)
-    _, updated = student.apply(variables, images, mutable=["ranges"])
-    frozen = finetune.freeze(variables, updated["ranges"], images, labels, config)
+    ranges = networks.observe(student, variables, {}, images)
+    frozen = finetune.freeze(variables, ranges, images, labels, config)
     params = variables["params"]
     losses = landscape.losses(teacher, student, config.finetune)
     found = jax.jit(lambda p: landscape.gradient_cosines(losses, p, frozen, images, labels))(params)
 
     def cross_entropy(p):
-        logits, _ = networks.apply(student, {**variables, "params": p, "ranges": updated["ranges"]}, images)
+        logits, _ = networks.apply(student, {**variables, "params": p, "ranges": ranges}, images)
         return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(8), labels])
 
     gradients = {

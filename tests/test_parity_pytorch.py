@@ -65,10 +65,11 @@ def test_logits_batch_norm_inputs_and_branches_agree(name: str) -> None:
     with torch.no_grad():
         logits = network(torch.from_numpy(images)).numpy()
 
-    model = networks.create(ours, CLASSES)
+    model = networks.module(ours, CLASSES)
     state = {key: tensor.numpy() for key, tensor in network.state_dict().items()}
     variables = weights.from_state_dict(model, state)
-    found, taps = jax.jit(lambda v, x: networks.apply(model, v, x))(variables, images.transpose(0, 2, 3, 1))
+    network = networks.create(model, images.shape[2:] + images.shape[1:2])
+    found, taps = jax.jit(lambda v, x: networks.apply(network, v, x))(variables, images.transpose(0, 2, 3, 1))
 
     close(found, logits)
     assert len(taps.batch_norms) == len(inputs)

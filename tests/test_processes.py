@@ -65,7 +65,7 @@ def moved(workdir: Path) -> np.ndarray:
     """How far fine-tuning moved each parameter of the student."""
     folder, config = run_folder.open_for_reading(workdir)
     _, variables = from_config.teacher(config)
-    student, _ = pipeline.restore_student(folder, variables, config, "latest")
+    student, _ = pipeline.restore_student(folder, variables, config, "latest", from_config.student(config))
     return np.asarray(ravel_pytree(student["params"])[0] - ravel_pytree(variables["params"])[0])
 
 

@@ -1,18 +1,16 @@
 """The logs of a run that was killed and goes on."""
 
-import io
 import struct
 from pathlib import Path
 
-from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from hast_jax.runs.report import Reporter, read_metrics
+from hast_jax.runs.progress import Recorder, read_metrics
 
 
 def session(folder: Path, done: int, until: int) -> None:
     """From step `done` to `until`, each tenth step logged."""
-    reporter = Reporter(folder, Console(file=io.StringIO()))
+    reporter = Recorder(folder)
     with reporter.stage("finetune", 30, done) as progress:
         for step in range(done + 10, until + 1, 10):
             progress.update(step, {"loss": float(step)})

@@ -1,7 +1,6 @@
 """Experiments share what is equal, go on where they were killed, and say what failed."""
 
 import functools
-import io
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from rich.console import Console
 
 from hast_jax import config as config_lib
 from hast_jax import pipeline, reproduce
@@ -30,7 +28,7 @@ def short_hessians(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sweep(workdir: Path, seeds: int = 1, **changes) -> Sweep:
-    return Sweep(tiny.config(**changes), workdir, seeds, Console(file=io.StringIO()))
+    return Sweep(tiny.config(**changes), workdir, seeds)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -115,7 +113,7 @@ def test_images_that_are_there_already_must_be_those_of_the_config(tmp_path: Pat
     source = str(finished / "synthetic")
     config = tiny.config(synthesis__source=source, finetune__epochs=1, synthesis__save_every=7)
     config.lock()  # as a config from the command line is
-    given = Sweep(config, tmp_path / "a", 1, Console(file=io.StringIO()))
+    given = Sweep(config, tmp_path / "a", 1)
     assert given.images({"finetune.eps": 1.0}, 0) == finished / "synthetic"
     with pytest.raises(UserError, match=r"iterations: 20 -> 30"):
         sweep(tmp_path / "b", synthesis__source=source, synthesis__iterations=30)
@@ -177,17 +175,17 @@ def test_images_that_cannot_be_made_are_tried_once_for_all_their_cells(tmp_path:
 def test_all_experiments_make_one_page_though_a_cell_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_run, real_synthesis = pipeline.run, pipeline.run_synthesis
 
-    def run(config, path, console):
+    def run(config, path, progress):
         if path.name == "alignment=dfa-seed0":
             raise MemoryError("too large")
         if path.name == "base-seed0":
-            return real_run(config, path, console)
+            return real_run(config, path, progress)
         return result(20.0)
 
     base_set = []
 
-    def run_synthesis(config, path, console):
-        base_set[:] = base_set or [real_synthesis(config, path, console)]
+    def run_synthesis(config, path, progress):
+        base_set[:] = base_set or [real_synthesis(config, path, progress)]
         return base_set[0]
 
     monkeypatch.setattr(pipeline, "run", run)

@@ -17,7 +17,7 @@ def test_every_other_step_sees_a_crop_and_leaves_the_pixels_outside_it_alone() -
     key, shape = jax.random.key(0), (8, *config.teacher.image)
     state = synthesize.init(0, key, shape, config.teacher.classes, config.synthesis)
     do = lambda config: jax.jit(
-        partial(synthesize.step, variables=variables, teacher=teacher, key=key, config=config.synthesis)
+        partial(synthesize.step, variables=variables, teacher=teacher, key=key, settings=config.synthesis)
     )
     step, whole = do(config), do(tiny.config(synthesis__crop_probability=0.0))
     without, expected = whole(state)
@@ -40,7 +40,7 @@ def test_a_batch_that_explodes_returns_to_its_best_images_with_a_lower_rate() ->
     teacher, variables = from_config.teacher(config)
     key, shape = jax.random.key(0), (8, *config.teacher.image)
     state = synthesize.init(0, key, shape, config.teacher.classes, config.synthesis)
-    step = jax.jit(partial(synthesize.step, variables=variables, teacher=teacher, key=key, config=config.synthesis))
+    step = jax.jit(partial(synthesize.step, variables=variables, teacher=teacher, key=key, settings=config.synthesis))
     losses, drops = [], 0
     for _ in range(60):
         after, metrics = step(state)

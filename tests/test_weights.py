@@ -1,6 +1,7 @@
 """Weight files: what is imported, what is refused and in which words."""
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,7 @@ from hast_jax.networks import from_config, weights
 
 
 def state_dict(seed: int = 0, name: str = "resnet20", classes: int = 10) -> tuple[networks.ResNet, weights.StateDict]:
-    model = networks.create(name, classes)
+    model = networks.module(name, classes)
     variables = model.init(jax.random.key(seed), jnp.zeros((1, 32, 32, 3)))
     return model, weights.to_state_dict(model, variables)
 
@@ -42,10 +43,11 @@ def test_imagenet_networks_have_the_published_size_and_the_methods_taps(
     name: str, parameters: int, batch_norms: int, branches: int
 ) -> None:
     """Sizes: pytorchcv's and torchvision's own counts."""
-    model = networks.create(name, 1000)
+    model = networks.module(name, 1000)
     shapes = weights.abstract_variables(model)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == parameters
-    logits, taps = jax.eval_shape(lambda v, x: networks.apply(model, v, x), shapes, jnp.zeros((2, 224, 224, 3)))
+    network = networks.create(model, (224, 224, 3))
+    logits, taps = jax.eval_shape(partial(networks.apply, network), shapes, jnp.zeros((2, 224, 224, 3)))
     assert logits.shape == (2, 1000) and (len(taps.batch_norms), len(taps.branches)) == (batch_norms, branches)
 
 
@@ -59,7 +61,7 @@ def test_imagenet_networks_have_the_published_size_and_the_methods_taps(
     ],
 )
 def test_names_are_those_of_the_library_and_each_is_one_variables(name: str, library: str, examples: list[str]) -> None:
-    model = networks.create(name, 10)
+    model = networks.module(name, 10)
     names = weights.name_map(model, library)
     assert names.keys() >= set(examples)
     assert len(names) == len(jax.tree.leaves(weights.abstract_variables(model)))

@@ -1,6 +1,5 @@
 """A run of seconds on the built-in digits: every stage, a few steps each."""
 
-import io
 import json
 import os
 import subprocess
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from hast_jax import pipeline
 
@@ -43,7 +41,7 @@ def config(**changes) -> ConfigDict:
 
 def run(workdir: Path, **changes) -> dict:
     """`pipeline.run` in this process, quietly."""
-    return pipeline.run(config(**changes), workdir, Console(file=io.StringIO()))
+    return pipeline.run(config(**changes), workdir)
 
 
 def module(name: str) -> list[str]:

@@ -84,8 +84,11 @@ def distillation(teacher_logits: Array, student_logits: Array, temperature: floa
 
 
 def attention(features: Array) -> Array:
-    """Channel attention A_l = a_l / max(||a_l||_2, 1e-12) with a_lc = mean_hw f_lchw^2; shape [batch, channels]."""
-    energy = jnp.mean(jnp.square(features), (1, 2))
+    """Channel attention A_l = a_l / max(||a_l||_2, 1e-12) with a_lc = mean_hw f_lchw^2; shape [batch, channels].
+
+    features: [batch, height, width, channels], or with any other number of axes in the place of height and width.
+    """
+    energy = jnp.mean(jnp.square(features), tuple(range(1, features.ndim - 1)))
     return energy / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(energy), 1, keepdims=True), 1e-24))
 
 

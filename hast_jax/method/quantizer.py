@@ -11,13 +11,16 @@ the straight-through gradient of `fake_quantize` is the identity everywhere, out
 range.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+RangeRule = Callable[[Array, int], tuple[Array, Array]]
 
+RANGE_DECAY = 0.9
 MIN_BITS, MAX_BITS = 2, 8
 
 
@@ -59,11 +62,28 @@ def _straight_through(bits: int, values: tuple[Array, ...], tangents: tuple[Arra
     return fake_quantize(*values, bits), tangents[0]
 
 
-def fake_quantize_weight(kernel: Array, bits: int) -> Array:
-    """Fake-quantize a kernel with one [min, max] range for each output channel, its last axis."""
-    axes = tuple(range(kernel.ndim - 1))
+def fake_quantize_weight(kernel: Array, bits: int, axes: tuple[int, ...] | None = None) -> Array:
+    """Fake-quantize a kernel with one [min, max] range for each output channel.
+
+    axes: those that one output channel sums over; by default all but the last.
+    """
+    axes = tuple(range(kernel.ndim - 1)) if axes is None else axes
     low, high = jnp.min(kernel, axes, keepdims=True), jnp.max(kernel, axes, keepdims=True)
     return fake_quantize(kernel, low, high, bits)
+
+
+def fake_quantize_activation(x: Array, low: Array, high: Array, bits: int, straight_through: str) -> Array:
+    """Fake-quantize activations with one range [low, high], scalars. straight_through: one of `STRAIGHT_THROUGH`."""
+    if straight_through == "clipped":
+        # This changes no code; it stops the gradient of what it cuts.
+        x = jnp.clip(x, *limits(low, high, bits))
+    return fake_quantize(x, low, high, bits)
+
+
+def running_range(average: tuple[Array | None, Array | None], observed: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The running average [low, high] with decay 0.9 after one more observed range; the first one sets it (None before)."""
+    low, high = (new if old is None else RANGE_DECAY * old + (1 - RANGE_DECAY) * new for old, new in zip(average, observed))
+    return low, high
 
 
 def minmax_range(x: Array, bits: int) -> tuple[Array, Array]:

@@ -1,14 +1,14 @@
-"""Networks by name. Every network is a Linen module that returns `(logits, Taps)`."""
+"""Networks: any Linen module as teacher or student, the built-in ones by name, and weights from files."""
 
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 
+from hast_jax.method.losses import BatchNormTap
 from hast_jax.networks import user_files
-from hast_jax.networks.layers import ACTIVATIONS, FULL_PRECISION, BatchNormTap, Precision, Taps
 from hast_jax.networks.mobilenet import MobileNetV1, MobileNetV2
+from hast_jax.networks.network import Network, Taps, apply, create, observe, quantized_params
 from hast_jax.networks.resnet import ResNet
 
 ARCHITECTURES: dict[str, Any] = {
@@ -21,21 +21,25 @@ ARCHITECTURES: dict[str, Any] = {
 }
 
 
-def create(name: str, classes: int, precision: Precision = FULL_PRECISION) -> nn.Module:
-    """The network called `name`: the teacher by default, a student with a `precision`.
+def module(name: str, classes: int, **arguments: Any) -> nn.Module:
+    """The module called `name`: one of `ARCHITECTURES`, or "FILE.py:CLASS" for a class in a file of the user's.
 
-    name: one of `ARCHITECTURES`, or "FILE.py:CLASS" for a network of one's own (docs/your_network.md). Raises UserError where
-    there is none.
+    arguments: of the constructor, beside `classes`. Raises UserError where there is no such network.
     """
-    make = ARCHITECTURES[name] if name in ARCHITECTURES else user_files.load(name)
-    return make(classes=classes, precision=precision)
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name](classes=classes, **arguments)
+    return user_files.make(name, classes, arguments)
 
 
-def apply(model: nn.Module, variables: Any, images: jax.Array) -> tuple[jax.Array, Taps]:
-    """Logits [batch, classes] and taps of normalised images [batch, height, width, channels], nothing updated."""
-    with jax.default_matmul_precision(model.precision.arithmetic):  # type: ignore[attr-defined]
-        outputs: Any = model.apply(variables, images)
-    return outputs
-
-
-__all__ = ["ACTIVATIONS", "ARCHITECTURES", "BatchNormTap", "Precision", "ResNet", "Taps", "apply", "create"]
+__all__ = [
+    "ARCHITECTURES",
+    "BatchNormTap",
+    "Network",
+    "ResNet",
+    "Taps",
+    "apply",
+    "create",
+    "module",
+    "observe",
+    "quantized_params",
+]

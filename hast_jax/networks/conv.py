@@ -1,10 +1,10 @@
-"""The convolution of every network, in the form that is fastest where it runs.
+"""A two-dimensional convolution, in the form that is fastest on a CPU.
 
 On a CPU, XLA's convolutions come near the rate of its matrix products with 32 output channels or more and reach less than
 half of it below. A narrow convolution of stride 1 therefore computes `pack` neighbouring pixels of a row at once, as
-`pack * out` channels of one convolution with stride (1, pack); its result reshapes to the wanted one without moving a
-byte. The gradient of the image is such a convolution too. The added taps are zeros: the result is the same. A depthwise
-convolution is a sum of shifted products instead, as XLA's own is slow there. See docs/performance.md for what both gain.
+`pack * out` channels of one convolution with stride (1, pack). Its result reshapes to the wanted one without moving a byte.
+The gradient of the image is such a convolution too. The added taps are zeros: the result is the same, to rounding. A depthwise
+convolution is a sum of shifted products instead, as XLA's own is slow there. docs/performance.md says how much both gain.
 """
 
 import functools
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 Array = jax.Array
+Pair = tuple[int, int]
+Padding = tuple[Pair, Pair]  # before and after, of height and width
 
 FULL_SPEED_CHANNELS = 32
 
@@ -22,18 +24,19 @@ FULL_SPEED_CHANNELS = 32
 ARITHMETIC: dict[str, int | None] = {"float32": None, "tensorfloat32": 10, "bfloat16": 7}
 
 
-def conv(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
-    """Convolve `x` [batch, height, width, in] with `kernel` [size, size, in / groups, out], padded by size // 2 on each side.
+def conv(x: Array, kernel: Array, strides: Pair, padding: Padding, dilation: Pair = (1, 1), groups: int = 1) -> Array:
+    """Convolve `x` [batch, height, width, in] with `kernel` [height, width, in / groups, out] on a CPU.
 
-    The padding is explicit, as in PyTorch: XLA's "SAME" pads stride-2 layers on one side only.
+    padding: zeros on each side, as for `lax.conv_general_dilated`. dilation: of the kernel.
     """
-    if jax.default_backend() == "cpu":
-        x, kernel = _rounded(x), _rounded(kernel)
-        if stride == groups == 1 and kernel.shape[0] > 1:
-            return _packed_conv(x, kernel)
-        if groups == x.shape[-1] == kernel.shape[-1]:
-            return _depthwise(x, kernel, stride)
-    return _direct(x, kernel, (stride, stride), groups)
+    x, kernel = _rounded(x), _rounded(kernel)
+    if groups == x.shape[-1] == kernel.shape[-1] > 1:
+        return _depthwise(x, kernel, strides, padding, dilation)
+    reach = [size - 1 for size in kernel.shape[:2]]
+    inside = all(0 <= side <= most for sides, most in zip(padding, reach) for side in sides)
+    if groups == 1 and strides == dilation == (1, 1) and max(reach) > 0 and inside:
+        return _packed_conv(x, kernel, padding)
+    return _direct(x, kernel, strides, padding, dilation, groups)
 
 
 def _rounded(x: Array) -> Array:
@@ -42,58 +45,59 @@ def _rounded(x: Array) -> Array:
     return x if mantissa_bits is None else lax.reduce_precision(x, 8, mantissa_bits)
 
 
-def _direct(x: Array, kernel: Array, strides: tuple[int, int], groups: int = 1) -> Array:
-    pad = kernel.shape[0] // 2  # its height: packing changes its width
-    # A CPU has but one precision, and keeps its fast convolutions for those that ask for none.
-    precision = lax.Precision.DEFAULT if jax.default_backend() == "cpu" else None
+def _direct(x: Array, kernel: Array, strides: Pair, padding: Padding, dilation: Pair = (1, 1), groups: int = 1) -> Array:
     return lax.conv_general_dilated(
         x,
         kernel,
         strides,
-        ((pad, pad), (pad, pad)),
+        padding,
+        rhs_dilation=dilation,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
-        precision=precision,
+        precision=lax.Precision.DEFAULT,  # a CPU has but one, and keeps its fast convolutions for this one
     )
 
 
-def _depthwise(x: Array, kernel: Array, stride: int) -> Array:
-    size = kernel.shape[0]
-    pad = size // 2
-    height, width = ((length + 2 * pad - size) // stride + 1 for length in x.shape[1:3])
-    x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    window = lambda first, count: slice(first, first + stride * (count - 1) + 1, stride)
-    terms = (x[:, window(i, height), window(j, width)] * kernel[i, j][None, None] for i in range(size) for j in range(size))
+def _depthwise(x: Array, kernel: Array, strides: Pair, padding: Padding, dilation: Pair) -> Array:
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    sizes = kernel.shape[:2]
+    counts = [(x.shape[1 + a] - (sizes[a] - 1) * dilation[a] - 1) // strides[a] + 1 for a in (0, 1)]
+    window = lambda a, i: slice(i * dilation[a], i * dilation[a] + strides[a] * (counts[a] - 1) + 1, strides[a])
+    terms = (x[:, window(0, i), window(1, j)] * kernel[i, j][None, None] for i in range(sizes[0]) for j in range(sizes[1]))
     return functools.reduce(jnp.add, terms)
 
 
-def _packed(x: Array, kernel: Array) -> Array:
+def _packed(x: Array, kernel: Array, padding: Padding) -> Array:
     """The convolution of stride 1 with several pixels of a row as channels."""
     channels_in, channels_out = kernel.shape[2:]
+    height, width = (x.shape[1 + a] + sum(padding[a]) - kernel.shape[a] + 1 for a in (0, 1))
     pack = 4 if min(channels_in, channels_out) < 16 else 2 if channels_out < FULL_SPEED_CHANNELS else 1
-    if x.shape[2] % pack:
+    if width % pack:
         pack = 1
     shifted = [jnp.pad(kernel, ((0, 0), (i, pack - 1 - i), (0, 0), (0, 0))) for i in range(pack)]
-    y = _direct(x, jnp.concatenate(shifted, -1), (1, pack))
-    return y.reshape(*x.shape[:3], channels_out)
+    y = _direct(x, jnp.concatenate(shifted, -1), (1, pack), padding)
+    return y.reshape(x.shape[0], height, width, channels_out)
 
 
-@jax.custom_vjp
-def _packed_conv(x: Array, kernel: Array) -> Array:
-    return _packed(x, kernel)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _packed_conv(x: Array, kernel: Array, padding: Padding) -> Array:
+    return _packed(x, kernel, padding)
 
 
-def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+def _forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
     # The barriers keep XLA from computing whole residual chains again inside the weight gradient's transposes.
     x = lax.optimization_barrier(x)
-    return _packed(x, kernel), (x, kernel)
+    return _packed(x, kernel, padding), (x, kernel)
 
 
-def _backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _backward(padding: Padding, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = saved
     gradient = lax.optimization_barrier(gradient)
-    (kernel_gradient,) = jax.linear_transpose(partial(_direct, x, strides=(1, 1)), kernel)(gradient)
-    return _packed(gradient, kernel[::-1, ::-1].swapaxes(2, 3)), kernel_gradient
+    (kernel_gradient,) = jax.linear_transpose(partial(_direct, x, strides=(1, 1), padding=padding), kernel)(gradient)
+    (top, bottom), (left, right) = padding
+    rows, columns = kernel.shape[0] - 1, kernel.shape[1] - 1
+    mirrored = (rows - top, rows - bottom), (columns - left, columns - right)
+    return _packed(gradient, kernel[::-1, ::-1].swapaxes(2, 3), mirrored), kernel_gradient
 
 
 _packed_conv.defvjp(_forward, _backward)

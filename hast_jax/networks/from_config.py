@@ -1,5 +1,8 @@
 """The networks that a config names: the teacher with its weights, and the student."""
 
+import json
+from typing import Any
+
 import flax.linen as nn
 import numpy as np
 from ml_collections import ConfigDict
@@ -8,24 +11,37 @@ from hast_jax import config as config_lib
 from hast_jax import networks
 from hast_jax.errors import UserError
 from hast_jax.method import quantizer
-from hast_jax.networks import user_files, weights
+from hast_jax.networks import Network, rules, weights
 
 
-def bare_teacher(config: ConfigDict) -> nn.Module:
-    """The full-precision network without its variables."""
-    precision = networks.Precision(arithmetic=config.teacher.arithmetic)
-    return networks.create(config.teacher.network, config.teacher.classes, precision)
+def module(config: ConfigDict) -> nn.Module:
+    """The Linen module that the config names, without variables."""
+    arguments = json.loads(config.teacher.arguments or "{}")
+    return networks.module(config.teacher.network, config.teacher.classes, **arguments)
 
 
-def teacher(config: ConfigDict) -> tuple[nn.Module, weights.Variables]:
+def bare_teacher(config: ConfigDict, own: nn.Module | None = None) -> Network:
+    """The full-precision network without its variables. own: a module to take instead of the one that the config names."""
+    return _network(config, own, arithmetic=config.teacher.arithmetic)
+
+
+def student(config: ConfigDict, own: nn.Module | None = None) -> Network:
+    """The same network with quantized weights and activations."""
+    return _network(
+        config,
+        own,
+        rules=rules.normalise(_bits(config)),
+        range_rule=quantizer.RANGE_RULES[config.calibration.range],
+        straight_through=config.finetune.straight_through,
+    )
+
+
+def teacher(config: ConfigDict) -> tuple[Network, weights.Variables]:
     """The full-precision network and its variables.
 
     Raises UserError where the network cannot be quantized by the stages, or the file does not fit the config.
     """
-    model = bare_teacher(config)
-    image = tuple(config.teacher.image)
-    if user_files.is_own(config.teacher.network):
-        user_files.check(model, student(config), image, alignment=config.finetune.lam > 0)
+    network = bare_teacher(config)
     path = weights.locate(config.teacher.weights)
     state, metadata = weights.read(path)
     for field in ("teacher.mean", "teacher.std", "eval.crop"):
@@ -33,11 +49,26 @@ def teacher(config: ConfigDict) -> tuple[nn.Module, weights.Variables]:
         said, ours = getattr(metadata, name), config_lib.field(config, field)
         if said is not None and not (np.shape(said) == np.shape(ours) and np.allclose(said, ours, atol=1e-3)):
             raise UserError(f"{path} was trained for the {name} {said}, not config.{field} {ours}: change the config.")
-    return model, weights.from_state_dict(model, state, image)
+    return network, weights.from_state_dict(network.module, state, tuple(config.teacher.image))
 
 
-def student(config: ConfigDict) -> nn.Module:
-    """The same network with quantized weights and activations."""
-    rule = quantizer.RANGE_RULES[config.calibration.range]
-    precision = networks.Precision(config.bits.weights, config.bits.activations, rule, config.finetune.straight_through)
-    return networks.create(config.teacher.network, config.teacher.classes, precision)
+def _network(config: ConfigDict, own: nn.Module | None, **settings: Any) -> Network:
+    call = json.loads(config.teacher.call) if config.teacher.call else None
+    network = networks.create(
+        module(config) if own is None else own,
+        tuple(config.teacher.image),
+        call=call,
+        branches=config.finetune.branches,
+        fast_convolution=config.fast_convolution,
+        **settings,
+    )
+    if network.classes != config.teacher.classes:
+        name = type(network.module).__name__
+        raise UserError(f"{name} gives {network.classes} logits, not config.teacher.classes {config.teacher.classes}.")
+    return network
+
+
+def _bits(config: ConfigDict) -> dict[str, Any]:
+    full = config_lib.FULL_PRECISION
+    default = tuple(None if bits == full else bits for bits in (config.bits.weights, config.bits.activations))
+    return {"default": default, **rules.parse_rules(config.bits.rules)}

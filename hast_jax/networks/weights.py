@@ -206,3 +206,8 @@ def _read_torch(path: Path) -> tuple[StateDict, Metadata]:
         )
     widened = {n: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for n, tensor in state.items()}  # NumPy lacks it
     return {name: tensor.detach().numpy() for name, tensor in widened.items()}, Metadata()
+
+
+def from_variables(model, variables, image, call=None):
+    """stub"""
+    return {name: jax.tree.map(jnp.asarray, dict(variables.get(name, {}))) for name in ("params", "batch_stats")}

@@ -44,12 +44,13 @@ def base(sweep: Sweep) -> Base:
         raise UserError(f"the base cell failed: {result['failed']}")
     folder, config = open_for_reading(sweep.path(cell, seed))
     teacher, variables = from_config.teacher(config)
+    student = from_config.student(config)
     images, labels = synthetic_set.load(sweep.images({}, seed), tuple(config.teacher.image))
     most = max(BATCHES * config.finetune.batch, HESSIAN_IMAGES)  # that are looked at
     count = min(most, config.synthesis.images)
     constants = jnp.asarray(images[:count]), jnp.asarray(labels[:count])
-    frozen = finetune.freeze(variables, folder.read_ranges(), *constants, config)
-    losses = landscape.losses(teacher, from_config.student(config), config.finetune)
+    frozen = finetune.freeze(variables, folder.read_ranges(student.range_names), *constants, config)
+    losses = landscape.losses(teacher, student, config.finetune)
     students = [(0, variables["params"]), *_kept(folder.checkpoints("latest"), variables["params"], config.finetune)]
     return Base(losses, frozen, students, config)
 

@@ -7,7 +7,6 @@ straight through.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
 
 from hast_jax.errors import UserError
+from hast_jax.networks import Network
 from hast_jax.stages import finetune
 
 Array = jax.Array
@@ -30,7 +30,7 @@ class Quadrature(NamedTuple):
     weights: np.ndarray
 
 
-def losses(teacher: nn.Module, student: nn.Module, config: ConfigDict) -> LossFunctions:
+def losses(teacher: Network, student: Network, config: ConfigDict) -> LossFunctions:
     """(params, frozen, images, labels) -> {"ce", "kl", "fa"}: the losses with the method's factors; that of CE is 1.
 
     config: `config.finetune`. Raises UserError where L_FA weighs nothing.

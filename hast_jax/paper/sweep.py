@@ -3,13 +3,12 @@ calibrated once, and a failed cell stops no other.
 """
 
 import functools
-import io
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from hast_jax import config as config_lib
 from hast_jax import pipeline
@@ -19,6 +18,7 @@ from hast_jax.networks.weights import Variables
 from hast_jax.paper.experiments import Cell, effective
 from hast_jax.runs import run_folder, synthetic_set
 from hast_jax.runs.files import read_json, write_text
+from hast_jax.runs.progress import Progress, silent
 from hast_jax.runs.run_folder import RunFolder
 
 Result = dict[str, Any]
@@ -35,15 +35,20 @@ class Sweep:
     failed holds error.txt. `failed`: names of those that failed in this process.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, seeds: int, console: Console):
-        """`config` is that of the base cell. Raises UserError where it, or the folder, cannot serve."""
+    def __init__(
+        self, config: ConfigDict, workdir: Path, seeds: int, progress: Progress = silent, say: Callable[[str], Any] = len
+    ):
+        """`config` is that of the base cell. `say` is told a line for each cell. The folder is held until this process ends.
+
+        Raises UserError where the config, or the folder, cannot serve.
+        """
         config_lib.validate(config)
         if config.synthesis.real_split:
             raise UserError("config.synthesis.real_split must be empty: a sweep has cells on real images of its own.")
         if config.synthesis.source:
             _check_source(config)
         run_folder.open_for_run(workdir, config)
-        self.config, self.workdir, self.console = config, workdir, console
+        self.config, self.workdir, self._progress, self._say = config, workdir, progress, say
         self.seeds = range(config.seed, config.seed + seeds)
         self.failed: list[str] = []
         self._sets: dict[Path, Path | Exception] = {}  # run folder -> its synthetic set, or what ended it
@@ -87,7 +92,7 @@ class Sweep:
         path = self.workdir / "images" / f"{_name(own)}-seed{seed}"
         if path not in self._sets:
             try:
-                self._sets[path] = pipeline.run_synthesis(config, path, self._stage_console())
+                self._sets[path] = pipeline.run_synthesis(config, path, self._progress)
             except Exception as error:  # every other cell of this set would end like the first
                 self._sets[path] = error
         found = self._sets[path]
@@ -102,10 +107,10 @@ class Sweep:
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / "error.txt", traceback.format_exc())
             self.failed.append(path.name)
-            self.console.print(f"{path.name}: failed: {sentence(error)}", markup=False, highlight=False)
+            self._say(f"{path.name}: failed: {sentence(error)}")
             return {"failed": sentence(error)}
         (path / "error.txt").unlink(missing_ok=True)
-        self.console.print(f"{path.name}: {result['last']:.2f} (teacher {result['teacher']:.2f})", highlight=False)
+        self._say(f"{path.name}: {result['last']:.2f} (teacher {result['teacher']:.2f})")
         return result
 
     def _result(self, changes: dict[str, Any], seed: int, path: Path) -> Result:
@@ -117,20 +122,16 @@ class Sweep:
         if not changes:
             config.finetune.keep_every = max(1, config.finetune.epochs // KEPT_CHECKPOINTS)
         config.synthesis.source = "" if config.synthesis.real_split else str(self.images(changes, seed))
-        run_folder.open_for_run(path, config)
         base = RunFolder(self.path(Cell("", {}), seed))
-        if all(field.startswith("finetune.") for field in changes) and base.ranges.exists() and not folder.ranges.exists():
-            write_text(folder.ranges, base.ranges.read_text())  # only fine-tuning differs
-        return pipeline.run(config, path, self._stage_console())
+        with run_folder.open_for_run(path, config).held():
+            if all(field.startswith("finetune.") for field in changes) and base.has_ranges() and not folder.has_ranges():
+                write_text(folder.ranges, base.ranges.read_text())  # only fine-tuning differs
+            return pipeline.run(config, path, self._progress)
 
     def _changed(self, changes: dict[str, Any], seed: int) -> ConfigDict:
         config = self.config.copy_and_resolve_references()
         config.update_from_flattened_dict({**changes, "seed": seed})
         return config
-
-    def _stage_console(self) -> Console:
-        """Progress bars on a terminal; elsewhere one line a cell is enough."""
-        return self.console if self.console.is_terminal else Console(file=io.StringIO())
 
 
 def _check_source(config: ConfigDict) -> None:

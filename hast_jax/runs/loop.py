@@ -35,6 +35,7 @@ def drive(
     steps_per_call: int,
     every: tuple[int, ...],
     what: str,
+    together: bool = True,
 ) -> Iterator[Look]:
     """Call `step(state, *next(inputs))` from `start` to `stop`; yield what a look shows now and then.
 
@@ -56,7 +57,8 @@ def drive(
         if due:
             values = {name: float(np.mean(value)) for name, value in jax.device_get(metrics).items()}
             _check_finite(values, what, done)
-            preempted = preemption.agreed()  # here alone, where all wait for their devices anyway
+            if together:
+                preempted = preemption.agreed()  # here alone, where all wait for their devices anyway
             yield Look(done, state, values, preempted)
         elif preempted:
             yield Look(done, state, {}, preempted)

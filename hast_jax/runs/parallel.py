@@ -22,6 +22,7 @@ from hast_jax.errors import UserError, refused_by_disk
 
 AXIS = "devices"
 MAX_DEFAULT_CPU_DEVICES = 8
+THREADS = "PJRT_NPROC"  # the environment variable with the size of the CPU's pool of threads
 KEEP_BARRIERS = "--xla_disable_hlo_passes=cse_barrier_expander"
 COMPILATION_CACHE = "~/.cache/hast_jax"
 CPU_STEPS_PER_CALL, ACCELERATOR_STEPS_PER_CALL = 1, 50
@@ -53,35 +54,53 @@ def join(processes: str) -> None:
 
 
 def setup(devices: int, batch: int | None = None) -> int:
-    """Make the local devices ready and return how many this process uses; call it before any other JAX computation.
+    """Prepare this process for JAX and return how many devices it uses; a command calls it before any JAX computation.
 
-    devices: of each process; 0 for the default, which is all local accelerators, or on a CPU as many devices as cores (up to 8)
-    that divide `batch`, where one is given. Raises UserError where `devices` are not there or, together with those of the
-    other processes, do not divide `batch`, and in every process where not all have as many local devices.
+    It changes environment variables and JAX's settings, so the library never calls it. Arguments and errors: see `choose`.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = min(cores, MAX_DEFAULT_CPU_DEVICES)
-    on_cpu = devices or max(d for d in range(1, most + 1) if batch is None or batch % d == 0)
-    # A CPU device that waits for the others in a collective blocks a thread of the pool that all devices share; with one
-    # thread a core, XLA's default, the others' convolutions can then wait for a thread for ever.
-    os.environ.setdefault("PJRT_NPROC", str(cores + on_cpu))
-    # This pass would remove the optimization barriers of models/conv.py; only the CPU's compiler has it.
+    # A CPU device that waits for the others in a collective blocks a thread of the pool that all devices share. With one
+    # thread for each core, XLA's default, the others' convolutions can then wait for a thread for ever.
+    on_cpu = devices or _cpu_devices(batch)
+    os.environ.setdefault(THREADS, str(_cores() + on_cpu))
+    # This pass would remove the optimization barriers of networks/conv.py; only the CPU's compiler has it.
     flags = os.environ.get("XLA_FLAGS", "")
     if KEEP_BARRIERS not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {KEEP_BARRIERS}"
     with contextlib.suppress(RuntimeError):  # the backend is up already, in a test: its devices are used
         jax.config.update("jax_num_cpu_devices", on_cpu)
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(os.environ.get("HAST_JAX_CACHE", COMPILATION_CACHE)))
+    return choose(devices, batch)
+
+
+def choose(devices: int, batch: int | None = None) -> int:
+    """How many local devices this process uses.
+
+    devices: of each process; 0 for the default, which is all local accelerators, or on a CPU as many devices as cores (up to 8)
+    that divide `batch`, where one is given. Raises UserError where `devices` are not there or, together with those of the
+    other processes, do not divide `batch`, and in every process where not all have as many local devices.
+    """
     found = jax.local_device_count()
     counts = [len(jax.local_devices(process)) for process in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise UserError(f"the processes of this run have {counts} devices: give all the same command, and as many devices.")
-    used = devices or (min(on_cpu, found) if jax.default_backend() == "cpu" else found)
+    used = devices or found
+    if not devices and jax.default_backend() == "cpu":
+        # Without more threads than cores, several CPU devices could wait for each other for ever: see `setup`.
+        used = min(_cpu_devices(batch), found) if THREADS in os.environ else 1
     if used > found:
         raise UserError(f"config.devices is {devices}, but there are {found} local devices: lower it.")
     if batch is not None and batch % together(used):
         raise UserError(f"config.finetune.batch {batch} is not divisible by the {together(used)} devices: change one of them.")
     return used
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_devices(batch: int | None) -> int:
+    most = min(_cores(), MAX_DEFAULT_CPU_DEVICES)
+    return max(d for d in range(1, most + 1) if batch is None or batch % d == 0)
 
 
 def is_main() -> bool:

@@ -1,20 +1,20 @@
 """Stopping when asked: SIGTERM, which schedulers send before they take a machine away, saves and ends the run."""
 
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import NoReturn
 
 import numpy as np
 
+from hast_jax.errors import Stopped
 from hast_jax.runs import parallel
 
 _heard = threading.Event()
 
 
 def listen() -> None:
-    """From now on SIGTERM ends the run at the end of a step instead of at once."""
+    """From now on SIGTERM ends the run at the end of a step instead of at once. Only a command calls this."""
 
     def note(number: int, frame: FrameType | None) -> None:
         _heard.set()
@@ -33,6 +33,5 @@ def agreed() -> bool:
 
 
 def leave() -> NoReturn:
-    """End the process with exit status 0: all that is needed to go on is saved."""
-    print("hast_jax: stopped by SIGTERM; the same command goes on where it was.", file=sys.stderr)
-    sys.exit(0)
+    """End the run: all that is needed to go on is saved."""
+    raise Stopped("stopped by SIGTERM; the same command goes on where it was.")

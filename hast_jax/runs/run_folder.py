@@ -1,8 +1,11 @@
 """The folder of one run: its config, and where each stage leaves what it made."""
 
+import contextlib
 import json
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,34 +16,54 @@ from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
 from hast_jax.errors import UserError
-from hast_jax.networks.weights import Variables
+from hast_jax.runs.checkpoint import Checkpoints
 from hast_jax.runs.files import crc32, read_json, write_json
+from hast_jax.runs.synthetic_set import SyntheticSet
+
+Tree = Any
 
 # Of this process, which may open a folder more than once: by the lock file itself, as folders may be moved.
 _held: dict[tuple[int, int], BaseFileLock] = {}
 
 
 class RunFolder:
-    """Paths in a run folder.
+    """What a run keeps, in a folder.
 
     config.json, teacher.json, synthetic/ (see synthetic_set.py), images.json, ranges.json, checkpoints/{synthesis,latest,best},
-    metrics.jsonl, tensorboard/, evaluations.json, result.json, synthetic.png.
+    metrics.jsonl, tensorboard/, evaluations.json, segments.json, result.json, synthetic.png.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path: Path | None = path
+        self._path = path
         self.config = path / "config.json"
         self.synthetic = path / "synthetic"
         self.teacher = path / "teacher.json"
         self.images = path / "images.json"
         self.ranges = path / "ranges.json"
         self.evaluations = path / "evaluations.json"
+        self.segments = path / "segments.json"
         self.result = path / "result.json"
         self.picture = path / "synthetic.png"
 
+    def __str__(self) -> str:
+        return str(self._path)
+
     def checkpoints(self, name: str) -> Path:
         """Folder of the checkpoints called `name`: synthesis, latest or best."""
-        return self.path / "checkpoints" / name
+        return self._path / "checkpoints" / name
+
+    def open_checkpoints(self, name: str, keep: int, keep_every: int = 0, writing: bool = True) -> Checkpoints:
+        """The checkpoints called `name`; the other arguments are those of `Checkpoints`."""
+        return Checkpoints(self.checkpoints(name), keep, keep_every, writing)
+
+    def drop_checkpoints(self, name: str) -> None:
+        """Delete the checkpoints called `name`."""
+        shutil.rmtree(self.checkpoints(name))
+
+    def synthetic_set(self, images: int, batch: int, shape: tuple[int, int, int], create: bool = True) -> SyntheticSet:
+        """The synthetic set of this run."""
+        return SyntheticSet(self.synthetic, images, batch, shape, create)
 
     def check_images(self, images: np.ndarray, labels: np.ndarray) -> None:
         """Remember the images that this run learns from, or raise UserError where it began with others."""
@@ -48,35 +71,83 @@ class RunFolder:
         if not self.images.exists():
             write_json(self.images, found)
         elif read_json(self.images) != found:
-            raise UserError(f"{self.path} began with other images: use another --workdir, or the images it began with.")
+            raise UserError(f"{self} began with other images: use another --workdir, or the images it began with.")
 
-    def check_teacher(self, variables: Variables, remember: bool = True) -> None:
+    def check_teacher(self, variables: Tree, remember: bool = True) -> None:
         """Remember the teacher that this run follows, or raise UserError where it began with another of the same name."""
-        found = {"crc32": crc32(variables)}
+        found = crc32(variables)
         if self.teacher.exists():
-            if read_json(self.teacher) != found:
-                raise UserError(f"{self.path} began with a teacher of other weights: use another --workdir, or those weights.")
+            known = read_json(self.teacher)
+            if not isinstance(known, dict) or known.get("crc32") != found:
+                raise UserError(f"{self} began with a teacher of other weights: use another --workdir, or those weights.")
         elif remember:
-            write_json(self.teacher, found)
+            write_json(self.teacher, {"crc32": found})
 
-    def write_ranges(self, ranges: Variables) -> None:
+    def teacher_accuracy(self) -> dict[str, float] | None:
+        """What `remember_teacher_accuracy` was given; None where it was not called yet."""
+        return read_json(self.teacher).get("accuracy") if self.teacher.exists() else None
+
+    def remember_teacher_accuracy(self, accuracy: dict[str, float]) -> None:
+        """Keep the teacher's accuracy, which is measured once."""
+        write_json(self.teacher, {**read_json(self.teacher), "accuracy": accuracy})
+
+    def write_ranges(self, ranges: Tree) -> None:
         """Write the activation ranges as {"layer/low": number, "layer/high": number, ...}."""
         flat = flatten_dict(jax.device_get(ranges), sep="/")
         write_json(self.ranges, {name: float(value) for name, value in flat.items()})
 
-    def read_ranges(self) -> Variables:
-        """The activation ranges. Raises UserError where they are damaged."""
+    def has_ranges(self) -> bool:
+        """Whether this run is calibrated."""
+        return self.ranges.exists()
+
+    def read_ranges(self, names: set[str]) -> Tree:
+        """The activation ranges. names: those that there must be. Raises UserError where they are damaged."""
         try:
             flat = {name: float(value) for name, value in json.loads(self.ranges.read_text()).items()}
-            if not flat or not np.isfinite(list(flat.values())).all():
+            if flat.keys() != names or not np.isfinite(list(flat.values())).all():
                 raise ValueError("not one finite number for each end of a range")
             return unflatten_dict({name: jnp.float32(value) for name, value in flat.items()}, sep="/")
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{self.ranges} is damaged ({error}): delete it to calibrate again.") from error
 
+    def write_evaluations(self, evaluations: dict[int, float]) -> None:
+        """Write the accuracies by epoch."""
+        write_json(self.evaluations, evaluations)
+
+    def read_evaluations(self) -> dict[int, float]:
+        """The accuracies by epoch. Raises UserError where they are damaged."""
+        try:
+            return {int(epoch): float(top1) for epoch, top1 in json.loads(self.evaluations.read_text()).items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.evaluations} is damaged ({error}): use another --workdir.") from error
+
+    def read_segments(self) -> list[dict[str, Any]]:
+        """What each start of this run did, the oldest first."""
+        return read_json(self.segments) if self.segments.exists() else []
+
+    def write_segments(self, segments: list[dict[str, Any]]) -> None:
+        """Write what each start of this run did."""
+        write_json(self.segments, segments)
+
+    def read_result(self) -> dict[str, Any] | None:
+        """The result of the finished run; None where it is not finished."""
+        return read_json(self.result) if self.result.exists() else None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write the result, once."""
+        write_json(self.result, result)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of the folder, which this one has opened with `open_for_run`, until the end of the block."""
+        try:
+            yield
+        finally:
+            release(self._path)
+
 
 def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
-    """Make the folder, or go on in one made with the same config; this process holds it until its end.
+    """Make the folder, or go on in one made with the same config; this process holds it until it calls `release`, or ends.
 
     Raises UserError where it cannot be written, another process holds it, something in it is a link to elsewhere, or it was
     made with another config, whose differences are shown.
@@ -87,6 +158,9 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
         lock = path / ".lock"
         _refuse_links([lock])
         _hold(lock)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
         _refuse_links(path.rglob("*"))
         if folder.config.exists():
             lines = config_lib.difference(config_lib.to_dict(_config_of(folder)), values)
@@ -96,8 +170,27 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
                 )
         write_json(folder.config, values)
     except OSError as error:
-        raise UserError(f"the run folder {path} cannot be written: {error.strerror}; choose another --workdir.") from error
+        release(path)
+        raise _unwritable(path, error) from error
+    except UserError:
+        release(path)
+        raise
     return folder
+
+
+def release(path: Path) -> None:
+    """Let other processes into a folder that `open_for_run` opened. A folder that was opened twice is released by two calls."""
+    with contextlib.suppress(OSError):
+        status = (path / ".lock").stat()
+        lock = _held.get((status.st_dev, status.st_ino))
+        if lock is not None:
+            lock.release()
+            if not lock.is_locked:
+                del _held[status.st_dev, status.st_ino]
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"the run folder {path} cannot be written: {error.strerror}; choose another --workdir.")
 
 
 def _refuse_links(paths: Iterable[Path]) -> None:
@@ -107,7 +200,7 @@ def _refuse_links(paths: Iterable[Path]) -> None:
 
 
 def _hold(lock: Path) -> None:
-    """Keep every other process out of the lock's folder until this one ends, however it ends."""
+    """Keep every other process out of the lock's folder until this one releases it or ends, however it ends."""
     path = lock.parent
     lock.touch()
     status = lock.stat()

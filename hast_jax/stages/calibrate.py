@@ -1,45 +1,65 @@
-"""Stage 2, calibration: one range for each activation layer, the weights untouched; frozen afterwards."""
+"""Stage 2, calibration: one range for each quantized activation, the weights untouched; frozen afterwards."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from hast_jax import networks
+from hast_jax.errors import UserError
+from hast_jax.networks import Network
 from hast_jax.runs import preemption
-from hast_jax.runs.report import Reporter
+from hast_jax.runs.loop import drive
+from hast_jax.stages.job import Job
 
 Array = jax.Array
-Variables = Mapping[str, Any]
+State = Mapping[str, Any]  # the ranges, {} before the first batch
 
 
-def step(student: nn.Module, variables: Variables, ranges: Variables, images: Array) -> Variables:
-    """The `ranges` after one more batch of images [batch, height, width, channels]; `{}` before the first."""
-    with jax.default_matmul_precision(student.precision.arithmetic):  # type: ignore[attr-defined]
-        _, updated = student.apply({**variables, "ranges": ranges} if ranges else variables, images, mutable=["ranges"])
-    return updated["ranges"]
+def step(student: Network, variables: Mapping[str, Any], ranges: State, images: Array) -> State:
+    """The ranges after one more batch of images [batch, height, width, channels]."""
+    return networks.observe(student, variables, ranges, images)
 
 
-def run(student: nn.Module, variables: Variables, images: np.ndarray, config: ConfigDict, reporter: Reporter) -> Variables:
-    """Ranges of every activation layer from random batches of `images`, which may be memory-mapped.
+def run(job: Job, images: np.ndarray) -> State:
+    """Ranges of every quantized activation from random batches of `images`, which may be memory-mapped.
 
     The authors calibrate on images of a small generator; hard samples need no second network and are what the student is
-    trained on.
+    trained on. Raises UserError where a range is not finite.
     """
-    cfg = config.calibration
-    key = jax.random.fold_in(jax.random.key(config.seed), 2)
-    choose = jax.jit(lambda index: jax.random.choice(jax.random.fold_in(key, index), len(images), (cfg.batch,), replace=False))
-    batch_step = jax.jit(partial(step, student))
-    ranges: Variables = {}
-    with reporter.stage("calibrate", cfg.batches) as progress:
-        for index in range(cfg.batches):
-            if preemption.asked():
+    settings, key = job.config.calibration, job.key(2)
+
+    @jax.jit
+    def choose(index: Array) -> Array:
+        return jax.random.choice(jax.random.fold_in(key, index), len(images), (settings.batch,), replace=False)
+
+    def batches() -> Iterator[tuple[np.ndarray]]:
+        for index in range(settings.batches):
+            yield (images[np.asarray(choose(index))],)
+
+    observe = jax.jit(partial(step, job.student))
+    with job.recorder.stage("calibrate", settings.batches) as stage:
+        loop = drive(
+            lambda ranges, batch: (observe(job.variables, ranges, batch), {}),
+            {},
+            batches(),
+            start=0,
+            stop=settings.batches,
+            steps_per_call=1,
+            every=(job.config.log_every,),
+            what="calibration",
+            together=False,
+        )
+        ranges: State = {}
+        for done, latest, _, preempted in loop:
+            ranges = latest
+            if preempted:
                 preemption.leave()  # calibration is short: it begins anew
-            ranges = batch_step(variables, ranges, images[np.asarray(choose(index))])
-            if (index + 1) % config.log_every == 0:
-                jax.block_until_ready(ranges)
-                progress.update(index + 1)
+            if done % job.config.log_every == 0:
+                stage.update(done)
+    bad = [name for name in jax.tree.leaves(jax.device_get(ranges)) if not np.isfinite(name)]
+    if bad:
+        raise UserError("calibration found activations that are not finite: the images or the weights are not usable.")
     return ranges

@@ -1,24 +1,24 @@
 """Stage 3, fine-tuning: the quantized student follows the teacher on clean and on promoted images."""
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from hast_jax import networks
-from hast_jax.method import augmentation, losses
+from hast_jax.method import losses
 from hast_jax.method.promotion import Distances, promote
-from hast_jax.runs import parallel
+from hast_jax.method.schedules import learning_rate, optimizer
+from hast_jax.networks import Network
+from hast_jax.runs import parallel, preemption
+from hast_jax.runs.loop import call_length, drive
+from hast_jax.stages.batches import Frozen, Images, Strengths, draw, freeze, inputs
+from hast_jax.stages.job import Job
 
 Array = jax.Array
-Images = Array | np.ndarray
-Variables = Mapping[str, Any]
 
 
 class State(NamedTuple):
@@ -29,68 +29,20 @@ class State(NamedTuple):
     step: Array
 
 
-class Strengths(NamedTuple):
-    """The weights of the losses and the size of the promotion; scalars.
-
-    They are arguments of the compiled step, so that runs that differ in them alone share one program.
-    """
-
-    a: Array
-    b: Array
-    lam: Array
-    ce: Array
-    eps: Array
-
-
-class Frozen(NamedTuple):
-    """What it does not change.
-
-    teacher: its variables. ranges: of the activations. images [n, h, w, c], labels [n]: the synthetic set. seed: scalar.
-    Where images are streamed they are instead those of the steps of one call, this device's share of each:
-    images [steps, share, h, w, c], labels [steps, share].
-    """
-
-    teacher: Variables
-    ranges: Variables
-    images: Images
-    labels: Images
-    seed: Array
-    strengths: Strengths
-
-
-def learning_rate(config: ConfigDict) -> optax.Schedule:
-    """The rate of each step. config: `config.finetune`; `lr_drops` counts epochs of fine-tuning."""
-    if config.schedule == "cosine":
-        return optax.cosine_decay_schedule(config.lr, config.epochs * config.steps_per_epoch)
-    drops = {epoch * config.steps_per_epoch: 0.1 for epoch in config.lr_drops}
-    return optax.piecewise_constant_schedule(config.lr, drops)
-
-
-def optimizer(schedule: optax.ScalarOrSchedule, momentum: float, weight_decay: float) -> optax.GradientTransformation:
-    """PyTorch's SGD with Nesterov momentum; weight decay on every parameter enters before the momentum."""
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum, nesterov=True))
-
-
-def freeze(teacher: Variables, ranges: Variables, images: Images, labels: Images, config: ConfigDict) -> Frozen:
-    """`Frozen`, with the seed and the strengths of the whole `config`."""
-    strengths = Strengths(*(jnp.asarray(config.finetune[name]) for name in Strengths._fields))
-    return Frozen(teacher, ranges, images, labels, jnp.uint32(config.seed), strengths)
-
-
-def distances(teacher: nn.Module, student: nn.Module, frozen: Frozen, labels: Array, config: ConfigDict) -> Distances:
+def distances(teacher: Network, student: Network, frozen: Frozen, labels: Array, settings: ConfigDict) -> Distances:
     """(params, images) -> {"kl": L_KL, "fa": L_FA} between the teacher and the student with these `params`.
 
-    With `config.ce` above zero also "ce": the weighted cross-entropy of the student with `labels` [batch], for comparison with
-    methods that train on labels.
+    With `settings.ce` above zero also "ce": the weighted cross-entropy of the student with `labels` [batch], for comparison
+    with methods that train on labels.
     """
 
     def between(params: Any, images: Array) -> dict[str, Array]:
         target, teacher_taps = networks.apply(teacher, frozen.teacher, images)
-        variables = {"params": params, "batch_stats": frozen.teacher["batch_stats"], "ranges": frozen.ranges}
+        variables = {**frozen.teacher, "params": params, "ranges": frozen.ranges}
         logits, taps = networks.apply(student, variables, images)
-        kl = losses.distillation(target, logits, config.temperature, config.alpha)
-        fa = frozen.strengths.lam * losses.ALIGNMENTS[config.alignment](teacher_taps.branches, taps.branches)
-        if config.ce == 0:
+        kl = losses.distillation(target, logits, settings.temperature, settings.alpha)
+        fa = frozen.strengths.lam * losses.ALIGNMENTS[settings.alignment](teacher_taps.branches, taps.branches)
+        if settings.ce == 0:
             return {"kl": kl, "fa": fa}
         return {"kl": kl, "fa": fa, "ce": frozen.strengths.ce * losses.cross_entropy(logits, labels)}
 
@@ -98,16 +50,16 @@ def distances(teacher: nn.Module, student: nn.Module, frozen: Frozen, labels: Ar
 
 
 def loss_and_gradient(
-    between: Distances, params: Any, images: Array, strengths: Strengths, config: ConfigDict
+    between: Distances, params: Any, images: Array, strengths: Strengths, settings: ConfigDict
 ) -> tuple[dict[str, Array], Any]:
     """L = a * [L_KL(x) + L_FA(x)] + b * [L_KL(x') + L_FA(x')] on images x and promoted images x', with its gradient.
 
     Where `between` gives a cross-entropy too, it is part of both brackets.
     """
-    clean, clean_gradient, hard_images = promote(between, params, images, strengths.eps, config.direction)
+    clean, clean_gradient, hard_images = promote(between, params, images, strengths.eps, settings.direction)
     loss, gradient = strengths.a * sum(clean.values()), jax.tree.map(lambda g: strengths.a * g, clean_gradient)
     metrics = clean
-    if config.b > 0:
+    if settings.b > 0:
 
         def hard_loss(p: Any) -> tuple[Array, dict[str, Array]]:
             parts = between(p, hard_images)
@@ -119,74 +71,17 @@ def loss_and_gradient(
     return metrics | {"loss": loss}, gradient
 
 
-def step_key(seed: Array, step: Array) -> Array:
-    """The key of everything random in this step."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 3), step)
-
-
-def chosen_rows(key: Array, images: int, batch: int) -> Array:
-    """Rows [batch] of the synthetic set of `images` images that are the global batch of the step with this key."""
-    return jax.random.choice(key, images, (batch,), replace=False)
-
-
-def draw(frozen: Frozen, step: Array, config: ConfigDict) -> tuple[Array, Array]:
-    """This device's share of the images and labels of this step, augmented.
-
-    The global batch depends on the seed and the step, not on the number of devices, nor on whether images are streamed.
-    """
-    key = step_key(frozen.seed, step)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(config.batch))
-    if config.stream:
-        rows = step % len(frozen.images)
-    else:
-        rows = parallel.own_share(chosen_rows(key, len(frozen.images), config.batch))
-    images, labels = frozen.images[rows], frozen.labels[rows]
-    if config.augment:
-        keys = parallel.own_share(keys)
-        images = augmentation.random_resized_crop_and_flip(keys, images, (config.crop_scale, 1.0))
-    return jnp.asarray(images), jnp.asarray(labels)
-
-
-def inputs(frozen: Frozen, calls: range, count: int, config: ConfigDict) -> Iterator[tuple[Frozen]]:
-    """What each call gets beside the state, on `count` devices of this process.
-
-    frozen: with all images, as NumPy arrays that may be memory-mapped. calls: the first step of each call. All images are
-    copied to every device, once; or, with `config.stream`, a thread that runs ahead of the device reads those of each call.
-    """
-    if config.stream:
-        return _stream(frozen, calls, count, config)
-    return itertools.repeat((parallel.replicate(frozen, count),))
-
-
-def _stream(frozen: Frozen, calls: range, count: int, config: ConfigDict) -> Iterator[tuple[Frozen]]:
-    import grain
-
-    images, labels = frozen.images, frozen.labels
-    rows_of = jax.jit(jax.vmap(lambda step: chosen_rows(step_key(frozen.seed, step), len(images), config.batch)))
-
-    def read(first: int) -> tuple[Images, Images]:
-        rows = np.asarray(rows_of(first + np.arange(calls.step)))  # [steps, batch]
-        rows = parallel.own_rows(rows, count)
-        return images[rows], labels[rows]
-
-    rest = parallel.replicate(frozen._replace(images=np.zeros(0), labels=np.zeros(0)), count)
-    reader = grain.MapDataset.range(calls.start, calls.stop, calls.step).map(read)
-    for batch in reader.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)):
-        chosen, of_labels = parallel.shard(batch, count)
-        yield (rest._replace(images=chosen, labels=of_labels),)
-
-
 def make_step(
-    teacher: nn.Module, student: nn.Module, config: ConfigDict
+    teacher: Network, student: Network, settings: ConfigDict
 ) -> Callable[[State, Frozen], tuple[State, dict[str, Array]]]:
-    """One step of fine-tuning for `parallel.pmap_steps`. config: `config.finetune`."""
-    schedule = learning_rate(config)
-    transform = optimizer(schedule, config.momentum, config.weight_decay)
+    """One step of fine-tuning for `parallel.pmap_steps`. settings: `config.finetune`."""
+    schedule = learning_rate(settings)
+    transform = optimizer(schedule, settings.momentum, settings.weight_decay)
 
     def step(state: State, frozen: Frozen) -> tuple[State, dict[str, Array]]:
-        images, labels = draw(frozen, state.step, config)
-        between = distances(teacher, student, frozen, labels, config)
-        metrics, gradient = loss_and_gradient(between, state.params, images, frozen.strengths, config)
+        images, labels = draw(frozen, state.step, settings)
+        between = distances(teacher, student, frozen, labels, settings)
+        metrics, gradient = loss_and_gradient(between, state.params, images, frozen.strengths, settings)
         metrics, gradient = parallel.mean((metrics, gradient))
         updates, opt_state = transform.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -201,7 +96,76 @@ def make_step(
     return step
 
 
-def init(params: Any, config: ConfigDict) -> State:
-    """The state before the first step: the student starts from the teacher's `params`. config: `config.finetune`."""
-    transform = optimizer(learning_rate(config), config.momentum, config.weight_decay)
+def init(params: Any, settings: ConfigDict) -> State:
+    """The state before the first step: the student starts from the teacher's `params`. settings: `config.finetune`."""
+    transform = optimizer(learning_rate(settings), settings.momentum, settings.weight_decay)
     return State(params, transform.init(params), jnp.zeros((), jnp.int32))
+
+
+def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callable[[Any], float] | None) -> tuple[State, Any]:
+    """Train the student, saving it after each epoch; returns its last state and its accuracy by epoch.
+
+    images, labels: NumPy arrays that may be memory-mapped. ranges: of the activations. evaluate: gives the accuracy of a
+    student from its variables; None: it is not evaluated. Epoch 0 is before fine-tuning.
+    """
+    config, settings = job.config, job.config.finetune
+    stop, every = settings.epochs * settings.steps_per_epoch, settings.steps_per_epoch
+    frozen = freeze(job.variables, ranges, images, labels, config)
+
+    def judge(state: State) -> None:
+        epoch = int(state.step) // every
+        if evaluate is not None:
+            evaluations[epoch] = evaluate({**job.variables, "params": state.params, "ranges": ranges})
+        if best_epoch(evaluations) == epoch:
+            best.save(int(state.step), state)
+        # Last, so that a run that is killed before evaluates this epoch again.
+        parallel.on_main(lambda: job.storage.write_evaluations(evaluations))
+
+    with (
+        job.storage.open_checkpoints("latest", keep=2, keep_every=settings.keep_every * every) as latest,
+        job.storage.open_checkpoints("best", keep=1) as best,
+    ):
+        state, evaluations = _resume(job, latest)
+        start = int(state.step)
+        calls = call_length(parallel.steps_per_call(config.steps_per_call), config.log_every, every, start)
+        due = lambda step: step % every == 0 and (step // every % config.eval.every == 0 or step == stop)
+        with job.recorder.stage("finetune", stop, start) as stage:
+            if due(start) and start // every not in evaluations:
+                judge(state)
+            step = make_step(job.teacher, job.student, settings)
+            loop = drive(
+                parallel.pmap_steps(step, job.devices, calls, together=True),
+                parallel.replicate(state, job.devices),
+                inputs(frozen, range(start, stop, calls), job.devices, settings),
+                start=start,
+                stop=stop,
+                steps_per_call=calls,
+                every=(config.log_every, every),
+                what="finetune",
+            )
+            for done, replicated, metrics, preempted in loop:
+                stage.update(done, metrics)
+                if done % every == 0 or preempted:
+                    state = jax.device_get(parallel.unreplicate(replicated))
+                    latest.save(done, state)
+                    if preempted:
+                        preemption.leave()
+                    if due(done):
+                        judge(state)
+    return state, evaluations
+
+
+def best_epoch(evaluations: dict[int, float]) -> int | None:
+    """The first of the best epochs after fine-tuning began: selected on the data it was evaluated on."""
+    return max((epoch for epoch in evaluations if epoch > 0), key=lambda epoch: evaluations[epoch], default=None)
+
+
+def _resume(job: Job, latest: Any) -> tuple[State, dict[int, float]]:
+    """The newest saved state and the accuracies up to it; else a fresh state and none."""
+    fresh = init(job.variables["params"], job.config.finetune)
+    saved = latest.restore(fresh)
+    parallel.agree({"newest checkpoint": 0 if saved is None else int(saved.step)})
+    if saved is None:
+        return fresh, {}
+    known = job.storage.read_evaluations()
+    return saved, {e: top1 for e, top1 in known.items() if e * job.config.finetune.steps_per_epoch <= int(saved.step)}

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,23 +15,15 @@ from ml_collections import ConfigDict
 
 from hast_jax import networks
 from hast_jax.method import augmentation, losses
+from hast_jax.method.schedules import Plateau, plateau_update
+from hast_jax.networks import Network
 from hast_jax.runs import parallel, preemption
-from hast_jax.runs.checkpoint import Checkpoints
 from hast_jax.runs.files import crc32
 from hast_jax.runs.loop import call_length, drive
-from hast_jax.runs.report import Reporter
-from hast_jax.runs.synthetic_set import SyntheticSet
+from hast_jax.stages.job import Job
 
 Array = jax.Array
 Variables = Mapping[str, Any]
-
-
-class Plateau(NamedTuple):
-    """Learning rate of PyTorch's ReduceLROnPlateau with what it remembers; scalars."""
-
-    lr: Array
-    best: Array
-    bad: Array
 
 
 class Best(NamedTuple):
@@ -62,21 +53,10 @@ class State(NamedTuple):
         return self.images if self.best is None else self.best.images
 
 
-def plateau_update(plateau: Plateau, loss: Array, config: ConfigDict) -> Plateau:
-    """Multiply the rate by `factor` once the loss has not improved by `threshold` (relative) for `patience` iterations."""
-    better = loss < plateau.best * (1 - config.threshold)
-    bad = jnp.where(better, 0, plateau.bad + 1)
-    drop = bad > config.patience
-    lower = jnp.maximum(plateau.lr * config.factor, config.min_lr)
-    # PyTorch ignores a drop of the rate by less than 1e-8.
-    lr = jnp.where(drop & (plateau.lr - lower > 1e-8), lower, plateau.lr)
-    return Plateau(lr, jnp.where(better, loss, plateau.best), jnp.where(drop, 0, bad))
-
-
 def objective(
-    images: Array, labels: Array, teacher: nn.Module, variables: Variables, config: ConfigDict
+    images: Array, labels: Array, teacher: Network, variables: Variables, settings: ConfigDict
 ) -> tuple[Array, dict[str, Array]]:
-    """L_syn = L_BNS + beta * L_HIL of one batch, and its terms. config: `config.synthesis`.
+    """L_syn = L_BNS + beta * L_HIL of one batch, and its terms. settings: `config.synthesis`.
 
     The batch passes the network in parts of `micro_batch` images: the same values, as the moments of the batch come from
     those of its parts. With `remat` a part's intermediate arrays are computed again for the gradient instead of kept.
@@ -86,52 +66,52 @@ def objective(
         logits, taps = networks.apply(teacher, variables, part)
         return logits, losses.bn_moments(taps.batch_norms)
 
-    parts = images.reshape(-1, parallel.micro_batch(config.micro_batch, len(images)), *images.shape[1:])
-    if config.remat:
+    parts = images.reshape(-1, parallel.micro_batch(settings.micro_batch, len(images)), *images.shape[1:])
+    if settings.remat:
         logits, moments = lax.map(jax.checkpoint(look), parts)  # one part after the other, whatever the compiler prefers
     else:
         logits, moments = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(look(part) for part in parts))
     mean_loss, var_loss = losses.bn_statistics(jax.tree.map(lambda moment: jnp.mean(moment, 0), moments))
     logits = logits.reshape(len(images), -1)
-    hard = losses.hard_sample(logits, labels, config.gamma)
-    loss = mean_loss + var_loss + config.beta * hard
+    hard = losses.hard_sample(logits, labels, settings.gamma)
+    loss = mean_loss + var_loss + settings.beta * hard
     accuracy = jnp.mean(jnp.argmax(logits, 1) == labels)
     return loss, {"loss": loss, "bn_mean": mean_loss, "bn_var": var_loss, "hard": hard, "accuracy": accuracy}
 
 
-def init(batch_index: Array, key: Array, shape: tuple[int, ...], classes: int, config: ConfigDict) -> State:
+def init(batch_index: Array, key: Array, shape: tuple[int, ...], classes: int, settings: ConfigDict) -> State:
     """Noise N(0, 1) and uniformly random labels for batch number `batch_index`, whatever the number of devices.
 
-    config: `config.synthesis`.
+    settings: `config.synthesis`.
     """
     image_key, label_key = jax.random.split(jax.random.fold_in(key, batch_index))
     images = jax.random.normal(image_key, shape)
     labels = jax.random.randint(label_key, shape[:1], 0, classes)
     infinite, zero = jnp.asarray(jnp.inf, images.dtype), jnp.zeros((), jnp.int32)
-    plateau = Plateau(jnp.asarray(config.lr, images.dtype), infinite, zero)
-    best = Best(infinite, images) if config.return_to_best else None
+    plateau = Plateau(jnp.asarray(settings.lr, images.dtype), infinite, zero)
+    best = Best(infinite, images) if settings.return_to_best else None
     return State(images, labels, optax.scale_by_adam().init(images), plateau, batch_index, zero, best)
 
 
 def step(
-    state: State, variables: Variables, teacher: nn.Module, key: Array, config: ConfigDict
+    state: State, variables: Variables, teacher: Network, key: Array, settings: ConfigDict
 ) -> tuple[State, dict[str, Array]]:
-    """One Adam step on the images. config: `config.synthesis`.
+    """One Adam step on the images. settings: `config.synthesis`.
 
     With `return_to_best`, where the rate drops, Adam begins anew at the images of the lowest loss. A rate of 0.5 makes the loss
     explode once it is small, and the authors' schedule then lowers the rate for good, far from where the images had come to.
     """
 
     def loss_fn(images: Array) -> tuple[Array, dict[str, Array]]:
-        if config.crop_probability > 0:
+        if settings.crop_probability > 0:
             step_key = jax.random.fold_in(jax.random.fold_in(key, state.batch), state.iteration)
-            images = _see_through_crop(images, step_key, config)
-        return objective(images, state.labels, teacher, variables, config)
+            images = _see_through_crop(images, step_key, settings)
+        return objective(images, state.labels, teacher, variables, settings)
 
     gradient, metrics = jax.grad(loss_fn, has_aux=True)(state.images)
     update, adam = optax.scale_by_adam().update(gradient, state.adam)
     images = state.images - state.plateau.lr * update
-    plateau = plateau_update(state.plateau, metrics["loss"], config)
+    plateau = plateau_update(state.plateau, metrics["loss"], settings)
     best = state.best
     if best is not None:
         choose = lambda condition, a, b: jax.tree.map(partial(jnp.where, condition), a, b)
@@ -142,10 +122,10 @@ def step(
     return State(images, state.labels, adam, plateau, state.batch, state.iteration + 1, best), metrics
 
 
-def _see_through_crop(images: Array, key: Array, config: ConfigDict) -> Array:
+def _see_through_crop(images: Array, key: Array, settings: ConfigDict) -> Array:
     crop_key, choice_key = jax.random.split(key)
-    cropped = augmentation.random_resized_crop_and_flip(crop_key, images, (config.crop_scale, 1.0))
-    return jnp.where(jax.random.bernoulli(choice_key, config.crop_probability), cropped, images)
+    cropped = augmentation.random_resized_crop_and_flip(crop_key, images, (settings.crop_scale, 1.0))
+    return jnp.where(jax.random.bernoulli(choice_key, settings.crop_probability), cropped, images)
 
 
 def plan(pending: list[int], begun: Mapping[int, int], size: int) -> list[tuple[list[int], int]]:
@@ -161,58 +141,64 @@ def plan(pending: list[int], begun: Mapping[int, int], size: int) -> list[tuple[
     return groups
 
 
-def run(
-    teacher: nn.Module,
-    variables: Variables,
-    config: ConfigDict,
-    devices: int,
-    store: SyntheticSet,
-    checkpoints: Checkpoints,
-    reporter: Reporter,
-) -> None:
-    """Fill `store` with every batch that it still lacks, `stack` batches at a time on each device of all processes.
+def run(job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """Images float32 [n, height, width, channels] and labels int32 [n]: those that the run has already, and all others.
 
-    Batches are optimised without communication: BN statistics are those of one batch. A batch's images depend on the seed and
-    its number alone, so a run may go on with other devices. Where a group does not divide by them, its first batch is
-    repeated for nothing.
+    `stack` batches are optimised at a time on each device of all processes, without communication: BN statistics are those of
+    one batch. A batch's images depend on the seed and its number alone, so a run may go on with other devices. Where the
+    batches of a group do not divide by the devices, the first one is repeated and its copies are dropped.
     """
-    cfg, key = config.synthesis, jax.random.fold_in(jax.random.key(config.seed), 1)
-    shape = (cfg.batch, *config.teacher.image)
-    start = jax.vmap(lambda batch: init(batch, key, shape, config.teacher.classes, cfg))
+    settings, shape = job.config.synthesis, tuple(job.config.teacher.image)
+    open_set = partial(job.storage.synthetic_set, settings.images, settings.batch, shape)
+    parallel.on_main(open_set)
+    with job.storage.open_checkpoints("synthesis", keep=2) as checkpoints:
+        _fill(job, open_set(create=False), checkpoints)
+    # Until here process 0 may still have been writing. The images that were half-made are whole now.
+    parallel.on_main(lambda: job.storage.drop_checkpoints("synthesis"))
+    return open_set(create=False).read()
+
+
+def _fill(job: Job, store: Any, checkpoints: Any) -> None:
+    """Make every batch that `store` still lacks."""
+    config, settings, key = job.config, job.config.synthesis, job.key(1)
+    shape = (settings.batch, *config.teacher.image)
+    start = jax.vmap(lambda batch: init(batch, key, shape, job.teacher.classes, settings))
     start_for = functools.cache(partial(parallel.pmap, start))
     step_for = functools.cache(
-        partial(parallel.pmap_steps, on_each(lambda state, variables: step(state, variables, teacher, key, cfg)))
+        partial(parallel.pmap_steps, on_each(lambda state, variables: step(state, variables, job.teacher, key, settings)))
     )
     pending = store.pending()
     begun = _begun(checkpoints, jax.eval_shape(start, jax.ShapeDtypeStruct((1,), jnp.int32)), store)
     reached = {batch: int(row.iteration) for batch, row in begun.items()}
     parallel.agree({"half-made images": crc32((np.asarray(pending), np.asarray(sorted(reached.items()))))})
-    done = (store.batches - len(pending)) * cfg.iterations + sum(reached.values())
-    together = parallel.together(devices) * parallel.stack(cfg.stack, memory(teacher, variables, shape, cfg))
-    with reporter.stage("synthesis", store.batches * cfg.iterations, done) as progress:
+    done = (store.batches - len(pending)) * settings.iterations + sum(reached.values())
+    together = parallel.together(job.devices) * parallel.stack(
+        settings.stack, memory(job.teacher, job.variables, shape, settings)
+    )
+    with job.recorder.stage("synthesis", store.batches * settings.iterations, done) as stage:
         for batches, first in plan(pending, reached, together):
-            count, own = parallel.deal(batches, devices)
+            count, own = parallel.deal(batches, job.devices)
             if first:
                 rows = parallel.split(_stack([begun[batch] for batch in own]), count)
                 state = parallel.shard(rows, count)
             else:
                 state = start_for(count)(parallel.split(jnp.asarray(own), count))
             calls = parallel.steps_per_call(config.steps_per_call)
-            calls = call_length(calls, cfg.iterations, config.log_every, cfg.save_every, first)
+            calls = call_length(calls, settings.iterations, config.log_every, settings.save_every, first)
             loop = drive(
                 step_for(count, calls),
                 state,
-                itertools.repeat((parallel.replicate(variables, count),)),
+                itertools.repeat((parallel.replicate(job.variables, count),)),
                 start=first,
-                stop=cfg.iterations,
+                stop=settings.iterations,
                 steps_per_call=calls,
-                every=(config.log_every, cfg.save_every),
+                every=(config.log_every, settings.save_every),
                 what="synthesis",
             )
             for iteration, state, metrics, preempted in loop:
                 position = done + (iteration - first) * len(batches)
-                progress.update(position, metrics)
-                if iteration < cfg.iterations and (preempted or iteration % cfg.save_every == 0):
+                stage.update(position, metrics)
+                if iteration < settings.iterations and (preempted or iteration % settings.save_every == 0):
                     begun |= zip(batches, _rows(parallel.gather(state)))
                     checkpoints.save(position, _stack(list(begun.values())))
                     if preempted:
@@ -222,15 +208,15 @@ def run(
                 begun.pop(batch, None)
                 if parallel.is_main():
                     store.write(batch, images[row], labels[row])
-            done += (cfg.iterations - first) * len(batches)
+            done += (settings.iterations - first) * len(batches)
 
 
-def memory(teacher: nn.Module, variables: Variables, shape: tuple[int, ...], config: ConfigDict) -> int:
+def memory(teacher: Network, variables: Variables, shape: tuple[int, ...], settings: ConfigDict) -> int:
     """Bytes that a step on one batch of this shape needs, roughly: four times the inputs of its batch norms.
 
-    Compilers were seen to take 1.5 to 3.2 times as much (docs/performance.md). config: `config.synthesis`.
+    Compilers were seen to take 1.5 to 3.2 times as much (docs/performance.md). settings: `config.synthesis`.
     """
-    images = parallel.micro_batch(config.micro_batch, shape[0]) if config.remat else shape[0]
+    images = parallel.micro_batch(settings.micro_batch, shape[0]) if settings.remat else shape[0]
     _, taps = jax.eval_shape(
         partial(networks.apply, teacher), variables, jax.ShapeDtypeStruct((images, *shape[1:]), jnp.float32)
     )
@@ -249,7 +235,7 @@ def on_each(step: Callable[[State, Variables], tuple[State, Any]]) -> Callable[[
     return on_all
 
 
-def _begun(checkpoints: Checkpoints, like: State, store: SyntheticSet) -> dict[int, State]:
+def _begun(checkpoints: Any, like: State, store: Any) -> dict[int, State]:
     """The batches that were saved in the middle and are still lacking, each with its state on the host."""
     saved = checkpoints.restore(like, rows=store.batches) if store.pending() else None
     rows = _rows(saved) if saved is not None else []

@@ -1,0 +1,1 @@
+"""What a person gets of a run: tables, progress bars and pictures."""

@@ -1,0 +1,126 @@
+"""What the commands show: a progress bar, and the table at the end of a run."""
+
+import io
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hast_jax.runs.progress import Update
+
+SHOWN = ("loss", "kl", "fa", "hard", "lr")  # metrics beside the progress bar
+TEACHER = "teacher"  # the stage in which the teacher's accuracy is measured
+
+
+class Bar:
+    """A callback for progress: a bar on a terminal or in a notebook, elsewhere one line at the end of each stage.
+
+    Use it as a context manager, so that an error does not leave a bar behind.
+    """
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._previous = (0, 0.0)
+
+    def __call__(self, update: Update) -> None:
+        """Show an update."""
+        if update.finished:
+            self._finish(update)
+            return
+        if not (self.console.is_terminal or self.console.is_jupyter):
+            return
+        if self._bar is None:
+            self._start(update)
+        assert self._bar is not None
+        (before, then), self._previous = self._previous, (update.done, update.seconds)
+        speed = f"{(update.done - before) / (update.seconds - then):.1f}/s" if update.seconds > then else ""
+        shown = "  ".join(f"{name} {update.metrics[name]:.4g}" for name in SHOWN if name in update.metrics)
+        self._bar.update(self._task, completed=update.done, shown=shown, speed=speed)
+
+    def _start(self, update: Update) -> None:
+        columns = (
+            TextColumn("{task.description:<11}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[shown]}", style="dim"),
+        )
+        self._bar = Progress(*columns, console=self.console, transient=update.stage == "evaluate")
+        self._task = self._bar.add_task(update.stage, total=update.total, completed=update.done, shown="", speed="")
+        self._previous = (update.done, update.seconds)
+        self._bar.start()
+
+    def _finish(self, update: Update) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=update.total)
+        self._stop()
+        if update.stage == TEACHER:
+            top1, images = update.metrics["top1"], int(update.metrics["images"])
+            self.console.print(f"teacher: top-1 {top1:.2f} % of {images} images", highlight=False)
+        elif update.stage != "evaluate" and not (self.console.is_terminal or self.console.is_jupyter):
+            self.console.print(f"{update.stage}: {update.total} steps in {format_seconds(update.seconds)}")
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+
+def default_progress() -> Bar:
+    """The bar of a library call: shown in a notebook, nowhere else."""
+    in_notebook = "ipykernel" in sys.modules
+    return Bar(Console() if in_notebook else Console(file=io.StringIO()))
+
+
+def format_seconds(seconds: float) -> str:
+    """As a person says it: 12.3 s, 4 min 05 s, 2 h 03 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_images(result: dict[str, Any]) -> str:
+    """How many synthetic images, and how they came to be."""
+    if result.get("real_split"):  # older results lack it
+        return f"{result['images']} real images ({result['real_split']} split)"
+    made = "of another run" if result["iterations"] is None else f"x {result['iterations']} iterations"
+    return f"{result['images']} images {made}"
+
+
+def show_result(console: Console, result: dict[str, Any]) -> None:
+    """The last table of a run, from what `result.json` holds."""
+    title = f"{result['network']} on {result['dataset']}, {format_bits(result['bits'])}, seed {result['seed']}"
+    if result["teacher"] is not None:
+        table = Table("", "top-1 %", "drop", title=title)
+        rows = {
+            "full precision (teacher)": result["teacher"],
+            "quantized, no fine-tuning": result["no_finetuning"],
+            "HAST, last epoch": result["last"],
+            f"HAST, best epoch ({result['best_epoch']}; selected on test data)": result["best"],
+        }
+        for name, value in rows.items():
+            table.add_row(name, f"{value:.2f}", "" if name.startswith("full") else f"{result['teacher'] - value:.2f}")
+        console.print(table)
+    else:
+        console.print(f"{title}: no evaluation data (config.eval.dataset is none)")
+    times = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in result["seconds"].items())
+    console.print(f"{format_images(result)}, {result['steps']} steps of {result['batch']}")
+    console.print(f"{times}; {result['hardware']}")
+
+
+def format_bits(bits: dict[str, Any]) -> str:
+    """Such as W3A3, with the rules for single layers behind it."""
+    rules = f" ({bits['rules']})" if bits.get("rules") else ""  # older results lack them
+    return f"W{bits['weights']}A{bits['activations']}{rules}"

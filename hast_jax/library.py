@@ -1,0 +1,314 @@
+"""The library: quantize a network in Python, whole or stage by stage, on plain arrays and pytrees.
+
+Nothing here prints, ends the process, changes environment variables or holds a lock after it returns. Without `workdir` nothing
+is written. Every function takes `fields`: other values of config fields, such as {"finetune.lam": 0.0}.
+"""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from hast_jax import config as config_lib
+from hast_jax import networks, pipeline
+from hast_jax.data.datasets import Arrays
+from hast_jax.deliver.console import default_progress
+from hast_jax.errors import InputError
+from hast_jax.networks import from_config, rules, structure, weights
+from hast_jax.runs import parallel
+from hast_jax.runs.memory import MemoryRun
+from hast_jax.runs.progress import Progress, Recorder
+from hast_jax.stages import calibrate as calibrate_stage
+from hast_jax.stages import evaluate as evaluate_stage
+from hast_jax.stages import finetune as finetune_stage
+from hast_jax.stages import synthesize as synthesize_stage
+from hast_jax.stages.evaluate import Accuracy
+from hast_jax.stages.job import Job
+from hast_jax.student import Student
+
+Variables = Mapping[str, Any]
+Shape = tuple[int, int, int]
+
+GIVEN = "given in Python"  # what a config says of a network that no file names
+BUDGETS: dict[str, dict[str, Any]] = {
+    "trial": {  # a few minutes on two cores for small images: to see that everything works
+        "synthesis.images": 256,
+        "synthesis.batch": 128,
+        "synthesis.iterations": 100,
+        "calibration.batches": 20,
+        "finetune.batch": 64,
+        "finetune.epochs": 2,
+        "finetune.steps_per_epoch": 100,
+    },
+    "small": config_lib.VARIANTS["small"],
+    "full": {},
+}
+
+
+def quantize(
+    model: nn.Module,
+    variables: Variables,
+    *,
+    image: Shape,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    bits: Any = "w4a4",
+    budget: str = "small",
+    recipe: str = "tuned",
+    workdir: str | Path | None = None,
+    seed: int = 0,
+    call: Mapping[str, Any] | None = None,
+    images: tuple[Any, Any] | None = None,
+    test: tuple[Any, Any] | None = None,
+    progress: Progress | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Student:
+    """Quantize a trained network without its data.
+
+    Args:
+      model: a `flax.linen.Module` of convolutions, linear layers, batch norms and any functions between them, unchanged.
+      variables: its trained `params` and `batch_stats`.
+      image: height, width and channels of the images that it takes.
+      mean, std: how its images are normalised: (x - mean) / std for x in [0, 1], one number for each channel.
+      bits: "w4a4"; a pair (weights, activations); or a dict of such values by patterns of layer paths, with a "default".
+      budget: "trial", "small" (meant for two cores) or "full" (the paper's, meant for an accelerator).
+      recipe: "tuned", the settings that lose least at the small budget; or "paper".
+      workdir: a folder in which the run is kept, to go on from where it was interrupted. None: nothing is written.
+      seed: of everything random.
+      call: keyword arguments of the model's call; by default those that make it infer, such as train=False.
+      images: synthetic images float32 [n, *image], normalised, and labels [n], to learn from instead of making some.
+      test: real images uint8 [n, *image] and labels [n], to report accuracies. Nothing is chosen by them.
+      progress: called with each `Update`; by default a bar is shown in a notebook and nothing elsewhere.
+      fields: other values of config fields.
+
+    Returns the student. Raises UserError in one sentence for what is impossible, before any long work.
+    """
+    if budget not in BUDGETS or recipe not in ("paper", "tuned"):
+        raise InputError(f"budget is {budget!r} and recipe {recipe!r}: choose of {', '.join(BUDGETS)} and of paper, tuned.")
+    changes = {**BUDGETS[budget], **(config_lib.VARIANTS["tuned"] if recipe == "tuned" else {})}
+    setting = _Setting(model, variables, image, mean, std, bits, seed, call, {**changes, **(fields or {})})
+    given = _given_images(images, image) if images is not None else None
+    dataset = _dataset(test, image, setting.classes) if test is not None else None
+    if given is not None:
+        setting.config.synthesis.source = GIVEN
+    own = pipeline.Own(model, setting.variables, dataset, given)
+    path = None if workdir is None else Path(workdir).expanduser()
+    with _shown(progress) as shown:
+        outcome = pipeline.quantize(setting.config, path, shown, own)
+    record = {**outcome.result, "classes": setting.classes}
+    return Student(outcome.student, outcome.variables, setting.rules, setting.image, setting.mean, setting.std, record)
+
+
+def synthesize(
+    model: nn.Module,
+    variables: Variables,
+    *,
+    image: Shape,
+    count: int = 1536,
+    iterations: int = 500,
+    seed: int = 0,
+    call: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Stage 1: `count` images float32 [count, *image] in the network's normalised space, and their labels int32 [count].
+
+    The images have the statistics of the network's batch norms and are hard for it. The other arguments: see `quantize`.
+    """
+    batch = max(d for d in range(1, min(256, count) + 1) if count % d == 0)
+    sizes = {"synthesis.images": count, "synthesis.iterations": iterations, "synthesis.batch": batch}
+    sizes |= {"synthesis.return_to_best": True, "finetune.batch": 1, "calibration.batch": 1}
+    setting = _Setting(model, variables, image, None, None, "w8a8", seed, call, {**sizes, **(fields or {})})
+    with _shown(progress) as shown:
+        return synthesize_stage.run(setting.job(shown))
+
+
+def calibrate(
+    model: nn.Module,
+    variables: Variables,
+    images: Any,
+    *,
+    bits: Any = "w4a4",
+    seed: int = 0,
+    call: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Variables:
+    """Stage 2: the `ranges` of the quantized activations, from images float32 [n, height, width, channels], normalised.
+
+    {} where no activation is quantized. The other arguments: see `quantize`.
+    """
+    images = _normalised(images)
+    sizes = {"calibration.batch": min(64, len(images)), "calibration.batches": 100, "calibration.range": "mse"}
+    sizes |= {"finetune.batch": 1}
+    setting = _Setting(model, variables, images.shape[1:], None, None, bits, seed, call, {**sizes, **(fields or {})})
+    _check_batch("calibration.batch", setting.config.calibration.batch, len(images))
+    with _shown(progress) as shown:
+        return calibrate_stage.run(setting.job(shown), images)
+
+
+def finetune(
+    model: nn.Module,
+    variables: Variables,
+    ranges: Variables,
+    images: Any,
+    labels: Any,
+    *,
+    bits: Any = "w4a4",
+    epochs: int = 20,
+    seed: int = 0,
+    call: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Variables:
+    """Stage 3: the variables of the student after `epochs` of 200 steps: `params`, `batch_stats` and the given `ranges`.
+
+    ranges: what `calibrate` gave for these bits. images, labels: what `synthesize` gave. The other arguments: see `quantize`.
+    """
+    images, labels = _given_images((images, labels), tuple(np.shape(images)[1:]))
+    tuned = {name: value for name, value in config_lib.VARIANTS["tuned"].items() if name.startswith("finetune.")}
+    sizes = {**tuned, "finetune.epochs": epochs, "finetune.batch": min(64, len(images)), "calibration.batch": 1}
+    setting = _Setting(model, variables, images.shape[1:], None, None, bits, seed, call, {**sizes, **(fields or {})})
+    _check_batch("finetune.batch", setting.config.finetune.batch, len(images))
+    with _shown(progress) as shown:
+        job = setting.job(shown)
+        found = {"/".join(name) for name in flatten_dict(ranges)}
+        if found != job.student.range_names:
+            raise InputError("the ranges are not those of this network and these bits: give what calibrate returned for them.")
+        state, _ = finetune_stage.run(job, images, labels, ranges, None)
+    return {**setting.variables, "params": state.params, "ranges": ranges}
+
+
+def evaluate(
+    model: nn.Module | Student,
+    variables: Variables | None = None,
+    images: Any = None,
+    labels: Any = None,
+    *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    bits: Any = None,
+    call: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Accuracy:
+    """Stage 4: top-1 and top-5 in per cent of images uint8 [n, height, width, channels] with labels [n].
+
+    Of a student: `evaluate(student, images=..., labels=...)`. Of a network in full precision: `evaluate(model, variables,
+    images, labels, mean=..., std=...)`; with `bits`, and `ranges` among the variables, of the network quantized so.
+    """
+    if isinstance(model, Student):
+        student, variables, mean, std = model, model.variables, model.mean, model.std
+        network, classes = student.network, student.network.classes
+        config = config_lib.default()
+    else:
+        if variables is None or mean is None or std is None:
+            raise InputError("evaluate needs variables, mean and std of a network that is not a Student.")
+        shape = tuple(np.shape(images)[1:])
+        setting = _Setting(model, variables, shape, mean, std, bits or "w8a8", 0, call, {})
+        config, classes = setting.config, setting.classes
+        network = from_config.student(config, model) if bits else from_config.bare_teacher(config, model)
+        variables = {**setting.variables, "ranges": variables.get("ranges", {})}
+    config.teacher.mean, config.teacher.std = tuple(mean), tuple(std)
+    dataset = _dataset((images, labels), tuple(np.shape(images)[1:]), classes)
+    with _shown(progress) as shown:
+        logits = lambda v, x: networks.apply(network, v, x)[0]
+        return evaluate_stage.evaluator(logits, dataset, config, parallel.choose(0), shown)(variables)
+
+
+class _Setting:
+    """A network given in Python, checked, with the config that says the rest."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variables: Variables,
+        image: tuple[int, ...],
+        mean: tuple[float, ...] | None,
+        std: tuple[float, ...] | None,
+        bits: Any,
+        seed: int,
+        call: Mapping[str, Any] | None,
+        fields: Mapping[str, Any],
+    ):
+        self.image = tuple(image)
+        self.mean = tuple(mean) if mean is not None else (0.0,) * self.image[-1]
+        self.std = tuple(std) if std is not None else (1.0,) * self.image[-1]
+        self.rules = rules.normalise(bits)
+        self.call = structure.inference_arguments(model) if call is None and isinstance(model, nn.Module) else dict(call or {})
+        self.model = model
+        self.classes = structure.inspect(model, self.image, self.call).classes
+        self.variables = weights.from_variables(model, variables, self.image, call=self.call)
+        self.config = config_lib.default()
+        weight_bits, activation_bits = (config_lib.FULL_PRECISION if b is None else b for b in self.rules[0][1])
+        self.config.update_from_flattened_dict(
+            {
+                "seed": seed,
+                "bits.weights": weight_bits,
+                "bits.activations": activation_bits,
+                "bits.rules": rules.text_of(self.rules[1:]),
+                "teacher.network": f"{type(model).__name__} ({GIVEN})",
+                "teacher.weights": GIVEN,
+                "teacher.classes": self.classes,
+                "teacher.image": self.image,
+                "teacher.mean": self.mean,
+                "teacher.std": self.std,
+                "teacher.call": json.dumps(self.call) if call is not None else "",
+                "eval.dataset": "none",
+                **fields,
+            }
+        )
+
+    def job(self, progress: Progress) -> Job:
+        """What a stage works with, in memory."""
+        config_lib.validate(self.config)
+        devices = parallel.choose(self.config.devices, self.config.finetune.batch)
+        teacher, student = from_config.bare_teacher(self.config, self.model), from_config.student(self.config, self.model)
+        return Job(self.config, devices, MemoryRun(), Recorder(None, progress), teacher, student, self.variables)
+
+
+def _shown(progress: Progress | None) -> contextlib.AbstractContextManager[Progress]:
+    return default_progress() if progress is None else contextlib.nullcontext(progress)
+
+
+def _normalised(images: Any) -> np.ndarray:
+    array = np.asarray(images)
+    if array.ndim != 4 or not np.issubdtype(array.dtype, np.floating) or not len(array):
+        raise InputError(
+            f"the images are {array.dtype} {array.shape}: give normalised float32 images [n, height, width, channels]."
+        )
+    bad = np.flatnonzero(~np.isfinite(array).all((1, 2, 3)))
+    if len(bad):
+        raise InputError(f"image {bad[0]} holds values that are not finite.")
+    return array.astype(np.float32, copy=False)
+
+
+def _given_images(given: tuple[Any, Any], image: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = _normalised(given[0]), np.asarray(given[1])
+    if images.shape[1:] != tuple(image):
+        raise InputError(f"the images have the shape {images.shape[1:]}, not {tuple(image)}.")
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"the labels are {labels.dtype} {labels.shape}: give one whole number for each of {len(images)} images."
+        )
+    return images, labels.astype(np.int32)
+
+
+def _dataset(test: tuple[Any, Any], image: tuple[int, ...], classes: int) -> Arrays:
+    images, labels = np.asarray(test[0]), np.asarray(test[1])
+    if images.dtype != np.uint8 or images.shape[1:] != tuple(image) or not len(images):
+        wanted = ", ".join(map(str, image))
+        raise InputError(f"the real images are {images.dtype} {images.shape}: give uint8 images [n, {wanted}] of 0 ... 255.")
+    whole = labels.shape == (len(images),) and np.issubdtype(labels.dtype, np.integer)
+    if not whole or labels.min() < 0 or labels.max() >= classes:
+        raise InputError(f"the labels must be one whole number from 0 to {classes - 1} for each of the {len(images)} images.")
+    return Arrays(images, labels.astype(np.int32), classes)
+
+
+def _check_batch(field: str, batch: int, images: int) -> None:
+    if batch > images:
+        raise InputError(f"{field} is {batch}, more than the {images} images: lower it.")

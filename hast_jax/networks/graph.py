@@ -1,0 +1,89 @@
+"""Which values of a traced network depend on which: what the layers of a stranger's network read and where its branches end."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jax_core
+
+INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # where primitives that only call another function keep it
+
+
+class Operation(NamedTuple):
+    """One primitive with the numbers of the values that it reads and makes; None reads a constant."""
+
+    name: str
+    reads: tuple[int | None, ...]
+    makes: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]  # of what it reads
+
+
+class Graph:
+    """A traced function as a list of operations in order; functions that it calls are written out in their place.
+
+    inputs, outputs: the numbers of its arguments and results, in the order of their leaves.
+    """
+
+    def __init__(self, traced: Any):
+        """traced: what `jax.make_jaxpr` gives."""
+        self.operations: list[Operation] = []
+        self._values = 0
+        numbers: dict[Any, int] = {}
+        for variable in (*traced.jaxpr.constvars, *traced.jaxpr.invars):
+            numbers[variable] = self._new()
+        self.inputs = [numbers[variable] for variable in traced.jaxpr.invars]
+        self._write_out(traced.jaxpr, numbers)
+        self.outputs = [self._number(variable, numbers) for variable in traced.jaxpr.outvars]
+        self.maker = {value: operation for operation in self.operations for value in operation.makes}
+
+    def descendants(self, values: Iterable[int]) -> set[int]:
+        """These values and all that depend on them."""
+        found = set(values)
+        for operation in self.operations:
+            if any(value in found for value in operation.reads):
+                found.update(operation.makes)
+        return found
+
+    def upstream(self, marked: Iterable[int]) -> dict[int, frozenset[int]]:
+        """For each value, those of the marked ones that it depends on, itself included; a value without any is absent."""
+        marked = set(marked)
+        found: dict[int, frozenset[int]] = {value: frozenset([value]) for value in self.inputs if value in marked}
+        for operation in self.operations:
+            above = frozenset().union(*(found.get(value, frozenset()) for value in operation.reads if value is not None))
+            for value in operation.makes:
+                all_above = above | {value} if value in marked else above
+                if all_above:
+                    found[value] = all_above
+        return found
+
+    def _new(self) -> int:
+        self._values += 1
+        return self._values
+
+    def _number(self, variable: Any, numbers: dict[Any, int]) -> int | None:
+        return None if isinstance(variable, jax_core.Literal) else numbers[variable]
+
+    def _write_out(self, jaxpr: Any, numbers: dict[Any, int]) -> None:
+        for equation in jaxpr.eqns:
+            reads = [self._number(variable, numbers) for variable in equation.invars]
+            inner = next((equation.params[name] for name in INNER if name in equation.params), None)
+            inner = getattr(inner, "jaxpr", inner)
+            if inner is not None and len(inner.invars) == len(reads) and equation.primitive.name != "scan":
+                inside = {variable: self._new() for variable in inner.constvars}
+                inside |= {v: self._new() if number is None else number for v, number in zip(inner.invars, reads)}
+                self._write_out(inner, inside)
+                for outer, variable in zip(equation.outvars, inner.outvars):
+                    number = self._number(variable, inside)
+                    numbers[outer] = self._new() if number is None else number
+                continue
+            makes = tuple(self._new() for _ in equation.outvars)
+            numbers.update(zip(equation.outvars, makes))
+            shapes = tuple(tuple(getattr(variable.aval, "shape", ())) for variable in equation.invars)
+            self.operations.append(Operation(equation.primitive.name, tuple(reads), makes, shapes))
+
+
+def trace(function: Any, *arguments: Any) -> tuple[Graph, Any]:
+    """The graph of `function(*arguments)`, and its result with the number of a value in the place of each leaf."""
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    graph = Graph(traced)
+    return graph, jax.tree.unflatten(jax.tree.structure(shapes), graph.outputs)

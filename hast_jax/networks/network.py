@@ -1,0 +1,307 @@
+"""A Linen module as teacher or student, unchanged: its calls are intercepted where something is quantized or looked at.
+
+The kernels of a student are a pure function of `params`, computed before the call. Its activations are quantized where layers
+consume them: `flax.linen.intercept_methods` sees each call of a layer. In full precision nothing is changed, and the logits are
+those of the module's own `apply`.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import lax
+
+from hast_jax.errors import UserError
+from hast_jax.method import quantizer
+from hast_jax.method.losses import BatchNormTap
+from hast_jax.networks import conv as conv_lib
+from hast_jax.networks import structure as structure_lib
+from hast_jax.networks.layers import Activation
+from hast_jax.networks.rules import Bits, Rules, bits_of, compiled
+from hast_jax.networks.structure import COLLECTION, Call, Path, Structure, argument, name_of
+
+Array = jax.Array
+Variables = Mapping[str, Any]
+
+
+class Taps(NamedTuple):
+    """What a network shows beside its logits.
+
+    batch_norms: the input and the running moments of each call of a batch norm, in the order of execution.
+    branches: the outputs that feature alignment compares [batch, height, width, c].
+    activations: the quantized activations, by the path of their range.
+    """
+
+    batch_norms: tuple[BatchNormTap, ...]
+    branches: tuple[Array, ...]
+    activations: dict[Path, Array]
+
+
+class Site(NamedTuple):
+    """Where activations are quantized. name: the path of its range in the collection `ranges`."""
+
+    name: Path
+    bits: int
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A module with what the stages need to know of it.
+
+    call: keyword arguments of its calls. kernels: bits of each quantized kernel, by layer. sites: of each call whose input (of
+    a layer) or output (of an `Activation`) is quantized. range_rule: observes the range of a batch of activations.
+    straight_through: one of `quantizer.STRAIGHT_THROUGH`. arithmetic: of convolutions and matrix products, one of
+    `conv.ARITHMETIC`. fast_convolution: use `networks.conv` on a CPU.
+
+    A network without bits is in full precision: a teacher.
+    """
+
+    module: nn.Module
+    structure: Structure
+    call: Mapping[str, Any] = field(default_factory=dict)
+    branches: tuple[Call, ...] = ()
+    kernels: Mapping[structure_lib.Layer, int] = field(default_factory=dict)
+    sites: Mapping[Call, Site] = field(default_factory=dict)
+    range_rule: quantizer.RangeRule = quantizer.minmax_range
+    straight_through: str = "identity"
+    arithmetic: str = "float32"
+    fast_convolution: bool = True
+
+    @property
+    def classes(self) -> int:
+        """The number of logits."""
+        return self.structure.classes
+
+    @property
+    def range_names(self) -> set[str]:
+        """The names of all leaves of the collection `ranges`, such as "block/conv/input/low"."""
+        return {"/".join((*site.name, end)) for site in self.sites.values() for end in ("low", "high")}
+
+
+def create(
+    module: nn.Module,
+    image: tuple[int, ...],
+    *,
+    call: Mapping[str, Any] | None = None,
+    branches: str = "",
+    rules: Rules | None = None,
+    **settings: Any,
+) -> Network:
+    """`module` as a network of the stages, for normalised images [batch, *image]: a teacher, or with `rules` a student.
+
+    call: keyword arguments of its call; by default those that make it infer (`structure.inference_arguments`).
+    branches: a regular expression over whole names in the paths of batch norms; empty: those that the module names in an
+    attribute `branches`, or else those found in its structure. settings: other fields of `Network`.
+
+    Raises UserError, with the reason, where it cannot be quantized.
+    """
+    call = structure_lib.inference_arguments(module) if call is None and isinstance(module, nn.Module) else call or {}
+    structure = structure_lib.inspect(module, image, call)
+    aligned = _branches(module, structure, branches)
+    if rules is None:
+        return Network(module, structure, call, aligned, **settings)
+    _check_rules(module, structure, rules)
+    bits = {layer: bits_of(rules, layer.path)[0] for layer in structure.layers}
+    kernels = {layer: weights for layer, weights in bits.items() if weights is not None}
+    return Network(module, structure, call, aligned, kernels, _sites(structure, rules), **settings)
+
+
+def apply(network: Network, variables: Variables, images: Array) -> tuple[Array, Taps]:
+    """Logits [batch, classes] and taps of normalised images [batch, height, width, channels]; nothing is updated.
+
+    variables: those of the module; of a student, `ranges` too.
+    """
+    logits, left = _call(network, variables, images, observing=False)
+    moment = lambda call, name: _below(variables["batch_stats"], call.path)[name]
+    norms = tuple(BatchNormTap(_left(left, c, "input"), moment(c, "mean"), moment(c, "var")) for c in network.structure.norms)
+    activations = {site.name: _left(left, call, "quantized") for call, site in network.sites.items()}
+    return logits, Taps(norms, tuple(_left(left, call, "output") for call in network.branches), activations)
+
+
+def observe(network: Network, variables: Variables, ranges: Variables, images: Array) -> Variables:
+    """The `ranges` after one more batch of images [batch, height, width, channels]; `ranges` is empty before the first.
+
+    The range of the batch enters a running average; the first batch sets it.
+    """
+    if not network.sites:
+        return {}
+    _, left = _call(network, {**variables, "ranges": ranges}, images, observing=True)
+    first = {site.name: call for call, site in reversed(list(network.sites.items()))}
+    limits = {name: _left(left, call, "range") for name, call in first.items()}
+    return unflatten_dict({(*name, end): limits[name][i] for name in first for i, end in enumerate(("low", "high"))})
+
+
+def quantized_params(network: Network, params: Variables) -> Variables:
+    """`params` with the fake-quantized kernels in the place of the others."""
+    flat = flatten_dict(params)
+    for layer, bits in network.kernels.items():
+        flat[layer.kernel] = quantizer.fake_quantize_weight(flat[layer.kernel], bits, layer.axes)
+    return unflatten_dict(flat)
+
+
+def _call(network: Network, variables: Variables, images: Array, observing: bool) -> tuple[Array, Any]:
+    interceptor = _Interceptor(network, flatten_dict(variables.get("ranges", {})), observing)
+    given = {name: value for name, value in variables.items() if name != "ranges"}
+    if network.kernels:
+        given["params"] = quantized_params(network, given["params"])
+    with network_arithmetic(network), nn.intercept_methods(interceptor):
+        output, state = network.module.apply(given, images, mutable=[COLLECTION], **network.call)
+    return structure_lib.logits_of(output), state.get(COLLECTION, {})
+
+
+def network_arithmetic(network: Network) -> contextlib.AbstractContextManager[None]:
+    """The precision of products. A CPU computes in float32 whatever it is told, and slower where it is told to."""
+    if network.arithmetic == "float32" and jax.default_backend() == "cpu":
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(network.arithmetic)
+
+
+class _Interceptor:
+    """Quantizes and leaves values at the calls of layers, batch norms and marks of one `apply`."""
+
+    def __init__(self, network: Network, ranges: Mapping[Path, Array], observing: bool):
+        self._network, self._ranges, self._observing = network, ranges, observing
+        self._fast = network.fast_convolution and jax.default_backend() == "cpu"
+        self._calls = Counter(call.path for call in (*network.structure.norms, *network.structure.marks))
+        self._calls += Counter(each.call.path for each in network.structure.inputs)
+        self._counts: Counter[Path] = Counter()
+
+    def __call__(self, function: Any, arguments: Any, named: Any, context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or module.path not in self._calls:
+            return function(*arguments, **named)
+        # A lifted transformation may trace a call more than once.
+        call = Call(module.path, self._counts[module.path] % self._calls[module.path])
+        self._counts[module.path] += 1
+        if isinstance(module, nn.BatchNorm):
+            module.sow(COLLECTION, "input", argument(arguments, named)[0])
+            y = function(*arguments, **named)
+            module.sow(COLLECTION, "output", y)
+            return y
+        site = self._network.sites.get(call)
+        if isinstance(module, Activation):
+            y = function(*arguments, **named)
+            return y if site is None else self._quantized(module, y, site)
+        x, replace = argument(arguments, named)
+        if site is not None:
+            x = self._quantized(module, x, site)
+            arguments, named = replace(x)
+        if self._fast and _is_plain_convolution(module, x):
+            return _fast_convolution(module, x)
+        return function(*arguments, **named)
+
+    def _quantized(self, module: nn.Module, x: Array, site: Site) -> Array:
+        low, high = (self._ranges.get((*site.name, end)) for end in ("low", "high"))
+        if self._observing:
+            low, high = quantizer.running_range((low, high), self._network.range_rule(x, site.bits))
+        if low is None or high is None:
+            raise UserError(f"the activations {'/'.join(site.name)} have no range yet: calibrate first.")
+        y = quantizer.fake_quantize_activation(x, low, high, site.bits, self._network.straight_through)
+        module.sow(COLLECTION, "range", (low, high))
+        module.sow(COLLECTION, "quantized", y)
+        return y
+
+
+def _is_plain_convolution(module: nn.Module, x: Array) -> bool:
+    """Whether `conv.conv` computes what the layer does: in two dimensions, with zeros around the image, in float32."""
+    if type(module) is not nn.Conv or isinstance(module.kernel_size, int) or len(module.kernel_size) != 2 or x.ndim != 4:
+        return False
+    own = (module.conv_general_dilated, module.conv_general_dilated_cls, module.precision, module.mask)
+    zeros = not isinstance(module.padding, str) or module.padding in ("SAME", "VALID")
+    floating = module.dtype in (None, x.dtype) and x.dtype in (jnp.float32, jnp.float64) and module.param_dtype == jnp.float32
+    return zeros and floating and all(each is None for each in own) and _pair(module.input_dilation) == (1, 1)
+
+
+def _fast_convolution(module: Any, x: Array) -> Array:
+    kernel = module.get_variable("params", "kernel")
+    strides, dilation, padding = _pair(module.strides), _pair(module.kernel_dilation), module.padding
+    height: Any
+    width: Any
+    if isinstance(padding, str):
+        window = tuple((size - 1) * step + 1 for size, step in zip(kernel.shape[:2], dilation))
+        height, width = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+    else:
+        height, width = (padding, padding) if isinstance(padding, int) else padding
+    y = conv_lib.conv(x, kernel, strides, (_pair(height), _pair(width)), dilation, module.feature_group_count)
+    return y + module.get_variable("params", "bias")[None, None, None] if module.use_bias else y
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if value is None:
+        return 1, 1
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _left(left: Any, call: Call, name: str) -> Any:
+    return _below(left, call.path)[name][call.number]
+
+
+def _below(tree: Any, path: Path) -> Any:
+    for part in path:
+        tree = tree[part]
+    return tree
+
+
+def _branches(module: nn.Module, structure: Structure, pattern: str) -> tuple[Call, ...]:
+    pattern = pattern or getattr(module, "branches", "")
+    if not pattern:
+        return structure.branches
+    found = tuple(call for call in structure.norms if compiled(pattern).search("/".join(call.path)))
+    if not found:
+        names = ", ".join("/".join(call.path) for call in structure.norms[:8])
+        raise UserError(f"no batch norm of {name_of(module)} has a path with {pattern!r} in it; there are: {names}.")
+    return found
+
+
+def _sites(structure: Structure, rules: Rules) -> dict[Call, Site]:
+    """Where activations are quantized.
+
+    With marks: the output of each mark. Without: the input of each layer but for the image. A rule that names a layer
+    quantizes its input too, the image included, unless that is the output of a mark. The first rule is the default.
+    """
+    sites: dict[Call, Site] = {}
+    for call in structure.marks:
+        bits = bits_of(rules, call.path)[1]
+        if bits is not None:
+            sites[call] = Site(_site_name(call, ()), bits)
+    shared: dict[tuple[int, int], Site] = {}
+    for each in structure.inputs:
+        exception = _exception(rules, each.call.path)
+        by_default = not structure.marks and not each.image
+        bits = exception[1] if exception else bits_of(rules, each.call.path)[1] if by_default else None
+        if bits is None or each.marked:
+            continue
+        # Layers that read the same values share their range: what they read is stored once.
+        sites[each.call] = shared.setdefault((each.value, bits), Site(_site_name(each.call, ("input",)), bits))
+    return sites
+
+
+def _exception(rules: Rules, path: Path) -> Bits | None:
+    """The bits that a rule beside the default gives the layer at `path`; None where there is no such rule."""
+    return next((bits for pattern, bits in reversed(rules[1:]) if compiled(pattern).search("/".join(path))), None)
+
+
+def _site_name(call: Call, kind: Path) -> Path:
+    name = (*call.path, *kind)
+    return (*name[:-1], f"{name[-1]}_{call.number + 1}") if call.number else name
+
+
+def _check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
+    paths = [layer.path for layer in structure.layers] + [call.path for call in structure.marks]
+    for pattern, _ in rules[1:]:
+        if not any(compiled(pattern).search("/".join(path)) for path in [*paths, *structure.others]):
+            names = ", ".join("/".join(path) for path in paths[:12]) + (", ..." if len(paths) > 12 else "")
+            raise UserError(f"the rule {pattern!r} names no layer of {name_of(module)}; there are: {names}.")
+    for path in structure.others:
+        exception = _exception(rules, path)
+        if exception is None or exception[0] is not None:
+            raise UserError(
+                f"{name_of(module)} has weights that nothing quantizes ({'/'.join(path)}): they are not those of an nn.Conv or "
+                f"nn.Dense. Use such a layer, or leave them in full precision with the rule {'/'.join(path)!r}: None."
+            )

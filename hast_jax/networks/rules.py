@@ -1,0 +1,115 @@
+"""Bits by layer: which rule gives a layer its bits.
+
+Rules are (pattern, bits) pairs, the last one that matches winning. A pattern is a regular expression over whole names in a
+layer's path, joined by slashes: `block1|output` matches ("block1", "conv") and ("output",), not ("block10", "conv"). Bits are
+those of the weights and of the activations, None being full precision.
+"""
+
+import functools
+import numbers
+import re
+from typing import Any
+
+from hast_jax.errors import UserError
+from hast_jax.kinds import shown
+from hast_jax.method.quantizer import MAX_BITS, MIN_BITS
+
+Bits = tuple[int | None, int | None]
+Rules = tuple[tuple[str, Bits], ...]
+
+DEFAULT = "default"  # the name, among patterns, of the bits that no pattern gives
+ALL = ".*"
+FORMS = "w8a8, w8 (activations in full precision), a8 or full"
+
+
+def parse_rules(text: str) -> dict[str, Bits]:
+    """The pattern and bits of each rule in "PATTERN=BITS; PATTERN=BITS", in its order. Raises UserError."""
+    rules: dict[str, Bits] = {}
+    for part in filter(None, map(str.strip, text.split(";"))):
+        pattern, equals, bits = (word.strip() for word in part.rpartition("="))
+        if not equals:
+            raise UserError(f"the rule {part!r} has no bits: write PATTERN=BITS.")
+        if pattern == DEFAULT:
+            raise UserError("a rule is for some layers: bits.weights and bits.activations are those of the others.")
+        if pattern in rules:
+            raise UserError(f"the pattern {pattern!r} has two rules: keep one.")
+        compiled(pattern)
+        rules[pattern] = _read(bits)
+    return rules
+
+
+def text_of(rules: Rules) -> str:
+    """The text from which `parse_rules` reads these rules, none of which is the default."""
+    form = lambda bits: "".join(f"{letter}{each}" for letter, each in zip("wa", bits) if each is not None) or "full"
+    return "; ".join(f"{pattern}={form(bits)}" for pattern, bits in rules)
+
+
+def normalise(bits: Any) -> Rules:
+    """The rules that a person means by bits written in Python. Raises UserError.
+
+    bits: "w4a4"; a pair such as (4, 4); or {"default": (3, 3), "init_block|output": (8, 8), "stem": None, "head": (8, None)},
+    whose values may also be such a text, or one number for both.
+    """
+    if isinstance(bits, str | tuple | list):
+        return ((ALL, _bits(bits)),)
+    if not isinstance(bits, dict):
+        raise UserError(f'bits are {shown(bits)}: give "w4a4", a pair such as (4, 4), or a dict of patterns and bits.')
+    if DEFAULT not in bits:
+        raise UserError('bits give no default: add "default", with the bits of the layers that no pattern matches.')
+    for pattern in bits:
+        if not isinstance(pattern, str) or ";" in pattern:
+            raise UserError(f"bits have the pattern {shown(pattern)}: it must be a text without a semicolon.")
+        compiled(pattern)
+    others = ((pattern, _bits(value)) for pattern, value in bits.items() if pattern != DEFAULT)
+    return ((ALL, _bits(bits[DEFAULT])), *others)
+
+
+def bits_of(rules: Rules, path: tuple[str, ...]) -> Bits:
+    """The bits (weights, activations) of the layer at `path`; full precision where no rule matches."""
+    name = "/".join(path)
+    return next((bits for pattern, bits in reversed(rules) if compiled(pattern).search(name)), (None, None))
+
+
+@functools.cache
+def compiled(pattern: str) -> re.Pattern[str]:
+    """What finds a pattern as whole names of a path, joined by slashes. Raises UserError for what is no regular expression."""
+    if not pattern:
+        raise UserError("a pattern is empty: write a regular expression over names of layers.")
+    try:
+        re.compile(pattern)  # alone too: between parentheses, "a)(b" would be one
+        return re.compile(rf"(^|/)(?:{pattern})(/|$)")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"the pattern {pattern!r} is no regular expression: {error}.") from error
+
+
+def _bits(value: Any) -> Bits:
+    if isinstance(value, str):
+        return _read(value)
+    if value is None or isinstance(value, numbers.Integral):
+        value = (value, value)
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise UserError(f"the bits {shown(value)} are no pair: give (weights, activations), or a text: {FORMS}.")
+    weights, activations = value
+    return _checked(weights), _checked(activations)
+
+
+def _read(text: str) -> Bits:
+    """Bits from a text."""
+    found = re.fullmatch("(?:w([0-9]{1,3}))?(?:a([0-9]{1,3}))?", text)
+    if text == "full":
+        return None, None
+    if not found or not text:
+        raise UserError(f"the bits {text!r} are unknown: write {FORMS}.")
+    weights, activations = (None if each is None else _checked(int(each)) for each in found.groups())
+    return weights, activations
+
+
+def _checked(bits: Any) -> int | None:
+    if bits is None:
+        return None
+    whole = isinstance(bits, numbers.Integral) and not isinstance(bits, bool)
+    if not whole or not MIN_BITS <= bits <= MAX_BITS:
+        raise UserError(
+            f"the bits {shown(bits)} are impossible: they are whole numbers between {MIN_BITS} and {MAX_BITS}, or None."
+        )
+    return int(bits)

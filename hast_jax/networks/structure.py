@@ -1,0 +1,358 @@
+"""What a Linen network consists of: its layers, what they read, its batch norms and its branches, found by tracing it once.
+
+The network is any `flax.linen.Module` of `nn.Conv`, `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum` and `nn.BatchNorm` with any
+functions between them. It is called on shapes alone; nothing is computed.
+"""
+
+import functools
+import inspect as python_inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from hast_jax.errors import UserError
+from hast_jax.networks import graph
+from hast_jax.networks.layers import Activation
+
+Path = tuple[str, ...]
+
+COLLECTION = "hast_jax"  # of the values that an intercepted call leaves
+LINEAR = (nn.Conv, nn.Dense, nn.DenseGeneral, nn.Einsum)
+# Their weights enter a network in ways that are no product of one input vector with one column for each output channel.
+REFUSED: dict[type, str] = {
+    nn.MultiHeadDotProductAttention: "attention multiplies activations with each other",
+    nn.ConvLocal: "a kernel for every pixel is not quantized",
+    nn.ConvTranspose: "a transposed convolution is not quantized",
+    nn.Embed: "an embedding is not quantized",
+    nn.RNNCellBase: "a recurrent network is not quantized",
+    nn.WeightNorm: "its weights are computed from others",
+    nn.SpectralNorm: "its weights are computed from others",
+}
+WATCHED: Any = (*LINEAR, nn.BatchNorm, Activation, *REFUSED)
+TRAINING = {"train": False, "training": False, "is_training": False, "deterministic": True, "use_running_average": True}
+
+
+class Call(NamedTuple):
+    """One call of the module at `path`, the first of which has the number 0."""
+
+    path: Path
+    number: int
+
+
+class Layer(NamedTuple):
+    """A convolution or linear layer. axes: of its kernel, those that are summed over for one output channel."""
+
+    path: Path
+    axes: tuple[int, ...]
+
+    @property
+    def kernel(self) -> Path:
+        """Its path in `params`."""
+        return (*self.path, "kernel")
+
+
+class Input(NamedTuple):
+    """What one call of a layer reads. value: equal where two calls read the same; image: no other layer is before it."""
+
+    call: Call
+    value: int
+    image: bool
+    marked: bool  # it is the output of an `Activation`
+
+
+class Structure(NamedTuple):
+    """A network, each part in the order of execution.
+
+    marks: calls of `Activation`. norms: calls of batch norms. branches: calls of batch norms whose outputs end a branch.
+    others: paths in `params` of matrices that no layer owns. classes: the number of logits.
+    """
+
+    layers: tuple[Layer, ...]
+    inputs: tuple[Input, ...]
+    marks: tuple[Call, ...]
+    norms: tuple[Call, ...]
+    branches: tuple[Call, ...]
+    others: tuple[Path, ...]
+    classes: int
+
+
+def inference_arguments(module: nn.Module) -> dict[str, Any]:
+    """The keyword arguments that make `module` infer instead of train, by the usual names of such arguments.
+
+    Raises UserError where its call needs another argument beside the images.
+    """
+    parameters = list(python_inspect.signature(type(module).__call__).parameters.values())[2:]
+    arguments = {each.name: TRAINING[each.name] for each in parameters if each.name in TRAINING}
+    named = (each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD))
+    needed = [each.name for each in named if each.default is each.empty and each.name not in arguments]
+    if needed:
+        raise UserError(f"the call of {name_of(module)} needs {needed[0]!r}: give it, as call={{{needed[0]!r}: ...}}.")
+    return arguments
+
+
+def inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any]) -> Structure:
+    """The structure of `module` for normalised images [batch, *image], called with the keyword arguments `call`.
+
+    Raises UserError, with the reason, for a network that cannot be quantized without data.
+    """
+    if not isinstance(module, nn.Module):
+        raise UserError(_no_linen_module(module))
+    key = module, tuple(image), tuple(sorted(call.items()))
+    try:
+        hash(key)
+    except TypeError:  # a field or an argument has no hash: the network is traced each time
+        return _inspect(module, image, call)
+    return _inspect_once(*key)
+
+
+@functools.lru_cache(maxsize=16)
+def _inspect_once(module: nn.Module, image: tuple[int, ...], call: tuple[tuple[str, Any], ...]) -> Structure:
+    return _inspect(module, image, dict(call))
+
+
+def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any]) -> Structure:
+    images = jax.ShapeDtypeStruct((2, *image), jnp.zeros(()).dtype)
+    seen = _Seen(module)
+    try:
+        variables = jax.eval_shape(lambda key, x: module.init(key, x, **call), jax.random.key(0), images)
+        with nn.intercept_methods(seen.intercept):
+            traced, (_, left) = graph.trace(lambda v, x: seen.look(v, x, call), variables, images)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network does wrong
+        words = str(error).strip().split("\n")[0]
+        raise UserError(f"{name_of(module)} fails on images {images.shape}: {type(error).__name__}: {words}.") from error
+    if not seen.layers:
+        raise UserError(f"{name_of(module)} has no nn.Conv or nn.Dense: there is nothing to quantize.")
+    _refuse_products(module, traced, traced.descendants(traced.inputs[-1:]))
+    if not seen.norms:
+        raise UserError(
+            f"{name_of(module)} has no nn.BatchNorm: images are made from the statistics of batch norms, so a network "
+            "without any (a transformer, a network with layer or group norm) cannot be quantized without data."
+        )
+    value = lambda call, name: _value(module, left, call, name)
+    params = flatten_dict(variables["params"])
+    kernels = {layer.kernel for layer in seen.layers.values()}
+    matrices = [path for path, leaf in params.items() if leaf.ndim > 1 and math.prod(leaf.shape[:-1]) > 1]
+    _check_kernels(module, seen, params)
+    inputs = {call: value(call, "input") for call in seen.calls}
+    before = traced.upstream(value(call, "output") for call in seen.calls)
+    marked = {value(call, "output") for call in seen.marks}
+    norms = {value(call, "output"): call for call in seen.norms}
+    return Structure(
+        tuple(seen.layers.values()),
+        tuple(Input(call, number, not before.get(number), number in marked) for call, number in inputs.items()),
+        tuple(seen.marks),
+        tuple(seen.norms),
+        _branches(traced, norms, {value(call, "output") for call in seen.calls}, set(inputs.values()), seen.shapes),
+        tuple(path for path in matrices if path not in kernels),
+        seen.classes,
+    )
+
+
+def logits_of(output: Any) -> Any:
+    """The logits of what a network returns: an array, or the first of a tuple, or the "logits" of a dict."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
+def name_of(module: Any) -> str:
+    """What messages call a network."""
+    return type(module).__name__
+
+
+def argument(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+    """The first argument of an intercepted call, and a function that puts another in its place."""
+    if arguments:
+        return arguments[0], lambda x: ((x, *arguments[1:]), named)
+    name = next(iter(named))
+    return named[name], lambda x: ((), {**named, name: x})
+
+
+class _Seen:
+    """What a network called while it was traced."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.layers: dict[Path, Layer] = {}
+        self.calls: list[Call] = []
+        self.marks: list[Call] = []
+        self.norms: list[Call] = []
+        self.shapes: dict[Call, tuple[int, ...]] = {}  # of the outputs of batch norms
+        self.classes = 0
+        self._counts: Counter[Path] = Counter()
+
+    def look(self, variables: Any, images: jax.Array, call: Mapping[str, Any]) -> tuple[jax.Array, Any]:
+        """Logits, and what the intercepted calls left."""
+        output, state = self.module.apply(variables, images, mutable=[COLLECTION], **call)
+        logits = logits_of(output)
+        shape = getattr(logits, "shape", None)
+        if shape is None or len(shape) != 2 or shape[0] != len(images):
+            raise UserError(f"{name_of(self.module)} gives {shape or type(output).__name__} for two images, not logits (2, n).")
+        self.classes = shape[1]
+        return logits, state.get(COLLECTION, {})
+
+    def intercept(self, function: Any, arguments: Any, named: Any, context: Any) -> Any:
+        """Leave the input and the output of every layer, mark and batch norm."""
+        module: Any = context.module
+        if context.method_name != "__call__" or not isinstance(module, WATCHED):
+            return function(*arguments, **named)
+        for kind, why in REFUSED.items():
+            if isinstance(context.module, kind):
+                raise UserError(f"{name_of(self.module)} has {_place(module)}, a {kind.__name__}: {why}.")
+        call = Call(module.path, self._counts[module.path])
+        self._counts[module.path] += 1
+        x, _ = argument(arguments, named)
+        if isinstance(module, LINEAR):
+            self.layers.setdefault(module.path, Layer(module.path, _summed_axes(module, named)))
+            self.calls.append(call)
+        elif isinstance(module, nn.BatchNorm):
+            self._check_norm(module, arguments, named)
+            self.norms.append(call)
+        else:
+            self.marks.append(call)
+        module.sow(COLLECTION, "input", x)
+        y = function(*arguments, **named)
+        module.sow(COLLECTION, "output", y)
+        if isinstance(module, nn.BatchNorm):
+            self.shapes[call] = y.shape
+        return y
+
+    def _check_norm(self, module: nn.BatchNorm, arguments: Any, named: Any) -> None:
+        given = arguments[1] if len(arguments) > 1 else named.get("use_running_average")
+        if not (module.use_running_average if given is None else given):
+            raise UserError(
+                f"{name_of(self.module)} normalises in {_place(module)} with the moments of the batch, as in training: give "
+                "the argument of its call that stops this, as call={'train': False}."
+            )
+        if not isinstance(module.axis, int):
+            raise UserError(f"{_place(module)} normalises over several axes of channels, {module.axis}: one is supported.")
+
+
+def _summed_axes(module: Any, named: Mapping[str, Any]) -> tuple[int, ...]:
+    """Axes of the kernel that are summed over. Raises UserError where the layer is no linear map of vectors."""
+    own_call = next(kind for kind in LINEAR if isinstance(module, kind)).__call__
+    if type(module).__call__ is not own_call:
+        raise UserError(f"{_place(module)} is a {name_of(module)} with a call of its own, whose weights nothing knows.")
+    if getattr(module, "mask", None) is not None:
+        raise UserError(f"{_place(module)} has a mask over its kernel: multiply the weights by it and leave it out.")
+    if isinstance(module, nn.Conv):
+        sizes = module.kernel_size
+        return tuple(range(1 + (1 if isinstance(sizes, int) else len(sizes))))
+    if isinstance(module, nn.DenseGeneral):
+        features = module.features if isinstance(module.features, tuple | list) else (module.features,)
+        if len(features) != 1 or (module.batch_dims and len(module.batch_dims)):
+            raise UserError(f"{_place(module)} is a DenseGeneral that is no linear layer: it must have one axis of outputs.")
+        return tuple(range(1 if isinstance(module.axis, int) else len(module.axis)))
+    if isinstance(module, nn.Einsum):
+        return _einsum_axes(module, named.get("einsum_str") or module.einsum_str or "")
+    return (0,)
+
+
+def _einsum_axes(module: nn.Einsum, text: str) -> tuple[int, ...]:
+    operands, _, result = text.replace(" ", "").replace("...", "").partition("->")
+    inputs, _, kernel = operands.partition(",")
+    outputs = [axis for axis, letter in enumerate(kernel) if letter in result and letter not in inputs]
+    summed = [axis for axis, letter in enumerate(kernel) if letter in inputs and letter not in result]
+    if len(outputs) != 1 or len(outputs) + len(summed) != len(kernel):
+        raise UserError(f"{_place(module)} is an Einsum {text!r} that is no linear layer: it must have one axis of outputs.")
+    return tuple(summed)
+
+
+def _check_kernels(module: nn.Module, seen: _Seen, params: Mapping[Path, Any]) -> None:
+    for layer in seen.layers.values():
+        leaf = params.get(layer.kernel)
+        if leaf is None or leaf.ndim != len(layer.axes) + 1:
+            shape = None if leaf is None else leaf.shape
+            raise UserError(
+                f"{name_of(module)} has {'/'.join(layer.path)} in a loop (nn.scan, nn.vmap; kernel {shape}): unroll it."
+            )
+
+
+def _value(module: nn.Module, left: Mapping[str, Any], call: Call, name: str) -> int:
+    try:
+        for part in call.path:
+            left = left[part]
+        return left[name][call.number]
+    except (KeyError, IndexError) as error:
+        words = f"{name_of(module)} has {'/'.join(call.path)} in a loop or a map (nn.scan, nn.vmap): unroll it."
+        raise UserError(words) from error
+
+
+def _refuse_products(module: nn.Module, traced: graph.Graph, activations: set[int]) -> None:
+    """Refuse products of activations with each other, such as attention's."""
+    for operation in traced.operations:
+        if operation.name in ("dot_general", "conv_general_dilated") and all(v in activations for v in operation.reads[:2]):
+            raise UserError(
+                f"{name_of(module)} multiplies activations with each other (attention?): only products of activations with "
+                "weights are quantized, so a transformer cannot be."
+            )
+
+
+def _branches(
+    traced: graph.Graph,
+    norms: Mapping[int, Call],
+    layer_outputs: set[int],
+    layer_inputs: set[int],
+    shapes: Mapping[Call, tuple[int, ...]],
+) -> tuple[Call, ...]:
+    """The last batch norm of each branch before an addition, and those that a layer follows directly.
+
+    Of the two operands of an addition, the branch is the one with more batch norms before it, the other is the shortcut. A
+    network without additions has no branches in this sense: there, every batch norm counts.
+    """
+    images = traced.descendants(traced.inputs[-1:])
+    depth = {value: len(above) for value, above in traced.upstream(norms).items()}
+    additions = [o for o in traced.operations if o.name in ("add", "add_any") and _joins(o, images)]
+    stops = layer_outputs | {value for addition in additions for value in addition.makes}
+    found: set[int] = set()
+    for addition in additions:
+        ends = [end for value in addition.reads for end in _norms_before(traced, value, norms, stops)]
+        if ends:
+            found.add(max(ends, key=lambda end: depth[end]))
+    if found:
+        found |= layer_inputs & norms.keys()
+    else:
+        found = set(norms)
+    return tuple(call for value, call in norms.items() if value in found and len(shapes[call]) > 1)
+
+
+def _joins(addition: graph.Operation, images: set[int]) -> bool:
+    """Whether it adds two feature maps."""
+    same = addition.shapes[0] == addition.shapes[1] and len(addition.shapes[0]) > 1
+    return same and all(value in images for value in addition.reads)
+
+
+def _norms_before(traced: graph.Graph, value: int | None, norms: Mapping[int, Call], stops: set[int]) -> list[int]:
+    """The batch norms that reach a value without passing a layer or another addition of feature maps."""
+    found, waiting, known = [], [value], set()
+    while waiting:
+        each = waiting.pop()
+        if each is None or each in known:
+            continue
+        known.add(each)
+        if each in norms:
+            found.append(each)
+        elif each not in stops and each in traced.maker:
+            waiting += traced.maker[each].reads
+    return found
+
+
+def _place(module: nn.Module) -> str:
+    return "/".join(module.path) or name_of(module)
+
+
+def _no_linen_module(module: Any) -> str:
+    if any(base.__module__.startswith("flax.nnx") for base in type(module).__mro__):
+        return (
+            f"{name_of(module)} is a flax.nnx module, whose calls cannot be intercepted: write the same network as a "
+            "flax.linen.Module and give its variables, whose kernels have the same layout."
+        )
+    return f"the network is a {name_of(module)}: give an instance of a flax.linen.Module."

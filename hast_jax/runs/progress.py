@@ -1,0 +1,110 @@
+"""How far a run is: told to a callback, and written to `metrics.jsonl` and TensorBoard events where the run has a folder."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hast_jax.runs.files import write_text
+
+
+class Update(NamedTuple):
+    """One sign of progress: `done` of `total` steps of a stage, the seconds spent in it, and the metrics of the last step.
+
+    seconds: those before a resume included. finished: this is the last update of the stage.
+    """
+
+    stage: str
+    done: int
+    total: int
+    seconds: float
+    metrics: dict[str, float]
+    finished: bool = False
+
+
+Progress = Callable[[Update], None]
+
+
+def silent(update: Update) -> None:
+    """A callback that shows nothing."""
+
+
+class Stage:
+    """A running stage."""
+
+    def __init__(self, recorder: "Recorder", name: str, total: int, spent: float):
+        self._recorder, self._name, self._total = recorder, name, total
+        self._start = time.perf_counter() - spent
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in this stage, the parts before a resume included."""
+        return time.perf_counter() - self._start
+
+    def update(self, done: int, metrics: dict[str, float] | None = None) -> None:
+        """`done` steps are finished; `metrics` are logged under that step."""
+        self._recorder.log(self._name, done, self.seconds, metrics or {})
+        self._recorder.progress(Update(self._name, done, self._total, self.seconds, metrics or {}))
+
+
+class Recorder:
+    """Tells a callback of a run's progress, and keeps its log.
+
+    `metrics.jsonl` holds one line for each look at the metrics: stage, step, seconds spent in the stage, values.
+    """
+
+    def __init__(self, folder: Path | None = None, progress: Progress = silent, writing: bool = True):
+        """folder: of the log; None: it is kept in memory. writing: False for a process that leaves the files to another."""
+        self.progress = progress
+        self._path = folder / "metrics.jsonl" if folder else None
+        self._lines = read_metrics(self._path) if self._path else []
+        self._writing = writing and folder is not None
+        self._events: dict[str, Any] = {}
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:
+        """A stage of `total` steps of which `done` are finished; what was logged after them by a killed run is dropped."""
+        self._lines = [line for line in self._lines if line["stage"] != name or line["step"] <= done]
+        if self._writing and self._path:
+            from tensorboardX import SummaryWriter
+
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+            self._events[name] = SummaryWriter(str(self._path.parent / "tensorboard" / name), purge_step=done + 1)
+        stage = Stage(self, name, total, self.seconds(name))
+        self.progress(Update(name, done, total, stage.seconds, {}))
+        yield stage
+        self.log(name, total, stage.seconds, {})
+        self.progress(Update(name, total, total, stage.seconds, {}, finished=True))
+
+    def seconds(self, stage: str) -> float:
+        """Time spent in a stage so far, by its last line."""
+        return max((line["seconds"] for line in self._lines if line["stage"] == stage), default=0.0)
+
+    def log(self, stage: str, step: int, seconds: float, values: dict[str, float]) -> None:
+        """Append one line to `metrics.jsonl` and the values to TensorBoard."""
+        line = {"stage": stage, "step": step, "seconds": round(seconds, 3), **values}
+        self._lines.append(line)
+        if not self._writing or not self._path:
+            return
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in values.items():
+            self._events[stage].add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush the TensorBoard events."""
+        for events in self._events.values():
+            events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line cut short by a killed run is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,156 @@
+"""The quantized network that a person leaves with: it computes logits, and is saved to a folder and loaded from there."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from hast_jax import networks
+from hast_jax.data.datasets import normalise
+from hast_jax.errors import InputError, UserError
+from hast_jax.method import quantizer
+from hast_jax.networks import Network, weights
+from hast_jax.networks.rules import Rules
+from hast_jax.runs.files import crc32, write_json
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION = "student.safetensors", "student.json"
+
+
+class Codes(dict):
+    """The integer form of one kernel: `codes` (int8), `scale` and `zero_point` of each output channel; (codes + Z) / S."""
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A quantized network.
+
+    network: the module with what is quantized in it. variables: `params` (float32, from which the codes are computed),
+    `batch_stats`, `ranges` and what else the module has. rules: the bits of each layer. image: height, width and channels.
+    mean, std: of images in [0, 1]. record: what the run reports, as in `result.json`.
+    """
+
+    network: Network
+    variables: Mapping[str, Any]
+    rules: Rules
+    image: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    record: Mapping[str, Any]
+
+    def __call__(self, images: Any) -> jax.Array:
+        """Logits float32 [n, classes] of images [n, height, width, channels].
+
+        images: uint8 images of 0 ... 255, which are normalised by `mean` and `std`; or floating point images that are
+        normalised already. Raises InputError for others.
+        """
+        images = np.asarray(images) if not isinstance(images, jax.Array) else images
+        if images.ndim != 4 or images.shape[1:] != self.image:
+            raise InputError(
+                f"the images have the shape {images.shape}: the student takes [n, {', '.join(map(str, self.image))}]."
+            )
+        if images.dtype == jnp.uint8:
+            images = normalise(jnp.asarray(images), self.mean, self.std)
+        elif not jnp.issubdtype(images.dtype, jnp.floating):
+            raise InputError(f"the images are {images.dtype}: give uint8 images, or floating point ones that are normalised.")
+        return self._logits(self.variables, jnp.asarray(images, jnp.float32))
+
+    @cached_property
+    def _logits(self) -> Any:
+        return jax.jit(lambda variables, images: networks.apply(self.network, variables, images)[0])
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The parameters that the student computes with: quantized kernels are on the grid of their codes."""
+        return networks.quantized_params(self.network, self.variables["params"])
+
+    def codes(self) -> dict[str, Codes]:
+        """The integer form of each quantized kernel, by its path: {"codes", "scale", "zero_point", "bits"}.
+
+        codes: int8, the shape of the kernel. scale, zero_point: one for each output channel; a weight is (codes + Z) / S.
+        """
+        flat = flatten_dict(self.variables["params"])
+        return {
+            "/".join(layer.kernel): _codes(flat[layer.kernel], bits, layer.axes) for layer, bits in self.network.kernels.items()
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write the student to a folder: student.safetensors and student.json. Raises UserError where it cannot be written."""
+        path = Path(folder).expanduser()
+        flat = {"/".join(name): np.asarray(leaf) for name, leaf in flatten_dict(jax.device_get(dict(self.variables))).items()}
+        description = {
+            "format": FORMAT,
+            "module": type(self.network.module).__name__,
+            "rules": self.rules,
+            "call": dict(self.network.call),
+            "branches": [call.path for call in self.network.branches],
+            "straight_through": self.network.straight_through,
+            "fast_convolution": self.network.fast_convolution,
+            "image": self.image,
+            "mean": self.mean,
+            "std": self.std,
+            "crc32": crc32(flat),
+            "record": self.record,
+        }
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            safetensors.numpy.save_file(flat, path / WEIGHTS)
+            write_json(path / DESCRIPTION, description)
+        except OSError as error:
+            raise UserError(f"the student cannot be written to {path}: {error.strerror}; choose another folder.") from error
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> Student:
+    """The student that `Student.save` wrote to a folder.
+
+    model: the module that was quantized; it may be left out for the built-in networks. Raises UserError where the folder holds
+    no student, or one of another network.
+    """
+    path = Path(folder).expanduser()
+    try:
+        said = json.loads((path / DESCRIPTION).read_text())
+        flat = safetensors.numpy.load_file(path / WEIGHTS)
+        image, record = tuple(said["image"]), said["record"]
+        rules = tuple((pattern, tuple(bits)) for pattern, bits in said["rules"])
+        settings = {name: said[name] for name in ("straight_through", "fast_convolution")}
+        if said["format"] != FORMAT or crc32(flat) != said["crc32"]:
+            raise ValueError("its arrays are not those that were saved")
+    except OSError as error:
+        raise UserError(f"{path} holds no student ({error}): give a folder that Student.save wrote.") from error
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): save the student again.") from error
+    if model is None:
+        name = record.get("network")
+        if name not in networks.ARCHITECTURES:
+            raise UserError(
+                f"{path} holds a student of your own network {said['module']}: give the module, load(folder, model)."
+            )
+        model = networks.module(name, record["classes"])
+    network = networks.create(model, image, call=said["call"], rules=rules, **settings)
+    variables = unflatten_dict({tuple(name.split("/")): jnp.asarray(array) for name, array in flat.items()})
+    variables.setdefault("ranges", {})
+    checked = weights.from_variables(model, {name: variables.get(name, {}) for name in ("params", "batch_stats")}, image)
+    found = {"/".join(name) for name in flatten_dict(variables["ranges"])}
+    if found != network.range_names:
+        raise UserError(
+            f"{path} holds a student of another network than {type(model).__name__}: its ranges are of other layers."
+        )
+    return Student(network, {**variables, **checked}, rules, image, tuple(said["mean"]), tuple(said["std"]), record)
+
+
+def _codes(kernel: jax.Array, bits: int, axes: tuple[int, ...]) -> Codes:
+    low, high = jnp.min(kernel, axes, keepdims=True), jnp.max(kernel, axes, keepdims=True)
+    scale, zero_point = quantizer.scale_and_zero_point(low, high, bits)
+    codes = quantizer.quantize(kernel, scale, zero_point, bits)
+    return Codes(
+        codes=np.asarray(codes, np.int8), scale=np.asarray(scale).ravel(), zero_point=np.asarray(zero_point).ravel(), bits=bits
+    )
