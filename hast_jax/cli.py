@@ -5,6 +5,7 @@ it is imported, so that several can be imported together.
 """
 
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from hast_jax import fields
+from hast_jax.config import check_name
 from hast_jax.errors import AccuracyWarning, Stopped, UserError, refused_by_disk
 from hast_jax.runs import parallel
 
@@ -61,7 +64,7 @@ def console_script() -> None:
 
 def define_config(required: bool = True) -> None:
     """Define the flag of the config file."""
-    config_flags.DEFINE_config_file("config", help_string="Config file, with a variant after a colon.")
+    config_flags.DEFINE_config_file("config", help_string=fields.help_text())
     if required:
         flags.mark_flag_as_required("config")
 
@@ -130,12 +133,17 @@ def shipped_config(path: str) -> str:
 def _parse(arguments: list[str]) -> list[str]:
     flag = "--config="
     arguments = [f"{flag}{shipped_config(a.removeprefix(flag))}" if a.startswith(flag) else a for a in arguments]
+    for argument in arguments:
+        named = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        if named:
+            check_name(named[1])
     try:
         return flags.FLAGS(arguments)
     except flags.Error as error:
         raise UserError(str(error)) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the config cannot be built: {error}") from error
+        last = str(error).strip().split("\n")[-1]  # of the traceback that ml_collections makes the message
+        raise UserError(f"the config cannot be built: {last}") from error
     except OSError as error:
         raise UserError(f"the config file cannot be read: {error}") from error
 

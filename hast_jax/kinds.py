@@ -18,6 +18,7 @@ from hast_jax.errors import UserError
 Rule = Callable[[Any], str]
 
 MOST = 2**31 - 1  # of whatever is counted: the counters are of 32 bits
+MOST_FLOAT32 = float(np.finfo(np.float32).max)
 MOST_SHOWN = 200  # characters of a wrong value in a sentence
 
 # Kind -> what is taken for it (NumPy's numbers too), what one is called, and what several are called.
@@ -66,7 +67,7 @@ class Field:
         except TypeError:
             return self.kind()
         for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, float) and not abs(each) <= np.finfo(np.float32).max:
+            if isinstance(each, float) and not abs(each) <= MOST_FLOAT32:
                 return "finite, also in float32"
             if isinstance(each, str) and "\0" in each:
                 return "a text without a zero character, which no path may have"
@@ -94,7 +95,7 @@ def shown(value: Any) -> str:
 
 
 def close(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean NAME?)", or "" where nothing known is close."""
+    """The hint "(did you mean NAME?)", after a space; "" where nothing known is close."""
     found = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean {found[0]}?)" if found else ""
 

@@ -19,6 +19,7 @@ from hast_jax import networks, pipeline
 from hast_jax.data.datasets import Arrays
 from hast_jax.deliver.console import default_progress
 from hast_jax.errors import InputError
+from hast_jax.fields import FULL_PRECISION, GIVEN
 from hast_jax.networks import from_config, rules, structure, weights
 from hast_jax.runs import parallel
 from hast_jax.runs.memory import MemoryRun
@@ -34,7 +35,6 @@ from hast_jax.student import Student
 Variables = Mapping[str, Any]
 Shape = tuple[int, int, int]
 
-GIVEN = "given in Python"  # what a config says of a network that no file names
 BUDGETS: dict[str, dict[str, Any]] = {
     "trial": {  # a few minutes on two cores for small images: to see that everything works
         "synthesis.images": 256,
@@ -241,17 +241,20 @@ class _Setting:
         self.rules = rules.normalise(bits)
         self.call = structure.inference_arguments(model) if call is None and isinstance(model, nn.Module) else dict(call or {})
         self.model = model
-        self.classes = structure.inspect(model, self.image, self.call).classes
-        self.variables = weights.from_variables(model, variables, self.image, call=self.call)
+        found = structure.inspect(model, self.image, self.call)
+        self.classes = found.classes
+        checked = weights.from_variables(model, variables, self.image, call=self.call)
+        others = {name: variables[name] for name in found.collections if name in variables and name not in checked}
+        self.variables = {**others, **checked}
         self.config = config_lib.default()
-        weight_bits, activation_bits = (config_lib.FULL_PRECISION if b is None else b for b in self.rules[0][1])
+        weight_bits, activation_bits = (FULL_PRECISION if b is None else b for b in self.rules[0][1])
         self.config.update_from_flattened_dict(
             {
                 "seed": seed,
                 "bits.weights": weight_bits,
                 "bits.activations": activation_bits,
                 "bits.rules": rules.text_of(self.rules[1:]),
-                "teacher.network": f"{type(model).__name__} ({GIVEN})",
+                "teacher.network": f"{type(model).__name__} {GIVEN}",
                 "teacher.weights": GIVEN,
                 "teacher.classes": self.classes,
                 "teacher.image": self.image,

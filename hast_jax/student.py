@@ -138,7 +138,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
     network = networks.create(model, image, call=said["call"], rules=rules, **settings)
     variables = unflatten_dict({tuple(name.split("/")): jnp.asarray(array) for name, array in flat.items()})
     variables.setdefault("ranges", {})
-    checked = weights.from_variables(model, {name: variables.get(name, {}) for name in ("params", "batch_stats")}, image)
+    checked = weights.from_variables(model, variables, image, call=said["call"])
     found = {"/".join(name) for name in flatten_dict(variables["ranges"])}
     if found != network.range_names:
         raise UserError(

@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from hast_jax import config as config_lib
 from hast_jax import networks
 from hast_jax.errors import UserError
+from hast_jax.fields import FULL_PRECISION
 from hast_jax.method import quantizer
-from hast_jax.networks import Network, rules, weights
+from hast_jax.networks import Network, rules, user_files, weights
 
 
 def module(config: ConfigDict) -> nn.Module:
@@ -49,7 +50,8 @@ def teacher(config: ConfigDict) -> tuple[Network, weights.Variables]:
         said, ours = getattr(metadata, name), config_lib.field(config, field)
         if said is not None and not (np.shape(said) == np.shape(ours) and np.allclose(said, ours, atol=1e-3)):
             raise UserError(f"{path} was trained for the {name} {said}, not config.{field} {ours}: change the config.")
-    return network, weights.from_state_dict(network.module, state, tuple(config.teacher.image))
+    names = user_files.load(config.teacher.names) if config.teacher.names else None
+    return network, weights.from_state_dict(network.module, state, tuple(config.teacher.image), names, network.call)
 
 
 def _network(config: ConfigDict, own: nn.Module | None, **settings: Any) -> Network:
@@ -69,6 +71,6 @@ def _network(config: ConfigDict, own: nn.Module | None, **settings: Any) -> Netw
 
 
 def _bits(config: ConfigDict) -> dict[str, Any]:
-    full = config_lib.FULL_PRECISION
+    full = FULL_PRECISION
     default = tuple(None if bits == full else bits for bits in (config.bits.weights, config.bits.activations))
     return {"default": default, **rules.parse_rules(config.bits.rules)}

@@ -17,6 +17,12 @@ def flax(path: Path) -> str:
     return "/".join(path)
 
 
+def torch(path: Path) -> str:
+    """("params", "block", "conv", "kernel") -> "block.conv.weight": for a network whose modules are called as in PyTorch."""
+    _, *modules, leaf = path
+    return ".".join([*modules, LEAVES.get(leaf, leaf)])
+
+
 def resnet_pytorchcv(path: Path, imagenet_stem: bool) -> str:
     """("params", "stage2_unit1", "conv1", "bn", "scale") -> "features.stage2.unit1.body.conv1.bn.weight"."""
     _, block, *inner, leaf = path

@@ -70,7 +70,7 @@ class Structure(NamedTuple):
     """A network, each part in the order of execution.
 
     marks: calls of `Activation`. norms: calls of batch norms. branches: calls of batch norms whose outputs end a branch.
-    others: paths in `params` of matrices that no layer owns. classes: the number of logits.
+    others: paths in `params` of matrices that no layer owns. classes: the number of logits. collections: of its variables.
     """
 
     layers: tuple[Layer, ...]
@@ -80,6 +80,7 @@ class Structure(NamedTuple):
     branches: tuple[Call, ...]
     others: tuple[Path, ...]
     classes: int
+    collections: tuple[str, ...]
 
 
 def inference_arguments(module: nn.Module) -> dict[str, Any]:
@@ -153,6 +154,7 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         _branches(traced, norms, {value(call, "output") for call in seen.calls}, set(inputs.values()), seen.shapes),
         tuple(path for path in matrices if path not in kernels),
         seen.classes,
+        tuple(variables),
     )
 
 

@@ -1,78 +1,116 @@
-"""Weights of networks as files: state dicts of other libraries, read and written by explicit name maps (names.py).
+"""Weights of networks: state dicts of any library become checked variables of Flax, by explicit name maps (names.py).
 
-A state dict is a flat `{name: array}` in PyTorch's layout (convolutions OIHW, linear layers [out, in]); under Flax's names in
-Flax's. It is read from `.safetensors`, `.npz`, or, where torch is installed, `.pth`; it is written as `.safetensors`, which
-can hold no code.
+A state dict is a flat `{name: array}`. A name that begins with "params/" or "batch_stats/" is one of Flax, and its array is in
+Flax's layout; any other array is in PyTorch's (convolutions OIHW, linear layers [out, in]). The files that hold state dicts are
+those of weight_files.py; they are written as `.safetensors`, which can hold no code.
 """
 
-import json
-import pickle
-import zipfile
 from collections.abc import Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hast_jax.errors import UserError
+from hast_jax.networks import flax_trees, keras_files, name_fit
 from hast_jax.networks import names as names_lib
+from hast_jax.networks.weight_files import Metadata, StateDict, read, write
+
+__all__ = [
+    "BUILT_IN",
+    "FLAX",
+    "TORCH",
+    "Metadata",
+    "StateDict",
+    "Variables",
+    "abstract_variables",
+    "from_state_dict",
+    "from_variables",
+    "libraries",
+    "locate",
+    "name_map",
+    "read",
+    "to_our_layout",
+    "to_state_dict",
+    "to_torch_layout",
+    "write",
+]
 
 Variables = Mapping[str, Any]
-StateDict = dict[str, np.ndarray]
 
 Shape = tuple[int, ...]
 
 BUILT_IN = ("digits", "cifar10", "cifar100")
 FLAX = "flax"
-MAX_COMPRESSION = 100  # trained weights hardly compress at all
+TORCH = "torch"
+SHOWN = 8  # faults that a message names
 
 
-class Metadata(NamedTuple):
-    """What a weight file says of itself; None where it says nothing.
-
-    mean, std: of images in [0, 1]. crop: as `config.eval.crop`. top1: in per cent.
-    """
-
-    dataset: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    crop: float | None = None
-    top1: float | None = None
+class _FaultError(Exception):
+    """A clause about one tensor that cannot be used."""
 
 
 def libraries(model: nn.Module) -> dict[str, names_lib.NameOf]:
-    """The libraries whose state dicts fit `model`, each with its name map: those that the model declares, and Flax."""
+    """The libraries whose state dicts fit `model`, each with its name map: those that the model declares, Flax and PyTorch.
+
+    PyTorch's is that of a network whose modules are called there as here.
+    """
     declared = model.state_dict_names() if hasattr(model, "state_dict_names") else {}
-    return {**declared, FLAX: names_lib.flax}
+    return {**declared, FLAX: names_lib.flax, TORCH: names_lib.torch}
 
 
-def name_map(model: nn.Module, library: str | None = None, image: Shape = (32, 32, 3)) -> dict[str, tuple[str, ...]]:
+def name_map(
+    model: nn.Module,
+    library: str | None = None,
+    image: Shape = (32, 32, 3),
+    names: names_lib.NameOf | None = None,
+    call: Mapping[str, Any] = {},
+) -> dict[str, tuple[str, ...]]:
     """State dict name -> path of our variable, for each weight and running statistic of `model`.
 
-    library: one of `libraries(model)`, by default the first. Raises UserError where two variables share a name.
+    library: one of `libraries(model)`, by default the first. names: a map of one's own instead. image, call: as
+    `abstract_variables`. Raises UserError where two variables share a name.
     """
     maps = libraries(model)
-    name_of = maps[library or next(iter(maps))]
+    return _name_map(flatten_dict(abstract_variables(model, image, call)), names or maps[library or next(iter(maps))])
+
+
+def _name_map(variables: Mapping[tuple[str, ...], Any], name_of: names_lib.NameOf) -> dict[str, tuple[str, ...]]:
     names: dict[str, tuple[str, ...]] = {}
-    for path in flatten_dict(abstract_variables(model, image)):
+    for path in variables:
         other = names.setdefault(name_of(path), path)
         if other != path:
             both = f"{'/'.join(other)} and {'/'.join(path)}"
-            raise UserError(f"the network's state_dict_names calls both {both} {name_of(path)!r}: give each a name of its own.")
+            raise UserError(f"the network's name map calls both {both} {name_of(path)!r}: give each a name of its own.")
     return names
 
 
-def abstract_variables(model: nn.Module, image: Shape = (32, 32, 3)) -> Variables:
-    """Shapes and dtypes of the `params` and `batch_stats` of `model`, without computing anything."""
+def abstract_variables(model: nn.Module, image: Shape = (32, 32, 3), call: Mapping[str, Any] = {}) -> Variables:
+    """Shapes and dtypes of the `params` and `batch_stats` of `model`, without computing anything.
+
+    image: [height, width, channels] of what the network takes. call: more arguments of its `__call__`, as {"train": False}.
+    Raises UserError where the network fails on such an image.
+    """
     images = jax.ShapeDtypeStruct((1, *image), jnp.zeros(()).dtype)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    return {name: variables.get(name, {}) for name in ("params", "batch_stats")}
+    keys = {name: jax.random.key(0) for name in ("params", "dropout")}
+    try:
+        variables = nn.unbox(jax.eval_shape(partial(model.init, **call), keys, images))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network does wrong
+        words = str(error).split("\n")[0].rstrip(".")
+        given = f" with {dict(call)}" if call else ""
+        raise UserError(
+            f"{type(model).__name__} fails on an image {tuple(image)}{given}: {type(error).__name__}: {words}; "
+            "say what its __call__ takes."
+        ) from error
+    return {name: variables.get(name, {}) for name in flax_trees.COLLECTIONS}
 
 
 def to_torch_layout(array: np.ndarray) -> np.ndarray:
@@ -86,33 +124,88 @@ def to_our_layout(array: np.ndarray) -> np.ndarray:
     return np.transpose(array, (*range(2, array.ndim), 1, 0)) if array.ndim > 1 else array
 
 
-def from_state_dict(model: nn.Module, state: Mapping[str, np.ndarray], image: Shape = (32, 32, 3)) -> Variables:
-    """`params` and `batch_stats` of `model` for images [height, width, channels], from a state dict of any of its libraries.
+def from_state_dict(
+    model: nn.Module,
+    state: Mapping[str, np.ndarray],
+    image: Shape = (32, 32, 3),
+    names: names_lib.NameOf | None = None,
+    call: Mapping[str, Any] = {},
+) -> Variables:
+    """`params` and `batch_stats` of `model`, in float32, from a state dict of any of its libraries.
 
-    Raises UserError that names each tensor that is missing, unknown or of the wrong shape.
+    names: a name map of one's own instead of the libraries': path of our variable -> name in `state`. image, call: as
+    `abstract_variables`. A prefix that all names share is taken off where more of them fit then.
+    Raises UserError that names each tensor that is missing, unknown, of the wrong shape or no floating point numbers; or, where
+    all fit, those that are not finite, and the variances that are negative.
     """
     state = {name: array for name, array in state.items() if not name.endswith("num_batches_tracked")}
-    maps = {library: name_map(model, library, image) for library in libraries(model)}
-    library, names = max(maps.items(), key=lambda each: len(each[1].keys() & state.keys()))
-    expected = flatten_dict(abstract_variables(model, image))
-    faults = [f"{name} is missing" for name in sorted(names.keys() - state.keys())]
-    faults += [f"{name} is unknown" for name in sorted(state.keys() - names.keys())]
-    variables = {}
-    for name in sorted(names.keys() & state.keys()):
-        wanted, array = expected[names[name]].shape, np.asarray(state[name])
-        ours = array if library == FLAX else _from_torch(array, len(wanted))
-        if ours.shape != wanted:
-            shown = wanted if library == FLAX else to_torch_layout(np.empty(wanted, np.bool_)).shape
-            faults.append(f"{name} has the shape {array.shape} instead of {shown}")
-            continue  # it may be a view of far more numbers than its file holds
-        if not jnp.issubdtype(ours.dtype, jnp.floating):
-            faults.append(f"{name} holds {ours.dtype} instead of floating point numbers")
-            continue
-        variables[names[name]] = jnp.asarray(ours, jnp.promote_types(ours.dtype, jnp.float32))
-    if faults:
-        shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise UserError(f"the weights do not fit the network: {shown}.")
+    expected = flatten_dict(abstract_variables(model, image, call))
+    maps = [_name_map(expected, names)] if names else _library_maps(model, expected)
+    fit, chosen = name_fit.best(state, maps)
+    faults = keras_files.doubts(fit.unknown, chosen) + name_fit.faults(fit)
+    variables: dict[tuple[str, ...], jax.Array] = {}
+    for name, ours in sorted(fit.pairs.items()):
+        try:
+            variables[chosen[ours]] = _variable(name, ours, np.asarray(state[name]), expected[chosen[ours]].shape)
+        except _FaultError as fault:
+            faults.append(str(fault))
+    behind = f", without the {fit.prefix!r} before each name," if fit.prefix else ""
+    _refuse(f"the weights{behind} do not fit the network", faults)
+    damages = [_damage(name, chosen[ours], variables[chosen[ours]]) for name, ours in sorted(fit.pairs.items())]
+    _refuse("the weights are damaged", [clause for clause in damages if clause])
     return unflatten_dict(variables)
+
+
+def from_variables(
+    model: nn.Module, variables: Variables, image: Shape = (32, 32, 3), call: Mapping[str, Any] = {}
+) -> Variables:
+    """`params` and `batch_stats` of `model`, in float32, from a tree of Flax: nested mappings of NumPy's or JAX's arrays.
+
+    variables: {"params", "batch_stats"}, or what else flax_trees.py takes. image, call, errors: as `from_state_dict`.
+    """
+    return from_state_dict(model, flax_trees.flat(variables), image, names_lib.flax, call)
+
+
+def _library_maps(model: nn.Module, expected: Mapping[tuple[str, ...], Any]) -> list[dict[str, tuple[str, ...]]]:
+    """The name map of each library; without that of PyTorch where it is none for this network, as nobody declared it."""
+    maps = []
+    for library, name_of in libraries(model).items():
+        try:
+            maps.append(_name_map(expected, name_of))
+        except UserError:
+            if library != TORCH:
+                raise
+    return maps
+
+
+def _variable(name: str, ours: str, array: np.ndarray, wanted: Shape) -> jax.Array:
+    """An array of a file as the variable that the network calls `ours`. Raises _FaultError where it cannot be."""
+    is_flax = name_fit.is_flax(ours)
+    if not is_flax:
+        converted = _from_torch(array, len(wanted))
+    else:
+        converted = keras_files.as_expected(array, wanted) if keras_files.is_numbered(name) else array
+    if converted.shape != wanted:  # asked first, as it may be a view of far more numbers than its file holds
+        shown = wanted if is_flax else to_torch_layout(np.empty(wanted, np.bool_)).shape
+        raise _FaultError(f"{name} has the shape {array.shape} instead of {shown}")
+    if not jnp.issubdtype(converted.dtype, jnp.floating):
+        raise _FaultError(f"{name} holds {converted.dtype} instead of floating point numbers")
+    return jnp.asarray(converted, jnp.promote_types(converted.dtype, jnp.float32))
+
+
+def _damage(name: str, path: tuple[str, ...], value: jax.Array) -> str | None:
+    """A clause about values with which no network computes anything."""
+    if not np.isfinite(value).all():
+        return f"{name} holds numbers that are not finite"
+    if path[0] == "batch_stats" and path[-1] == "var" and np.any(np.asarray(value) < 0):
+        return f"{name} holds a variance below zero"
+    return None
+
+
+def _refuse(what: str, faults: list[str]) -> None:
+    if faults:
+        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise UserError(f"{what}: {'; '.join(faults[:SHOWN])}{more}.")
 
 
 def _from_torch(array: np.ndarray, axes: int) -> np.ndarray:
@@ -121,93 +214,26 @@ def _from_torch(array: np.ndarray, axes: int) -> np.ndarray:
     return to_our_layout(array)
 
 
-def to_state_dict(model: nn.Module, variables: Variables, image: Shape = (32, 32, 3)) -> StateDict:
+def to_state_dict(
+    model: nn.Module, variables: Variables, image: Shape = (32, 32, 3), call: Mapping[str, Any] = {}
+) -> StateDict:
     """A state dict of the first of the model's libraries, as contiguous NumPy arrays: the inverse of `from_state_dict`."""
-    library = next(iter(libraries(model)))
-    flat = flatten_dict({name: variables.get(name, {}) for name in ("params", "batch_stats")})
-    layout = (lambda array: array) if library == FLAX else to_torch_layout
-    names = name_map(model, library, image)
-    return {name: np.ascontiguousarray(layout(np.asarray(flat[path]))) for name, path in names.items()}
+    flat = flatten_dict({name: variables.get(name, {}) for name in flax_trees.COLLECTIONS})
+    state = {name: np.asarray(flat[path]) for name, path in name_map(model, None, image, call=call).items()}
+    ours = {name: array if name_fit.is_flax(name) else to_torch_layout(array) for name, array in state.items()}
+    return {name: np.ascontiguousarray(array) for name, array in ours.items()}
 
 
 def locate(name: str) -> Path:
-    """The file of a built-in teacher (`BUILT_IN`) or the path itself. Raises UserError where there is no file."""
+    """The file of a built-in teacher (`BUILT_IN`), or the path itself, of a file or of a folder of Orbax.
+
+    Raises UserError where there is neither.
+    """
     if not name:
         raise UserError("config.teacher.weights is empty: give the file of the trained network's weights.")
-    path = Path(str(resources.files("hast_jax") / "teachers" / f"{name}.safetensors")) if name in BUILT_IN else Path(name)
-    if not path.is_file():
+    path = Path(str(resources.files("hast_jax") / "teachers" / f"{name}.safetensors"))
+    path = path if name in BUILT_IN else Path(name).expanduser()
+    if not path.exists():
         known = ", ".join(BUILT_IN)
         raise UserError(f"there is no weight file {path}: give the path of one, or one of the built-in teachers: {known}.")
     return path
-
-
-def read(path: Path) -> tuple[StateDict, Metadata]:
-    """State dict and metadata of a weight file. Raises UserError where it cannot be read."""
-    readers = {".safetensors": _read_safetensors, ".npz": _read_npz, ".pth": _read_torch}
-    if path.suffix not in readers:
-        raise UserError(f"{path} ends in {path.suffix!r}: weights are read from .safetensors, .npz or .pth files.")
-    try:
-        return readers[path.suffix](path)
-    except (UserError, ImportError):
-        raise
-    except Exception as error:  # each library raises its own on a damaged file
-        raise UserError(f"{path} cannot be read as {path.suffix}: {error}; copy or download it again.") from error
-
-
-def write(path: Path, state: StateDict, metadata: Mapping[str, str]) -> None:
-    """Write a state dict as `.safetensors` with text metadata."""
-    safetensors.numpy.save_file(state, path, dict(metadata))
-
-
-def _read_safetensors(path: Path) -> tuple[StateDict, Metadata]:
-    with safetensors.safe_open(path, "np") as file:
-        raw = file.metadata() or {}
-        state = {name: file.get_tensor(name) for name in file.keys()}
-    numbers = lambda key: tuple(map(float, json.loads(raw[key]))) if key in raw else None
-    number = lambda key: float(raw[key]) if key in raw else None
-    return state, Metadata(raw.get("dataset"), numbers("mean"), numbers("std"), number("crop"), number("test_top1"))
-
-
-def _read_npz(path: Path) -> tuple[StateDict, Metadata]:
-    _check_archive(path)
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file), Metadata()
-
-
-def _check_archive(path: Path) -> None:
-    """Raise ValueError where a zip file would become far larger in memory than it is on disk."""
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > MAX_COMPRESSION * path.stat().st_size:
-        raise ValueError(f"{unpacked / 2**30:.1f} GiB are packed into {path.stat().st_size} bytes, as no weights are")
-
-
-def _read_torch(path: Path) -> tuple[StateDict, Metadata]:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"reading {path} needs PyTorch: pip install -e '.[torch]', or save the weights as .safetensors."
-        ) from error
-    if zipfile.is_zipfile(path):
-        _check_archive(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} cannot be read, or holds more than tensors, which is never loaded: copy it again, or save the state dict "
-            "alone, as torch.save(model.state_dict(), FILE)."
-        ) from error
-    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    if others:
-        raise UserError(
-            f"{path} is not a bare state dict: {', '.join(map(repr, others[:3]))} of it is no tensor; "
-            "save the state dict alone, as torch.save(model.state_dict(), FILE)."
-        )
-    widened = {n: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for n, tensor in state.items()}  # NumPy lacks it
-    return {name: tensor.detach().numpy() for name, tensor in widened.items()}, Metadata()
-
-
-def from_variables(model, variables, image, call=None):
-    """stub"""
-    return {name: jax.tree.map(jnp.asarray, dict(variables.get(name, {}))) for name in ("params", "batch_stats")}

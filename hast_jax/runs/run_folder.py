@@ -225,9 +225,10 @@ def open_for_reading(path: Path) -> tuple[RunFolder, ConfigDict]:
 
 def _config_of(folder: RunFolder) -> ConfigDict:
     """The folder's config; a field that it lacks, as it is of an older version, has its default."""
+    values = read_json(folder.config)
     try:
-        config = config_lib.from_dict(read_json(folder.config))
+        config = config_lib.from_dict(values)
         config_lib.validate(config)  # it may be a stranger's
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except UserError as error:
         raise UserError(f"{folder.config} is damaged or of another version ({error}): use another --workdir.") from error
     return config

@@ -1,0 +1,255 @@
+"""Every field of the config, described once: its default, what it may be, and what it is for.
+
+The defaults are the paper's for CIFAR-100 (supplement, and the authors' config files). The README's table is what
+`python -m hast_jax.fields` prints.
+"""
+
+from hast_jax.data.datasets import DATASETS
+from hast_jax.kinds import (
+    Field,
+    between,
+    count,
+    count_or_zero,
+    holds,
+    json_object,
+    not_negative,
+    one_of,
+    parsed_by,
+    positive,
+    share,
+)
+from hast_jax.method import losses, promotion, quantizer
+from hast_jax.networks import ARCHITECTURES, rules, user_files
+from hast_jax.networks.conv import ARITHMETIC
+
+SCHEDULES = ("step", "cosine")
+NETWORKS = (*ARCHITECTURES, "FILE.py:CLASS")
+GIVEN = "(given in Python)"  # ends the name of a network that no file names
+JSON = parsed_by(json_object, "a JSON object")
+FULL_PRECISION = 32  # bits of what is not quantized
+LOW, HIGH = quantizer.MIN_BITS, quantizer.MAX_BITS
+BITS = holds(lambda bits: LOW <= bits <= HIGH or bits == FULL_PRECISION, f"between {LOW} and {HIGH}, or {FULL_PRECISION}")
+square = holds(
+    lambda image: len(image) == 3 and image[0] == image[1] > 0 and image[2] in (1, 3), "(size, size, 1 or 3 channels)"
+)
+
+FIELDS: dict[str, Field] = {
+    "seed": Field(0, "Seed of everything random.", between(0, 2**32 - 1)),
+    "devices": Field(
+        0,
+        "Local devices that a process uses. 0: all accelerators, or a CPU device for each core, at most 8, as many as divide "
+        "`finetune.batch`.",
+        count_or_zero,
+        free=True,
+        own=True,
+    ),
+    "steps_per_call": Field(0, "Steps in one XLA call. 0: 1 on a CPU, 50 on an accelerator.", count_or_zero, free=True),
+    "log_every": Field(
+        50, "Steps between two log lines. Several processes also stop for SIGTERM at these steps.", count, free=True
+    ),
+    "fast_convolution": Field(
+        True,
+        "Use the faster convolutions for CPUs. Without them a network computes exactly what its own `apply` does.",
+    ),
+    "bits.weights": Field(3, "Bits of the weights: 2 to 8, or 32 for full precision.", BITS),
+    "bits.activations": Field(3, "Bits of the activations: 2 to 8, or 32 for full precision.", BITS),
+    "bits.rules": Field(
+        "",
+        "Other bits for some layers: `PATTERN=BITS; PATTERN=BITS`. A pattern is a regular expression over whole names in a "
+        "layer's path. Bits are w8a8, w8 (activations in full precision), a8 or full. Example: `init_block|output=w8a8`.",
+        parsed_by(rules.parse_rules, "PATTERN=BITS; PATTERN=BITS"),
+    ),
+    "teacher.network": Field(
+        "resnet20",
+        "The full-precision network. FILE.py:CLASS is one of your own.",
+        one_of(NETWORKS, also=lambda name: user_files.is_own(name) or name.endswith(GIVEN)),
+        choices=NETWORKS,
+    ),
+    "teacher.arguments": Field(
+        "", 'Arguments of your own network\'s constructor, as a JSON object. Example: `{"num_classes": 10}`.', JSON
+    ),
+    "teacher.call": Field(
+        "", 'Arguments of your own network\'s call beside the images, as a JSON object. Example: `{"train": false}`.', JSON
+    ),
+    "teacher.weights": Field(
+        "cifar100",
+        "A built-in teacher (digits, cifar10, cifar100), or the path of a weight file (.safetensors, .npz, .msgpack, .pth, .h5, "
+        ".keras) or of an Orbax folder.",
+    ),
+    "teacher.names": Field(
+        "",
+        "A function in a file of yours, FILE.py:FUNCTION, that names each variable in a weight file.",
+        holds(lambda value: not value or user_files.is_own(value), "FILE.py:FUNCTION"),
+    ),
+    "teacher.classes": Field(100, "Classes that the network tells apart.", count),
+    "teacher.image": Field((32, 32, 3), "Height, width and channels of an image.", square),
+    "teacher.mean": Field((0.4914, 0.4822, 0.4465), "Mean of each channel, of images in [0, 1]."),
+    "teacher.std": Field(
+        (0.2023, 0.1994, 0.2010),
+        "Standard deviation of each channel, of images in [0, 1].",
+        holds(lambda std: all(value > 0 for value in std), "positive for each channel"),
+    ),
+    "teacher.arithmetic": Field(
+        "float32",
+        "Precision of the teacher's convolutions and matrix products. The others are faster on accelerators.",
+        choices=tuple(ARITHMETIC),
+    ),
+    "pretrain.epochs": Field(60, "Epochs of `hast_jax.pretrain`, which trains a teacher on real images.", count),
+    "pretrain.batch": Field(64, "Images in a step of `hast_jax.pretrain`.", count),
+    "pretrain.lr": Field(0.1, "First learning rate of `hast_jax.pretrain`.", positive),
+    "pretrain.weight_decay": Field(5e-4, "Weight decay of `hast_jax.pretrain`.", not_negative),
+    "pretrain.shift": Field(1, "Pixels by which `hast_jax.pretrain` moves images at random.", count_or_zero),
+    "synthesis.source": Field(
+        "",
+        "Folder of a synthetic set. Its first `synthesis.images` images are used, and none are made.",
+        free=True,  # a run knows its images by their content: RunFolder.check_images
+        own=True,
+    ),
+    "synthesis.real_split": Field(
+        "", "Split of `eval.dataset` to learn from instead of synthetic images. This upper bound is not data-free."
+    ),
+    "synthesis.images": Field(5120, "Images in all: a multiple of `synthesis.batch`.", count),
+    "synthesis.batch": Field(256, "Images made together. Their batch-norm statistics are those of this batch.", count),
+    "synthesis.micro_batch": Field(
+        0,
+        "Images of a batch that pass the network together. Fewer need less memory. 0: all, or 32 on a CPU.",
+        count_or_zero,
+        free=True,
+    ),
+    "synthesis.stack": Field(
+        0,
+        "Batches made at once on one device. 0: as many as fill half of its memory, or one on a CPU.",
+        count_or_zero,
+        free=True,
+    ),
+    "synthesis.remat": Field(
+        False, "Compute intermediate values again for the gradient. This takes more time and less memory.", free=True
+    ),
+    "synthesis.iterations": Field(
+        1000, "Steps that make a batch. 0: images stay the noise that they start from.", count_or_zero
+    ),
+    "synthesis.beta": Field(10.0, "Weight of the hard-sample loss.", not_negative),
+    "synthesis.gamma": Field(2.0, "Exponent of the difficulty, Eq. 8.", not_negative),
+    "synthesis.lr": Field(0.5, "First learning rate of the images, by Adam.", positive),
+    "synthesis.patience": Field(50, "Steps without improvement before the rate of the images falls.", count_or_zero),
+    "synthesis.threshold": Field(1e-4, "Share by which the loss must fall to count as improved.", not_negative),
+    "synthesis.factor": Field(
+        0.1,
+        "Factor by which the rate of the images falls.",
+        holds(lambda value: 0 < value < 1, "between 0 and 1, neither included"),
+    ),
+    "synthesis.min_lr": Field(1e-4, "Lowest learning rate of the images.", positive),
+    "synthesis.return_to_best": Field(
+        False, "Go back to the images of the lowest loss, whenever the rate falls and at the end."
+    ),
+    "synthesis.crop_probability": Field(
+        0.0,
+        "Probability that a step sees its batch through a random crop and flip. The paper's for ImageNet is 0.5.",
+        between(0, 1),
+    ),
+    "synthesis.crop_scale": Field(0.4, "Smallest share of the image that this crop keeps.", share),
+    "synthesis.save_every": Field(250, "Steps between two checkpoints within a batch.", count, free=True),
+    "calibration.batches": Field(800, "Batches from which the ranges of the activations are measured.", count),
+    "calibration.batch": Field(16, "Images in a batch of the calibration.", count),
+    "calibration.range": Field(
+        "minmax",
+        "Range of a batch's activations. minmax: from the smallest to the largest. mse: the one that loses least.",
+        choices=tuple(quantizer.RANGE_RULES),
+    ),
+    "finetune.epochs": Field(147, "Epochs of fine-tuning.", count),
+    "finetune.steps_per_epoch": Field(200, "Steps in an epoch of fine-tuning.", count),
+    "finetune.batch": Field(256, "Images in a step of fine-tuning, over all devices.", count),
+    "finetune.lr": Field(1e-5, "First learning rate of the student.", positive),
+    "finetune.schedule": Field(
+        "step",
+        "How the student's rate falls. step: after `finetune.lr_drops`. cosine: to zero at the last step.",
+        choices=SCHEDULES,
+    ),
+    "finetune.lr_drops": Field(
+        (16, 36, 56),
+        "Epochs after which the rate falls to a tenth. The authors' 20, 40, 60 count 4 of calibration.",
+        holds(lambda epochs: all(not count(epoch) for epoch in epochs), "positive epochs, of at most 2**31 - 1"),
+    ),
+    "finetune.straight_through": Field(
+        "identity",
+        "Gradient to activations outside their range. identity: as inside. clipped: none.",
+        choices=tuple(quantizer.STRAIGHT_THROUGH),
+    ),
+    "finetune.momentum": Field(
+        0.9, "Nesterov momentum of SGD.", holds(lambda value: 0 <= value < 1, "zero or positive, and below 1")
+    ),
+    "finetune.weight_decay": Field(1e-4, "Weight decay of the student.", not_negative),
+    "finetune.temperature": Field(20.0, "Temperature of the distillation.", positive),
+    "finetune.alpha": Field(20.0, "Weight of the distillation.", positive),
+    "finetune.lam": Field(2000.0, "Weight of the feature alignment, Eq. 12.", not_negative),
+    "finetune.alignment": Field(
+        "rfa", "Kind of the feature alignment. rfa: relaxed. dfa: direct.", choices=tuple(losses.ALIGNMENTS)
+    ),
+    "finetune.branches": Field(
+        "",
+        "Batch norms whose outputs are aligned, as a regular expression over whole names in their paths. "
+        "Empty: they are found by themselves.",
+        parsed_by(rules.compiled, "a regular expression"),
+    ),
+    "finetune.ce": Field(
+        0.0, "Weight of the cross-entropy on synthetic labels. It is not in HAST, but in IntraQ.", not_negative
+    ),
+    "finetune.eps": Field(0.02, "Size of the promotion, Eq. 10.", not_negative),
+    "finetune.direction": Field("kl+fa", "Loss whose gradient directs the promotion.", choices=tuple(promotion.DIRECTIONS)),
+    "finetune.a": Field(1.0, "Weight of the loss on clean images.", not_negative),
+    "finetune.b": Field(1.0, "Weight of the loss on promoted images. 0: no promotion.", not_negative),
+    "finetune.stream": Field(
+        False, "Read images from disk as they are drawn. Otherwise every device holds all of them.", free=True
+    ),
+    "finetune.keep_every": Field(
+        0, "Epochs between two checkpoints that are kept for good. 0: none.", count_or_zero, free=True
+    ),
+    "finetune.augment": Field(True, "Crop and flip the synthetic images at random."),
+    "finetune.crop_scale": Field(0.5, "Smallest share of the image that this crop keeps.", share),
+    "eval.dataset": Field(
+        "cifar100", "Real images for the evaluation. none: run without any. folder: image files.", choices=DATASETS
+    ),
+    "eval.split": Field("test", "Split of the real images. For image files it is a folder in `eval.data_dir`."),
+    "eval.data_dir": Field(
+        "",
+        "Folder of TFDS data sets, or the one that holds the split. Empty: ~/tensorflow_datasets.",
+        free=True,
+        own=True,
+    ),
+    "eval.crop": Field(
+        224 / 256,
+        "Share of a file's shorter side that is kept. Torchvision's newer weights take 224 / 232.",
+        share,
+    ),
+    "eval.batch": Field(500, "Images that are judged together.", positive, free=True),  # its upper bound depends on their size
+    "eval.every": Field(10, "Epochs between two evaluations.", count),
+}
+
+
+def help_text() -> str:
+    """The help of the commands' flag `config`: every field, with its default."""
+    lines = [f"{path} ({_default(field)}): {_meaning(field)}" for path, field in FIELDS.items()]
+    return "\n".join(["Config file, with variants after a colon. --config.FIELD=VALUE sets one of these fields:", *lines])
+
+
+def markdown() -> str:
+    """The README's table of the fields."""
+    escape = lambda text: text.replace("|", "\\|")
+    mark = lambda field: " †" if field.free else ""
+    rows = [
+        f"| `{path}`{mark(field)} | {escape(_default(field))} | {escape(_meaning(field))} |" for path, field in FIELDS.items()
+    ]
+    return "\n".join(["| field | default | |", "|---|---|---|", *rows])
+
+
+def _default(field: Field) -> str:
+    return str(field.default) or '""'
+
+
+def _meaning(field: Field) -> str:
+    told = all(choice in field.help for choice in field.choices)
+    return field.help if told else f"{field.help} One of {', '.join(field.choices)}."
+
+
+if __name__ == "__main__":
+    print(markdown())

@@ -1,0 +1,150 @@
+"""Variables as trees: Flax's own, in Python or in a msgpack file, and Orbax checkpoints, which are folders.
+
+A tree is `{"params": ..., "batch_stats": ...}`, or it holds those two beside other things, as a TrainState does, at most
+`DEPTH` levels down. Only these two are taken. A tree with no `params` in it is taken for the params themselves.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from hast_jax.errors import UserError
+from hast_jax.networks.packed import check_size
+
+COLLECTIONS = ("params", "batch_stats")
+DEPTH = 3  # an item of a checkpoint, a name in it, and what a TrainState calls its params
+TREE = "_METADATA"  # the file that every Orbax folder of arrays has
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders whose writer was stopped
+
+Place = tuple[str, ...]
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """State dict of a tree of arrays: {"params/conv/kernel": array}, in the layout and the dtypes of the tree.
+
+    Raises UserError where the tree holds the variables of more than one network.
+    """
+    place = _place(tree)
+    return _named({"params": tree} if place is None else _variables(_at(tree, place)))
+
+
+def read_msgpack(path: Path) -> dict[str, np.ndarray]:
+    """State dict of a file that `flax.serialization` wrote, as by `flat`. Raises ValueError where it holds no tree."""
+    tree = flax.serialization.msgpack_restore(path.read_bytes())
+    if not isinstance(tree, dict):
+        raise ValueError(f"it holds one {type(tree).__name__} and no tree of arrays")
+    return flat(tree)
+
+
+def read_orbax(folder: Path) -> dict[str, np.ndarray]:
+    """State dict of an Orbax checkpoint, of the newest one in a folder of steps; as by `flat`.
+
+    Raises UserError where the folder holds no checkpoint or more than one network, and ValueError where the arrays are larger
+    than what is on the disk.
+    """
+    items = _items(folder) or _items(_newest_step(folder))
+    if not items:
+        raise UserError(f"{folder} is a folder without an Orbax checkpoint: give a file of weights, or the folder Orbax wrote.")
+    # The older of Orbax's two interfaces, as only it reads a part of a tree, and as NumPy arrays on any devices.
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        trees = {item: handler.metadata(where).tree for item, where in items.items()}
+        whole = trees if len(trees) > 1 else next(iter(trees.values()))
+        place = _place(whole)
+        wanted = whole if place is None else _nested(place, _variables(_at(whole, place)))
+        parts = wanted if len(trees) > 1 else {item: wanted for item in trees}
+        leaves = jax.tree.leaves(wanted, is_leaf=_is_array)
+        files = [file for where in items.values() for file in where.rglob("*") if file.is_file()]
+        check_size(sum(map(_bytes, leaves)), sum(file.stat().st_size for file in files))
+        read = {item: _restore(handler, items[item], part) for item, part in parts.items()}
+    finally:
+        handler.close()
+    return flat(read if len(trees) > 1 else next(iter(read.values())))
+
+
+def _place(tree: Mapping[str, Any]) -> Place | None:
+    """Where in `tree` the one mapping with `params` is; None where there is none."""
+    places = list(_places(tree, DEPTH))
+    if len(places) > 1:
+        both = " and ".join("/".join((*place, "params")) for place in places[:2])
+        raise UserError(f"the weights hold more than one network, {both}: save the variables of one.")
+    return places[0] if places else None
+
+
+def _places(tree: Mapping[str, Any], depth: int) -> Iterator[Place]:
+    params = tree.get("params")
+    if isinstance(params, Mapping) and set(params) - set(COLLECTIONS):
+        yield ()
+    elif depth:
+        for name, branch in tree.items():
+            if isinstance(branch, Mapping):
+                yield from ((name, *place) for place in _places(branch, depth - 1))
+
+
+def _variables(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tree[name] for name in COLLECTIONS if name in tree}
+
+
+def _at(tree: Any, place: Place) -> Any:
+    for name in place:
+        tree = tree[name]
+    return tree
+
+
+def _nested(place: Place, tree: Any) -> Any:
+    for name in reversed(place):
+        tree = {name: tree}
+    return tree
+
+
+def _named(tree: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _items(folder: Path) -> dict[str, Path]:
+    """Name -> folder of each tree of a checkpoint: the folder itself, or those in it, as `default` or `state`."""
+    if (folder / TREE).is_file():
+        return {"": folder}
+    inside = [found.parent for found in sorted(folder.glob(f"*/{TREE}"))]
+    return {item.name: item for item in inside if _step(item) is None and UNFINISHED not in item.name}
+
+
+def _newest_step(folder: Path) -> Path:
+    """The folder of the last step that has a checkpoint in it; `folder` where there is none."""
+    steps = {step: child for child in folder.iterdir() if (step := _step(child)) is not None and _items(child)}
+    return steps[max(steps)] if steps else folder
+
+
+def _step(folder: Path) -> int | None:
+    """12 of "12" and of "checkpoint_12"; None where the folder is no step."""
+    found = re.fullmatch(r"(?:.*_)?(\d+)", folder.name)
+    return int(found[1]) if found else None
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape")
+
+
+def _bytes(leaf: Any) -> int:
+    """What reading an array of this description takes: whole chunks are unpacked, also of a smaller array."""
+    chunk = leaf.storage.chunk_shape if getattr(leaf, "storage", None) else None
+    return max(math.prod(leaf.shape), math.prod(chunk or ())) * np.dtype(leaf.dtype).itemsize
+
+
+def _restore(handler: ocp.PyTreeCheckpointHandler, folder: Path, like: Any) -> Any:
+    """The part of a tree whose description is `like`, as NumPy arrays."""
+    each = lambda make: jax.tree.map(make, like, is_leaf=_is_array)
+    arguments = ocp.args.PyTreeRestore(
+        item=each(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)),
+        restore_args=each(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray)),
+        partial_restore=True,
+    )
+    return handler.restore(folder, args=arguments)

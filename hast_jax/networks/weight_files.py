@@ -1,0 +1,123 @@
+"""Files of weights, by what holds them: each reader gives a flat state dict `{name: array}` as the file names it.
+
+`.safetensors` and `.npz` hold arrays alone; `.pth`, `.pt`, `.pth.tar`, `.ckpt` and `.bin` are PyTorch's, read where torch is
+installed; `.msgpack` is Flax's and a folder Orbax's (flax_trees.py); `.h5` and `.keras` are Keras' (keras_files.py). No reader
+runs code that is in a file, nor takes far more memory than the file takes on the disk.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+
+from hast_jax.errors import UserError
+from hast_jax.networks import flax_trees, keras_files
+from hast_jax.networks.packed import check_archive
+
+StateDict = dict[str, np.ndarray]
+
+ALONE = "save the state dict alone, as torch.save(model.state_dict(), FILE)"
+
+
+class Metadata(NamedTuple):
+    """What a weight file says of itself; None where it says nothing.
+
+    mean, std: of images in [0, 1]. crop: as `config.eval.crop`. top1: in per cent.
+    """
+
+    dataset: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop: float | None = None
+    top1: float | None = None
+
+
+def read(path: Path) -> tuple[StateDict, Metadata]:
+    """State dict and metadata of a weight file or of an Orbax folder. Raises UserError where it cannot be read."""
+    kind = "an Orbax checkpoint" if path.is_dir() else next((end for end in READERS if path.name.lower().endswith(end)), None)
+    if kind is None:
+        ending = f"ends in {path.suffix!r}" if path.suffix else "has no ending that says what it is"
+        raise UserError(f"{path} {ending}: weights are read from folders of Orbax and files in {', '.join(READERS)}.")
+    try:
+        if path.is_dir():
+            return flax_trees.read_orbax(path), Metadata()
+        metadata = _safetensors_metadata(path) if kind == ".safetensors" else Metadata()
+        return READERS[kind](path), metadata
+    except (UserError, ImportError):
+        raise
+    except Exception as error:  # each library raises its own on a damaged file
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
+        raise UserError(f"{path} cannot be read as {kind}: {reason}; copy or download it again.") from error
+
+
+def write(path: Path, state: StateDict, metadata: Mapping[str, str]) -> None:
+    """Write a state dict as `.safetensors` with text metadata."""
+    safetensors.numpy.save_file(state, path, dict(metadata))
+
+
+def _read_safetensors(path: Path) -> StateDict:
+    with safetensors.safe_open(path, "np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def _safetensors_metadata(path: Path) -> Metadata:
+    with safetensors.safe_open(path, "np") as file:
+        raw = file.metadata() or {}
+    numbers = lambda key: tuple(map(float, json.loads(raw[key]))) if key in raw else None
+    number = lambda key: float(raw[key]) if key in raw else None
+    return Metadata(raw.get("dataset"), numbers("mean"), numbers("std"), number("crop"), number("test_top1"))
+
+
+def _read_npz(path: Path) -> StateDict:
+    check_archive(path)
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
+def _read_torch(path: Path) -> StateDict:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"reading {path} needs PyTorch: pip install -e '.[torch]', or save the weights as .safetensors."
+        ) from error
+    if zipfile.is_zipfile(path):
+        check_archive(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} cannot be read, or holds more than tensors, which is never loaded: copy it again, or {ALONE}."
+        ) from error
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path} holds one {type(state).__name__} instead of a state dict, which names each tensor: {ALONE}.")
+    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise UserError(f"{path} is not a bare state dict: {', '.join(map(repr, others[:3]))} of it is no tensor; {ALONE}.")
+    return {str(name): _from_torch(path, name, tensor) for name, tensor in state.items()}
+
+
+def _from_torch(path: Path, name: Any, tensor: Any) -> np.ndarray:
+    """A tensor as NumPy's array, in float32 where NumPy lacks the type."""
+    import torch
+
+    if tensor.is_quantized or tensor.layout != torch.strided:
+        what = "quantized" if tensor.is_quantized else "sparse"
+        raise UserError(f"{name!r} in {path} is {what}: save the state dict of the dense network in floating point.")
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+
+
+READERS: dict[str, Callable[[Path], StateDict]] = {
+    ".safetensors": _read_safetensors,
+    ".npz": _read_npz,
+    ".msgpack": flax_trees.read_msgpack,
+    ".h5": keras_files.read_h5,
+    ".hdf5": keras_files.read_h5,
+    ".keras": keras_files.read_keras,
+    **dict.fromkeys((".pth", ".pt", ".pth.tar", ".ckpt", ".bin"), _read_torch),
+}
