@@ -47,8 +47,11 @@ def run(command: ModuleType, arguments: list[str] | None = None) -> None:
     )
     sys.modules["__main__"].__doc__ = command.__doc__  # what --help begins with
     with user_errors():
+        others = set(flags.FLAGS)
         define_processes()
         command.define_flags()
+        for name in set(flags.FLAGS) - others:  # --help shows these alone
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
         app.run(command.main, arguments, flags_parser=_parse)
 
 

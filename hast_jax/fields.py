@@ -73,8 +73,8 @@ FIELDS: dict[str, Field] = {
     ),
     "teacher.weights": Field(
         "cifar100",
-        "A built-in teacher (digits, cifar10, cifar100), or the path of a weight file (.safetensors, .npz, .msgpack, .pth, .h5, "
-        ".keras) or of an Orbax folder.",
+        "A built-in teacher (digits, cifar10, cifar100), or the path of a weight file (.safetensors, .npz, .msgpack, .pth, "
+        ".h5, .keras) or of an Orbax folder.",
     ),
     "teacher.names": Field(
         "",
