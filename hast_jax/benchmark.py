@@ -79,33 +79,33 @@ class Part(NamedTuple):
 def synthesis(config: ConfigDict, devices: int) -> Part:
     """One Adam step on as many batches a device as a run stacks there (`synthesis.stack`)."""
     teacher = from_config.bare_teacher(config)
-    key, cfg = jax.random.key(config.seed), config.synthesis
-    image, shape = jnp.zeros((1, *config.teacher.image)), (cfg.batch, *config.teacher.image)
-    size = synthesize.memory(teacher, jax.eval_shape(teacher.module.init, key, image), shape, cfg)
-    stack = parallel.stack(cfg.stack, size)
+    key, settings = jax.random.key(config.seed), config.synthesis
+    image, shape = jnp.zeros((1, *config.teacher.image)), (settings.batch, *config.teacher.image)
+    size = synthesize.memory(teacher, jax.eval_shape(partial(teacher.module.init, **teacher.call), key, image), shape, settings)
+    stack = parallel.stack(settings.stack, size)
 
     def build() -> tuple[synthesize.State, Any]:
-        start = lambda batch: synthesize.init(batch, key, shape, config.teacher.classes, cfg)
-        return jax.vmap(start)(jnp.arange(stack)), teacher.module.init(key, image)
+        start = lambda batch: synthesize.init(batch, key, shape, config.teacher.classes, settings)
+        return jax.vmap(start)(jnp.arange(stack)), teacher.module.init(key, image, **teacher.call)
 
-    step = synthesize.on_each(lambda state, variables: synthesize.step(state, variables, teacher, key, cfg))
-    return Part(step, build, cfg.batch, parallel.together(devices) * stack * cfg.batch)
+    step = synthesize.on_each(lambda state, variables: synthesize.step(state, variables, teacher, key, settings))
+    return Part(step, build, settings.batch, parallel.together(devices) * stack * settings.batch)
 
 
 def fine_tuning(config: ConfigDict, devices: int) -> Part:
     """One step of fine-tuning, augmentation and promotion included."""
     teacher, student = from_config.bare_teacher(config), from_config.student(config)
-    key, cfg, image = jax.random.key(config.seed), config.finetune, tuple(config.teacher.image)
-    shape = (1, cfg.batch // parallel.together(devices)) if cfg.stream else (max(256, cfg.batch),)
+    key, settings, image = jax.random.key(config.seed), config.finetune, tuple(config.teacher.image)
+    shape = (1, settings.batch // parallel.together(devices)) if settings.stream else (max(256, settings.batch),)
 
     def build() -> tuple[finetune.State, finetune.Frozen]:
-        variables = teacher.module.init(key, jnp.zeros((1, *image)))
+        variables = teacher.module.init(key, jnp.zeros((1, *image)), **teacher.call)
         some = jax.random.normal(key, (config.calibration.batch, *image))
         ranges = calibrate.step(student, variables, {}, some)
         data = jax.random.normal(key, (*shape, *image)), jnp.zeros(shape, jnp.int32)
-        return finetune.init(variables["params"], cfg), finetune.freeze(variables, ranges, *data, config)
+        return finetune.init(variables["params"], settings), finetune.freeze(variables, ranges, *data, config)
 
-    return Part(finetune.make_step(teacher, student, cfg), build, cfg.batch, cfg.batch)
+    return Part(finetune.make_step(teacher, student, settings), build, settings.batch, settings.batch)
 
 
 PARTS: dict[str, Callable[[ConfigDict, int], Part]] = {"synthesize": synthesis, "finetune": fine_tuning}

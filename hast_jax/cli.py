@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from hast_jax import fields
 from hast_jax.config import check_name
-from hast_jax.errors import AccuracyWarning, Stopped, UserError, refused_by_disk
+from hast_jax.errors import Notice, Stopped, UserError, refused_by_disk
 from hast_jax.runs import parallel
 
 COMMANDS = {
@@ -43,7 +43,7 @@ def run(command: ModuleType, arguments: list[str] | None = None) -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     plain = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *rest: (
-        f"hast_jax: {message}\n" if category is AccuracyWarning else plain(message, category, *rest)
+        f"hast_jax: {message}\n" if issubclass(category, Notice) else plain(message, category, *rest)
     )
     sys.modules["__main__"].__doc__ = command.__doc__  # what --help begins with
     with user_errors():

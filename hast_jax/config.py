@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, FieldReference
 
 from hast_jax.cross_checks import CROSS_CHECKS
-from hast_jax.errors import UserError
+from hast_jax.errors import InputError, UserError
 from hast_jax.fields import FIELDS
 from hast_jax.kinds import close, shown
 from hast_jax.runs.files import crc32
@@ -85,7 +85,7 @@ class Section(ConfigDict):
 
 def _update_section(section: ConfigDict, path: str, values: Any) -> None:
     if not isinstance(values, dict | ConfigDict):
-        raise UserError(f"config.{path} is {shown(values)}: it must be a section with fields.")
+        raise InputError(f"config.{path} is {shown(values)}: it must be a section with fields.")
     for name, value in values.items():
         section[name] = value
 
@@ -98,7 +98,7 @@ def _of_its_kind(path: str, value: Any) -> Any:
 
 
 def _refusal(path: str, value: Any, wanted: str) -> UserError:
-    return UserError(f"config.{path} is {shown(value)}: it must be {wanted}.")
+    return InputError(f"config.{path} is {shown(value)}: it must be {wanted}.")
 
 
 def check_name(path: str) -> None:
@@ -130,25 +130,25 @@ def variant(config: ConfigDict, argument: str, variants: dict[str, Any] = VARIAN
             config.update_from_flattened_dict(variants[word])
         elif len(word) == 4 and word[0] == "w" and word[2] == "a" and word[1].isdigit() and word[3].isdigit():
             if chosen not in (None, word):
-                raise UserError(f"the config has one number of bits, not {chosen} and {word}: choose one.")
+                raise InputError(f"the config has one number of bits, not {chosen} and {word}: choose one.")
             chosen = word
             config.bits.weights, config.bits.activations = int(word[1]), int(word[3])
         else:
             known = ", ".join(["w4a4 (any bits)", *variants])
-            raise UserError(f"the config has no variant {word!r}: choose from {known}.")
+            raise InputError(f"the config has no variant {word!r}: choose from {known}.")
     return config
 
 
 def validate(config: ConfigDict) -> None:
     """Raise UserError, in one sentence, for the first field that is unknown or missing, or whose value is impossible."""
     if not isinstance(config, ConfigDict):
-        raise UserError(f"the config is {shown(config)}: get_config must return what hast_jax.config.default() gave.")
+        raise InputError(f"the config is {shown(config)}: get_config must return what hast_jax.config.default() gave.")
     values = _flat(config)
     for path in values:
         check_name(path)
     for path, described in FIELDS.items():
         if path not in values:
-            raise UserError(f"config.{path} is missing: begin with hast_jax.config.default().")
+            raise InputError(f"config.{path} is missing: begin with hast_jax.config.default().")
         wanted = described.fault(values[path])
         if wanted:
             raise _refusal(path, values[path], wanted)
@@ -201,7 +201,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     Raises UserError for an unknown field or a wrong kind.
     """
     if not isinstance(values, dict):
-        raise UserError(f"the config is {shown(values)}: it must be a dict of fields.")
+        raise InputError(f"the config is {shown(values)}: it must be a dict of fields.")
     config = default()
     for name, value in values.items():
         config[name] = value

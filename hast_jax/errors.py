@@ -18,8 +18,16 @@ class InputError(UserError, ValueError):
     """An argument of a library call that is impossible."""
 
 
-class AccuracyWarning(UserWarning):
+class Notice(UserWarning):
+    """A warning of ours: one sentence for the person."""
+
+
+class AccuracyWarning(Notice):
     """A network judges images no better than chance."""
+
+
+class CheckpointWarning(Notice):
+    """A damaged checkpoint was passed over for an older one."""
 
 
 class Stopped(BaseException):

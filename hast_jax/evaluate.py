@@ -17,6 +17,7 @@ from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.deliver.console import Bar, format_bits
 from hast_jax.errors import UserError
+from hast_jax.fields import GIVEN
 from hast_jax.networks import from_config, user_files
 from hast_jax.runs import parallel, run_folder
 from hast_jax.runs.progress import Progress, silent
@@ -31,6 +32,7 @@ def define_flags() -> None:
     flags.DEFINE_string("split", None, "Its split (eval.split), where it is not the run's.")
     flags.DEFINE_string("data_dir", None, "Folder of the images (eval.data_dir), where it is not the run's.")
     flags.DEFINE_string("network", None, "FILE.py:CLASS of a network of your own, whose code is run.")
+    flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names), whose code is run.")
     flags.DEFINE_integer("devices", 0, "Local devices used; 0: all.", lower_bound=0)
 
 
@@ -52,18 +54,23 @@ def run(
     split: str | None = None,
     data_dir: str | None = None,
     network: str | None = None,
+    names: str | None = None,
 ) -> Found:
     """The accuracies of teacher and student of a run folder. Raises UserError.
 
     dataset, split, data_dir: instead of those of the run's config.
-    A network of one's own must be named by `network`: code that a run folder names is never run, as it may be a stranger's.
+    A network of one's own must be named by `network`, a function of one's own by `names`: code that a run folder names is never
+    run, as it may be a stranger's.
     """
     folder, config = run_folder.open_for_reading(workdir)
-    if network is not None:
-        config.teacher.network = network
-    elif user_files.is_own(config.teacher.network):
-        name = config.teacher.network
-        raise UserError(f"{workdir} names {name}, a network of its maker's own: if you trust its code, add --network={name}.")
+    if config.teacher.network.endswith(GIVEN):
+        raise UserError(f"the network of {workdir} was given in Python: load {folder.student} with hast_jax.load there.")
+    for field, given in {"network": network, "names": names}.items():
+        named = config.teacher[field]
+        if given is not None:
+            config.teacher[field] = given
+        elif user_files.is_own(named):
+            raise UserError(f"{workdir} names {named}, code of its maker's own: if you trust its code, add --{field}={named}.")
     chosen = {"dataset": dataset, "split": split, "data_dir": data_dir}
     config.eval.update({name: value for name, value in chosen.items() if value is not None})
     config_lib.validate(config)
@@ -91,9 +98,9 @@ def main(_: list[str]) -> None:
         given = flags.FLAGS
         devices = parallel.setup(given.devices)
         console = Console(quiet=not parallel.is_main())
-        chosen = {name: given[name].value for name in ("dataset", "split", "data_dir", "network")}
+        chosen = {name: given[name].value for name in ("dataset", "split", "data_dir", "network", "names")}
         with Bar(console) as progress:
-            found = run(Path(given.workdir), given.checkpoint, devices, progress, **chosen)
+            found = run(Path(given.workdir).expanduser(), given.checkpoint, devices, progress, **chosen)
         console.print(found.table)
 
 

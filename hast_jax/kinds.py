@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hast_jax.errors import UserError
+from hast_jax.errors import InputError, UserError
 
 Rule = Callable[[Any], str]
 
@@ -136,9 +136,9 @@ def json_object(text: str) -> dict[str, Any]:
         value = json.loads(text)
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{error}.") from error
+        raise InputError(f"{error}.") from error
     if not isinstance(value, dict):
-        raise UserError(f"it is {shown(value)}.")
+        raise InputError(f"it is {shown(value)}.")
     return value
 
 

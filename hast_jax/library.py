@@ -99,9 +99,7 @@ def quantize(
     own = pipeline.Own(model, setting.variables, dataset, given)
     path = None if workdir is None else Path(workdir).expanduser()
     with _shown(progress) as shown:
-        outcome = pipeline.quantize(setting.config, path, shown, own)
-    record = {**outcome.result, "classes": setting.classes}
-    return Student(outcome.student, outcome.variables, setting.rules, setting.image, setting.mean, setting.std, record)
+        return pipeline.quantize(setting.config, path, shown, own)
 
 
 def synthesize(

@@ -33,7 +33,7 @@ def main(_: list[str]) -> None:
         parallel.setup(config.devices, config.finetune.batch)
         console = Console(quiet=not parallel.is_main())
         with Bar(console) as progress:
-            result = pipeline.run(config, Path(flags.FLAGS.workdir), progress)
+            result = pipeline.run(config, Path(flags.FLAGS.workdir).expanduser(), progress)
         show_result(console, result)
 
 

@@ -26,6 +26,7 @@ from hast_jax.runs.run_folder import RunFolder
 from hast_jax.stages import calibrate, finetune, synthesize
 from hast_jax.stages.evaluate import evaluator
 from hast_jax.stages.job import Job
+from hast_jax.student import Student
 
 Given = tuple[np.ndarray, np.ndarray]  # images and labels
 
@@ -39,21 +40,16 @@ class Own(NamedTuple):
     images: Given | None = None  # to learn from, instead of synthetic ones
 
 
-class Outcome(NamedTuple):
-    """What a run ends with: the contents of `result.json`, the student and its variables."""
-
-    result: dict[str, Any]
-    student: networks.Network
-    variables: weights.Variables
-
-
 def run(config: ConfigDict, workdir: Path, progress: Progress = silent) -> dict[str, Any]:
     """From a trained network to an evaluated quantized one in `workdir`; returns what `result.json` holds. Raises UserError."""
-    return quantize(config, workdir, progress).result
+    return dict(quantize(config, workdir, progress).record)
 
 
-def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = silent, own: Own | None = None) -> Outcome:
-    """The same, of a network that may be given in Python; without `workdir` nothing is written. Raises UserError."""
+def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = silent, own: Own | None = None) -> Student:
+    """The same, of a network that may be given in Python; returns the student, whose record is what `result.json` holds.
+
+    Without `workdir` nothing is written. Raises UserError.
+    """
     job, given, dataset = _prepare(config, workdir, progress, own)
     with job.storage.held():
         evaluate = _teacher_accuracy(job, dataset)
@@ -62,12 +58,16 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
         ranges = _activation_ranges(job, images)
         state, evaluations = finetune.run(job, images, labels, ranges, evaluate)
         _end_segment(job, segment)
-        result = job.storage.read_result()
-        if result is None:
-            result = _summary(job, len(images), evaluations)
-            parallel.on_main(lambda: job.storage.write_result(result))
+        finished = job.storage.read_result()
+        result = finished or _summary(job, len(images), evaluations)
+        student = _student(job, {**job.variables, "params": state.params, "ranges": ranges}, result)
+        if finished is None:
+            if isinstance(job.storage, RunFolder):
+                folder = job.storage.student
+                parallel.on_main(lambda: student.save(folder))
+            parallel.on_main(lambda: job.storage.write_result(result))  # last: it says that all else is there
         job.recorder.close()
-    return Outcome(result, job.student, {**job.variables, "params": state.params, "ranges": ranges})
+    return student
 
 
 def run_synthesis(config: ConfigDict, workdir: Path, progress: Progress = silent) -> Path:
@@ -193,6 +193,12 @@ def _activation_ranges(job: Job, images: np.ndarray) -> weights.Variables:
 
     parallel.on_main(calibrated)
     return job.storage.read_ranges(job.student.range_names)
+
+
+def _student(job: Job, variables: weights.Variables, result: dict[str, Any]) -> Student:
+    teacher = job.config.teacher
+    rules = from_config.bit_rules(job.config)
+    return Student(job.student, variables, rules, tuple(teacher.image), tuple(teacher.mean), tuple(teacher.std), result)
 
 
 def restore_student(

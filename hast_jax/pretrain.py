@@ -20,7 +20,7 @@ from hast_jax import cli, networks
 from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.errors import UserError
-from hast_jax.networks import from_config, weights
+from hast_jax.networks import from_config, structure, weights
 from hast_jax.runs import parallel
 from hast_jax.runs.progress import silent
 from hast_jax.stages.evaluate import evaluator
@@ -55,22 +55,24 @@ def shift(images: Array, key: Array, pixels: int) -> Array:
 
 def train(model: nn.Module, dataset: datasets.Arrays, config: ConfigDict, say: Callable[[str], None]) -> Mapping[str, Any]:
     """`params` and `batch_stats` after SGD with Nesterov momentum and a cosine schedule. config: the whole config."""
-    cfg, teacher = config.pretrain, config.teacher
+    settings, teacher = config.pretrain, config.teacher
     images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
-    steps = cfg.epochs * (len(labels) // cfg.batch)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, cfg.lr, max(1, steps // 10), steps)
-    transform = optax.chain(optax.add_decayed_weights(cfg.weight_decay), optax.sgd(schedule, 0.9, nesterov=True))
-    key = jax.random.key(config.seed)
+    steps = settings.epochs * (len(labels) // settings.batch)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, max(1, steps // 10), steps)
+    transform = optax.chain(optax.add_decayed_weights(settings.weight_decay), optax.sgd(schedule, 0.9, nesterov=True))
+    key, training = jax.random.key(config.seed), structure.training_arguments(model)
 
     @jax.jit
     def step(state: State) -> tuple[State, Array]:
         draw_key, shift_key = jax.random.split(jax.random.fold_in(key, state.step))
-        chosen = jax.random.choice(draw_key, len(labels), (cfg.batch,), replace=False)
-        batch = shift(datasets.normalise(images[chosen], teacher.mean, teacher.std), shift_key, cfg.shift)
+        chosen = jax.random.choice(draw_key, len(labels), (settings.batch,), replace=False)
+        batch = shift(datasets.normalise(images[chosen], teacher.mean, teacher.std), shift_key, settings.shift)
 
         def loss_fn(params: Any) -> tuple[Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updated = model.apply(variables, batch, train=True, mutable=["batch_stats"])
+            keys = {"dropout": jax.random.fold_in(shift_key, 1)}
+            output, updated = model.apply(variables, batch, mutable=["batch_stats"], rngs=keys, **training)
+            logits = structure.logits_of(output)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
             return loss, updated["batch_stats"]
 
@@ -78,13 +80,14 @@ def train(model: nn.Module, dataset: datasets.Arrays, config: ConfigDict, say: C
         updates, opt_state = transform.update(gradient, state.opt_state, state.params)
         return State(optax.apply_updates(state.params, updates), batch_stats, opt_state, state.step + 1), loss
 
-    variables = model.init(jax.random.fold_in(key, 2**31 - 1), jnp.zeros((1, *teacher.image)))
+    first = jax.random.fold_in(key, 2**31 - 1)
+    variables = model.init(first, jnp.zeros((1, *teacher.image)), **structure.inference_arguments(model))
     params = variables["params"]
     state = State(params, variables["batch_stats"], transform.init(params), jnp.zeros((), jnp.int32))
-    for epoch in range(cfg.epochs):
-        for _ in range(steps // cfg.epochs):
+    for epoch in range(settings.epochs):
+        for _ in range(steps // settings.epochs):
             state, loss = step(state)
-        if (epoch + 1) % 10 == 0 or epoch + 1 == cfg.epochs:
+        if (epoch + 1) % 10 == 0 or epoch + 1 == settings.epochs:
             say(f"epoch {epoch + 1}: loss {float(loss):.4f}")
     return {"params": state.params, "batch_stats": state.batch_stats}
 
@@ -99,7 +102,8 @@ def main(_: list[str]) -> None:
         if output.suffix != ".safetensors":
             raise UserError(f"--output={output}: the file must end in .safetensors.")
         devices = parallel.setup(config.devices)
-        model = from_config.module(config)
+        network = from_config.bare_teacher(config)
+        model = network.module
         train_set = datasets.load(config, "train")
         test_set = datasets.load(config, config.eval.split)
         if not isinstance(train_set, datasets.Arrays) or test_set is None:
@@ -114,11 +118,10 @@ def main(_: list[str]) -> None:
         except OSError as error:
             raise UserError(f"--output={output} cannot be written ({error.strerror}): choose another place.") from error
         variables = train(model, train_set, config, console.print)
-        network = from_config.bare_teacher(config)
         evaluate = evaluator(lambda v, x: networks.apply(network, v, x)[0], test_set, config, devices, silent)
         top1 = evaluate(variables).top1
         recipe = ", ".join(f"{name} {value}" for name, value in config.pretrain.items())
-        state = weights.to_state_dict(model, variables, tuple(config.teacher.image))
+        state = weights.to_state_dict(model, variables, tuple(config.teacher.image), network.call)
         metadata = {
             "architecture": f"{config.teacher.network} ({next(iter(weights.libraries(model)))} names)",
             "dataset": config.eval.dataset,

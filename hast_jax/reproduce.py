@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> None:
         parallel.setup(given.config.devices, given.config.finetune.batch)
         say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
         with Bar(console if console.is_terminal else Console(quiet=True)) as progress:
-            sweep = Sweep(given.config, Path(given.workdir), given.seeds, progress, say)
+            sweep = Sweep(given.config, Path(given.workdir).expanduser(), given.seeds, progress, say)
             page = run(names, sweep, given.skip)
         say(page)
         if sweep.failed:

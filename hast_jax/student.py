@@ -20,7 +20,7 @@ from hast_jax.errors import InputError, UserError
 from hast_jax.method import quantizer
 from hast_jax.networks import Network, weights
 from hast_jax.networks.rules import Rules
-from hast_jax.runs.files import crc32, write_json
+from hast_jax.runs.files import crc32, write_bytes, write_json
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "student.safetensors", "student.json"
@@ -84,7 +84,10 @@ class Student:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write the student to a folder: student.safetensors and student.json. Raises UserError where it cannot be written."""
+        """Write the student to a folder, as student.safetensors and student.json.
+
+        Raises UserError where it cannot be written.
+        """
         path = Path(folder).expanduser()
         flat = {"/".join(name): np.asarray(leaf) for name, leaf in flatten_dict(jax.device_get(dict(self.variables))).items()}
         description = {
@@ -103,7 +106,7 @@ class Student:
         }
         try:
             path.mkdir(parents=True, exist_ok=True)
-            safetensors.numpy.save_file(flat, path / WEIGHTS)
+            write_bytes(path / WEIGHTS, safetensors.numpy.save(flat))
             write_json(path / DESCRIPTION, description)
         except OSError as error:
             raise UserError(f"the student cannot be written to {path}: {error.strerror}; choose another folder.") from error
@@ -134,7 +137,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
             raise UserError(
                 f"{path} holds a student of your own network {said['module']}: give the module, load(folder, model)."
             )
-        model = networks.module(name, record["classes"])
+        model = networks.module(name, record["config"]["teacher"]["classes"])
     network = networks.create(model, image, call=said["call"], rules=rules, **settings)
     variables = unflatten_dict({tuple(name.split("/")): jnp.asarray(array) for name, array in flat.items()})
     variables.setdefault("ranges", {})

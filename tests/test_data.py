@@ -4,14 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from rich.console import Console
 from test_config import get_config
 
+from hast_jax import networks
 from hast_jax.data import datasets
 from hast_jax.errors import UserError
 from hast_jax.networks import from_config
 from hast_jax.runs import parallel
-from hast_jax.stages.accuracy import make_evaluator
+from hast_jax.runs.progress import silent
+from hast_jax.stages.evaluate import evaluator
 
 
 def test_the_digits_are_split_without_overlap_and_by_class() -> None:
@@ -45,5 +46,5 @@ def test_the_built_in_teachers_reach_their_accuracy(name: str, top1: float, requ
     model, variables = from_config.teacher(config)
     devices = parallel.setup(2)
     assert len(dataset.labels) == 10_000
-    found = make_evaluator(model, dataset, config, devices, Console(quiet=True))(variables)
+    found = evaluator(lambda v, x: networks.apply(model, v, x)[0], dataset, config, devices, silent)(variables)
     assert found.top1 == pytest.approx(top1, abs=0.03) and found.top5 > found.top1

@@ -8,13 +8,14 @@ import pytest
 import tiny
 from PIL import Image
 
+import hast_jax
 from hast_jax.errors import UserError
 
 
 def test_the_folder_holds_what_the_readme_says(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names >= {"config.json", "synthetic", "synthetic.png", "ranges.json", "checkpoints", "metrics.jsonl"}
-    assert names >= {"tensorboard", "evaluations.json", "result.json"}
+    assert names >= {"tensorboard", "evaluations.json", "segments.json", "student", "result.json"}
     assert {path.name for path in (finished / "checkpoints").iterdir()} >= {"latest", "best"}
     images = np.load(finished / "synthetic" / "images.npy")
     assert images.shape == (96, 8, 8, 1) and images.dtype == np.float32 and np.isfinite(images).all()
@@ -46,13 +47,44 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_like_an_unbroken_one(
     done = tiny.call(tiny.command(workdir))
     assert done.returncode == 0, done.stderr
     assert tiny.outcome(workdir) == tiny.outcome(finished)
+    result = json.loads((workdir / "result.json").read_text())
+    first, second = result["segments"]
+    assert "seconds" not in first and min(second["seconds"].values()) >= 0 and "2 x cpu" in second["hardware"]
+    for name, seconds in result["seconds"].items():
+        assert seconds == pytest.approx(second["spent_before"][name] + second["seconds"][name], abs=0.11)
 
 
 def test_a_finished_run_started_again_only_prints_its_table(copy: Path) -> None:
-    before = tiny.outcome(copy)
-    done = tiny.call(tiny.command(copy))
+    before, result = tiny.outcome(copy), (copy / "result.json").read_bytes()
+    done = tiny.call(tiny.command(copy, "--config.devices=1"))
     assert done.returncode == 0 and "last epoch" in done.stdout
-    assert tiny.outcome(copy) == before
+    assert tiny.outcome(copy) == before and (copy / "result.json").read_bytes() == result
+
+
+def test_the_teachers_accuracy_is_told_before_any_image_is_made_and_measured_once(copy: Path, tmp_path: Path) -> None:
+    done = tiny.call(tiny.command(tmp_path / "run", "--config.synthesis.iterations=5", "--config.finetune.epochs=1"))
+    lines = done.stdout.splitlines()
+    assert lines[0] == "teacher: top-1 99.58 % of 719 images" and lines[1].startswith("synthesis: 15 steps")
+    told = json.loads((copy / "teacher.json").read_text())
+    told["accuracy"]["top1"] = 99.0
+    (copy / "teacher.json").write_text(json.dumps(told))
+    assert "teacher: top-1 99.00 %" in tiny.call(tiny.command(copy)).stdout
+
+
+def test_single_layers_have_other_bits(finished: Path, tmp_path: Path) -> None:
+    """The league in which the first and the last layer have 8 bits, and with them the image."""
+    source = f"--config.synthesis.source={finished / 'synthetic'}"
+    done = tiny.call(tiny.command(tmp_path / "run", source, "--config.bits.rules=init_block|output=w8a8"))
+    assert done.returncode == 0, done.stderr
+    ranges = json.loads((tmp_path / "run" / "ranges.json").read_text())
+    more = {name for name in ranges if name not in json.loads((finished / "ranges.json").read_text())}
+    assert more == {f"{layer}/input/{end}" for layer in ("init_block/conv", "output") for end in ("low", "high")}
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["bits"] == {"weights": 3, "activations": 3, "rules": "init_block|output=w8a8"}
+    codes = hast_jax.load(tmp_path / "run" / "student").codes()
+    assert [codes[f"{name}/kernel"]["bits"] for name in ("init_block/conv", "stage1_unit1/conv1/conv", "output")] == [8, 3, 8]
+    done = tiny.call(tiny.command(tmp_path / "other", source, "--config.bits.rules=nowhere=w8a8"))
+    assert done.returncode == 1 and "the rule 'nowhere' names no layer of ResNet" in done.stderr
 
 
 def test_another_config_in_the_same_folder_is_refused_and_the_difference_shown(copy: Path) -> None:

@@ -31,7 +31,7 @@ def student(config: ConfigDict, own: nn.Module | None = None) -> Network:
     return _network(
         config,
         own,
-        rules=rules.normalise(_bits(config)),
+        rules=bit_rules(config),
         range_rule=quantizer.RANGE_RULES[config.calibration.range],
         straight_through=config.finetune.straight_through,
     )
@@ -70,7 +70,8 @@ def _network(config: ConfigDict, own: nn.Module | None, **settings: Any) -> Netw
     return network
 
 
-def _bits(config: ConfigDict) -> dict[str, Any]:
+def bit_rules(config: ConfigDict) -> rules.Rules:
+    """The bits that the config gives each layer."""
     full = FULL_PRECISION
     default = tuple(None if bits == full else bits for bits in (config.bits.weights, config.bits.activations))
-    return {"default": default, **rules.parse_rules(config.bits.rules)}
+    return rules.normalise({"default": default, **rules.parse_rules(config.bits.rules)})

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from hast_jax.errors import UserError
+from hast_jax.errors import InputError
 from hast_jax.method import quantizer
 from hast_jax.method.losses import BatchNormTap
 from hast_jax.networks import conv as conv_lib
@@ -201,7 +201,7 @@ class _Interceptor:
         if self._observing:
             low, high = quantizer.running_range((low, high), self._network.range_rule(x, site.bits))
         if low is None or high is None:
-            raise UserError(f"the activations {'/'.join(site.name)} have no range yet: calibrate first.")
+            raise InputError(f"the activations {'/'.join(site.name)} have no range yet: calibrate first.")
         y = quantizer.fake_quantize_activation(x, low, high, site.bits, self._network.straight_through)
         module.sow(COLLECTION, "range", (low, high))
         module.sow(COLLECTION, "quantized", y)
@@ -255,7 +255,7 @@ def _branches(module: nn.Module, structure: Structure, pattern: str) -> tuple[Ca
     found = tuple(call for call in structure.norms if compiled(pattern).search("/".join(call.path)))
     if not found:
         names = ", ".join("/".join(call.path) for call in structure.norms[:8])
-        raise UserError(f"no batch norm of {name_of(module)} has a path with {pattern!r} in it; there are: {names}.")
+        raise InputError(f"no batch norm of {name_of(module)} has a path with {pattern!r} in it; there are: {names}.")
     return found
 
 
@@ -297,11 +297,11 @@ def _check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
     for pattern, _ in rules[1:]:
         if not any(compiled(pattern).search("/".join(path)) for path in [*paths, *structure.others]):
             names = ", ".join("/".join(path) for path in paths[:12]) + (", ..." if len(paths) > 12 else "")
-            raise UserError(f"the rule {pattern!r} names no layer of {name_of(module)}; there are: {names}.")
+            raise InputError(f"the rule {pattern!r} names no layer of {name_of(module)}; there are: {names}.")
     for path in structure.others:
         exception = _exception(rules, path)
         if exception is None or exception[0] is not None:
-            raise UserError(
+            raise InputError(
                 f"{name_of(module)} has weights that nothing quantizes ({'/'.join(path)}): they are not those of an nn.Conv or "
                 f"nn.Dense. Use such a layer, or leave them in full precision with the rule {'/'.join(path)!r}: None."
             )

@@ -10,7 +10,7 @@ import numbers
 import re
 from typing import Any
 
-from hast_jax.errors import UserError
+from hast_jax.errors import InputError
 from hast_jax.kinds import shown
 from hast_jax.method.quantizer import MAX_BITS, MIN_BITS
 
@@ -28,11 +28,11 @@ def parse_rules(text: str) -> dict[str, Bits]:
     for part in filter(None, map(str.strip, text.split(";"))):
         pattern, equals, bits = (word.strip() for word in part.rpartition("="))
         if not equals:
-            raise UserError(f"the rule {part!r} has no bits: write PATTERN=BITS.")
+            raise InputError(f"the rule {part!r} has no bits: write PATTERN=BITS.")
         if pattern == DEFAULT:
-            raise UserError("a rule is for some layers: bits.weights and bits.activations are those of the others.")
+            raise InputError("a rule is for some layers: bits.weights and bits.activations are those of the others.")
         if pattern in rules:
-            raise UserError(f"the pattern {pattern!r} has two rules: keep one.")
+            raise InputError(f"the pattern {pattern!r} has two rules: keep one.")
         compiled(pattern)
         rules[pattern] = _read(bits)
     return rules
@@ -53,12 +53,12 @@ def normalise(bits: Any) -> Rules:
     if isinstance(bits, str | tuple | list):
         return ((ALL, _bits(bits)),)
     if not isinstance(bits, dict):
-        raise UserError(f'bits are {shown(bits)}: give "w4a4", a pair such as (4, 4), or a dict of patterns and bits.')
+        raise InputError(f'bits are {shown(bits)}: give "w4a4", a pair such as (4, 4), or a dict of patterns and bits.')
     if DEFAULT not in bits:
-        raise UserError('bits give no default: add "default", with the bits of the layers that no pattern matches.')
+        raise InputError('bits give no default: add "default", with the bits of the layers that no pattern matches.')
     for pattern in bits:
         if not isinstance(pattern, str) or ";" in pattern:
-            raise UserError(f"bits have the pattern {shown(pattern)}: it must be a text without a semicolon.")
+            raise InputError(f"bits have the pattern {shown(pattern)}: it must be a text without a semicolon.")
         compiled(pattern)
     others = ((pattern, _bits(value)) for pattern, value in bits.items() if pattern != DEFAULT)
     return ((ALL, _bits(bits[DEFAULT])), *others)
@@ -74,12 +74,12 @@ def bits_of(rules: Rules, path: tuple[str, ...]) -> Bits:
 def compiled(pattern: str) -> re.Pattern[str]:
     """What finds a pattern as whole names of a path, joined by slashes. Raises UserError for what is no regular expression."""
     if not pattern:
-        raise UserError("a pattern is empty: write a regular expression over names of layers.")
+        raise InputError("a pattern is empty: write a regular expression over names of layers.")
     try:
         re.compile(pattern)  # alone too: between parentheses, "a)(b" would be one
         return re.compile(rf"(^|/)(?:{pattern})(/|$)")
     except (re.error, OverflowError, RecursionError) as error:
-        raise UserError(f"the pattern {pattern!r} is no regular expression: {error}.") from error
+        raise InputError(f"the pattern {pattern!r} is no regular expression: {error}.") from error
 
 
 def _bits(value: Any) -> Bits:
@@ -88,7 +88,7 @@ def _bits(value: Any) -> Bits:
     if value is None or isinstance(value, numbers.Integral):
         value = (value, value)
     if not isinstance(value, tuple | list) or len(value) != 2:
-        raise UserError(f"the bits {shown(value)} are no pair: give (weights, activations), or a text: {FORMS}.")
+        raise InputError(f"the bits {shown(value)} are no pair: give (weights, activations), or a text: {FORMS}.")
     weights, activations = value
     return _checked(weights), _checked(activations)
 
@@ -99,7 +99,7 @@ def _read(text: str) -> Bits:
     if text == "full":
         return None, None
     if not found or not text:
-        raise UserError(f"the bits {text!r} are unknown: write {FORMS}.")
+        raise InputError(f"the bits {text!r} are unknown: write {FORMS}.")
     weights, activations = (None if each is None else _checked(int(each)) for each in found.groups())
     return weights, activations
 
@@ -109,7 +109,7 @@ def _checked(bits: Any) -> int | None:
         return None
     whole = isinstance(bits, numbers.Integral) and not isinstance(bits, bool)
     if not whole or not MIN_BITS <= bits <= MAX_BITS:
-        raise UserError(
+        raise InputError(
             f"the bits {shown(bits)} are impossible: they are whole numbers between {MIN_BITS} and {MAX_BITS}, or None."
         )
     return int(bits)

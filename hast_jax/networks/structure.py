@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from hast_jax.errors import UserError
+from hast_jax.errors import InputError, UserError
 from hast_jax.networks import graph
 from hast_jax.networks.layers import Activation
 
@@ -93,8 +93,14 @@ def inference_arguments(module: nn.Module) -> dict[str, Any]:
     named = (each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD))
     needed = [each.name for each in named if each.default is each.empty and each.name not in arguments]
     if needed:
-        raise UserError(f"the call of {name_of(module)} needs {needed[0]!r}: give it, as call={{{needed[0]!r}: ...}}.")
+        raise InputError(f"the call of {name_of(module)} needs {needed[0]!r}: give it, as call={{{needed[0]!r}: ...}}.")
     return arguments
+
+
+def training_arguments(module: nn.Module) -> dict[str, Any]:
+    """The keyword arguments that make `module` train, by the same names."""
+    parameters = python_inspect.signature(type(module).__call__).parameters
+    return {name: not inferring for name, inferring in TRAINING.items() if name in parameters}
 
 
 def inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any]) -> Structure:
@@ -103,7 +109,7 @@ def inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any]) 
     Raises UserError, with the reason, for a network that cannot be quantized without data.
     """
     if not isinstance(module, nn.Module):
-        raise UserError(_no_linen_module(module))
+        raise InputError(_no_linen_module(module))
     key = module, tuple(image), tuple(sorted(call.items()))
     try:
         hash(key)
@@ -128,12 +134,12 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         raise
     except Exception as error:  # whatever the network does wrong
         words = str(error).strip().split("\n")[0]
-        raise UserError(f"{name_of(module)} fails on images {images.shape}: {type(error).__name__}: {words}.") from error
+        raise InputError(f"{name_of(module)} fails on images {images.shape}: {type(error).__name__}: {words}.") from error
     if not seen.layers:
-        raise UserError(f"{name_of(module)} has no nn.Conv or nn.Dense: there is nothing to quantize.")
+        raise InputError(f"{name_of(module)} has no nn.Conv or nn.Dense: there is nothing to quantize.")
     _refuse_products(module, traced, traced.descendants(traced.inputs[-1:]))
     if not seen.norms:
-        raise UserError(
+        raise InputError(
             f"{name_of(module)} has no nn.BatchNorm: images are made from the statistics of batch norms, so a network "
             "without any (a transformer, a network with layer or group norm) cannot be quantized without data."
         )
@@ -197,7 +203,9 @@ class _Seen:
         logits = logits_of(output)
         shape = getattr(logits, "shape", None)
         if shape is None or len(shape) != 2 or shape[0] != len(images):
-            raise UserError(f"{name_of(self.module)} gives {shape or type(output).__name__} for two images, not logits (2, n).")
+            raise InputError(
+                f"{name_of(self.module)} gives {shape or type(output).__name__} for two images, not logits (2, n)."
+            )
         self.classes = shape[1]
         return logits, state.get(COLLECTION, {})
 
@@ -208,7 +216,7 @@ class _Seen:
             return function(*arguments, **named)
         for kind, why in REFUSED.items():
             if isinstance(context.module, kind):
-                raise UserError(f"{name_of(self.module)} has {_place(module)}, a {kind.__name__}: {why}.")
+                raise InputError(f"{name_of(self.module)} has {_place(module)}, a {kind.__name__}: {why}.")
         call = Call(module.path, self._counts[module.path])
         self._counts[module.path] += 1
         x, _ = argument(arguments, named)
@@ -230,28 +238,28 @@ class _Seen:
     def _check_norm(self, module: nn.BatchNorm, arguments: Any, named: Any) -> None:
         given = arguments[1] if len(arguments) > 1 else named.get("use_running_average")
         if not (module.use_running_average if given is None else given):
-            raise UserError(
+            raise InputError(
                 f"{name_of(self.module)} normalises in {_place(module)} with the moments of the batch, as in training: give "
                 "the argument of its call that stops this, as call={'train': False}."
             )
         if not isinstance(module.axis, int):
-            raise UserError(f"{_place(module)} normalises over several axes of channels, {module.axis}: one is supported.")
+            raise InputError(f"{_place(module)} normalises over several axes of channels, {module.axis}: one is supported.")
 
 
 def _summed_axes(module: Any, named: Mapping[str, Any]) -> tuple[int, ...]:
     """Axes of the kernel that are summed over. Raises UserError where the layer is no linear map of vectors."""
     own_call = next(kind for kind in LINEAR if isinstance(module, kind)).__call__
     if type(module).__call__ is not own_call:
-        raise UserError(f"{_place(module)} is a {name_of(module)} with a call of its own, whose weights nothing knows.")
+        raise InputError(f"{_place(module)} is a {name_of(module)} with a call of its own, whose weights nothing knows.")
     if getattr(module, "mask", None) is not None:
-        raise UserError(f"{_place(module)} has a mask over its kernel: multiply the weights by it and leave it out.")
+        raise InputError(f"{_place(module)} has a mask over its kernel: multiply the weights by it and leave it out.")
     if isinstance(module, nn.Conv):
         sizes = module.kernel_size
         return tuple(range(1 + (1 if isinstance(sizes, int) else len(sizes))))
     if isinstance(module, nn.DenseGeneral):
         features = module.features if isinstance(module.features, tuple | list) else (module.features,)
         if len(features) != 1 or (module.batch_dims and len(module.batch_dims)):
-            raise UserError(f"{_place(module)} is a DenseGeneral that is no linear layer: it must have one axis of outputs.")
+            raise InputError(f"{_place(module)} is a DenseGeneral that is no linear layer: it must have one axis of outputs.")
         return tuple(range(1 if isinstance(module.axis, int) else len(module.axis)))
     if isinstance(module, nn.Einsum):
         return _einsum_axes(module, named.get("einsum_str") or module.einsum_str or "")
@@ -264,7 +272,7 @@ def _einsum_axes(module: nn.Einsum, text: str) -> tuple[int, ...]:
     outputs = [axis for axis, letter in enumerate(kernel) if letter in result and letter not in inputs]
     summed = [axis for axis, letter in enumerate(kernel) if letter in inputs and letter not in result]
     if len(outputs) != 1 or len(outputs) + len(summed) != len(kernel):
-        raise UserError(f"{_place(module)} is an Einsum {text!r} that is no linear layer: it must have one axis of outputs.")
+        raise InputError(f"{_place(module)} is an Einsum {text!r} that is no linear layer: it must have one axis of outputs.")
     return tuple(summed)
 
 
@@ -273,7 +281,7 @@ def _check_kernels(module: nn.Module, seen: _Seen, params: Mapping[Path, Any]) -
         leaf = params.get(layer.kernel)
         if leaf is None or leaf.ndim != len(layer.axes) + 1:
             shape = None if leaf is None else leaf.shape
-            raise UserError(
+            raise InputError(
                 f"{name_of(module)} has {'/'.join(layer.path)} in a loop (nn.scan, nn.vmap; kernel {shape}): unroll it."
             )
 
@@ -285,14 +293,14 @@ def _value(module: nn.Module, left: Mapping[str, Any], call: Call, name: str) ->
         return left[name][call.number]
     except (KeyError, IndexError) as error:
         words = f"{name_of(module)} has {'/'.join(call.path)} in a loop or a map (nn.scan, nn.vmap): unroll it."
-        raise UserError(words) from error
+        raise InputError(words) from error
 
 
 def _refuse_products(module: nn.Module, traced: graph.Graph, activations: set[int]) -> None:
     """Refuse products of activations with each other, such as attention's."""
     for operation in traced.operations:
         if operation.name in ("dot_general", "conv_general_dilated") and all(v in activations for v in operation.reads[:2]):
-            raise UserError(
+            raise InputError(
                 f"{name_of(module)} multiplies activations with each other (attention?): only products of activations with "
                 "weights are quantized, so a transformer cannot be."
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from hast_jax.errors import UserError
+from hast_jax.errors import InputError
 
 CLASSES = ("classes", "num_classes", "n_classes")  # what a constructor may call the number of logits
 
@@ -26,17 +26,17 @@ def load(name: str) -> Any:
     path = Path(file).expanduser()
     # Python would load .pyc and .so files too, whose names `is_own` does not know.
     if not (is_own(name) and path.is_file()):
-        raise UserError(f"the network {name!r} is not known and there is no file {file!r}: give FILE.py:CLASS.")
+        raise InputError(f"the network {name!r} is not known and there is no file {file!r}: give FILE.py:CLASS.")
     spec: Any = importlib.util.spec_from_file_location(f"{path.stem} of hast_jax", path)  # a name that no import has
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look annotations up
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file does wrong
-        raise UserError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
+        raise InputError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
     found = getattr(module, attribute, None)
     if found is None:
-        raise UserError(f"{path} has no {attribute!r}.")
+        raise InputError(f"{path} has no {attribute!r}.")
     return found
 
 
@@ -48,13 +48,13 @@ def make(name: str, classes: int, arguments: Mapping[str, Any]) -> nn.Module:
     """
     found = load(name)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise UserError(f"{name}: {name.rpartition(':')[2]!r} is no class that is a flax.linen.Module.")
+        raise InputError(f"{name}: {name.rpartition(':')[2]!r} is no class that is a flax.linen.Module.")
     fields = found.__dataclass_fields__
     known = {each: classes for each in CLASSES if each in fields and each not in arguments}
     try:
         return found(**known, **arguments)
     except Exception as error:  # whatever its constructor does wrong
         words = str(error).split("\n")[0]
-        raise UserError(
+        raise InputError(
             f"{name} cannot be constructed: {type(error).__name__}: {words}; give its arguments in config.teacher.arguments."
         ) from error

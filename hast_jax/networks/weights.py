@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hast_jax.errors import UserError
+from hast_jax.errors import InputError, UserError
 from hast_jax.networks import flax_trees, keras_files, name_fit
 from hast_jax.networks import names as names_lib
 from hast_jax.networks.weight_files import Metadata, StateDict, read, write
@@ -87,7 +87,7 @@ def _name_map(variables: Mapping[tuple[str, ...], Any], name_of: names_lib.NameO
         other = names.setdefault(name_of(path), path)
         if other != path:
             both = f"{'/'.join(other)} and {'/'.join(path)}"
-            raise UserError(f"the network's name map calls both {both} {name_of(path)!r}: give each a name of its own.")
+            raise InputError(f"the network's name map calls both {both} {name_of(path)!r}: give each a name of its own.")
     return names
 
 
@@ -106,7 +106,7 @@ def abstract_variables(model: nn.Module, image: Shape = (32, 32, 3), call: Mappi
     except Exception as error:  # whatever the network does wrong
         words = str(error).split("\n")[0].rstrip(".")
         given = f" with {dict(call)}" if call else ""
-        raise UserError(
+        raise InputError(
             f"{type(model).__name__} fails on an image {tuple(image)}{given}: {type(error).__name__}: {words}; "
             "say what its __call__ takes."
         ) from error
@@ -205,7 +205,7 @@ def _damage(name: str, path: tuple[str, ...], value: jax.Array) -> str | None:
 def _refuse(what: str, faults: list[str]) -> None:
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise UserError(f"{what}: {'; '.join(faults[:SHOWN])}{more}.")
+        raise InputError(f"{what}: {'; '.join(faults[:SHOWN])}{more}.")
 
 
 def _from_torch(array: np.ndarray, axes: int) -> np.ndarray:
@@ -230,10 +230,10 @@ def locate(name: str) -> Path:
     Raises UserError where there is neither.
     """
     if not name:
-        raise UserError("config.teacher.weights is empty: give the file of the trained network's weights.")
+        raise InputError("config.teacher.weights is empty: give the file of the trained network's weights.")
     path = Path(str(resources.files("hast_jax") / "teachers" / f"{name}.safetensors"))
     path = path if name in BUILT_IN else Path(name).expanduser()
     if not path.exists():
         known = ", ".join(BUILT_IN)
-        raise UserError(f"there is no weight file {path}: give the path of one, or one of the built-in teachers: {known}.")
+        raise InputError(f"there is no weight file {path}: give the path of one, or one of the built-in teachers: {known}.")
     return path

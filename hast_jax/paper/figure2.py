@@ -55,12 +55,12 @@ def base(sweep: Sweep) -> Base:
     return Base(losses, frozen, students, config)
 
 
-def _kept(path: Path, params: Any, config: Any) -> Iterator[tuple[int, Any]]:
+def _kept(path: Path, params: Any, settings: Any) -> Iterator[tuple[int, Any]]:
     with Checkpoints(path, keep=2, writing=False) as checkpoints:
-        for step, state in checkpoints.restore_each(finetune.init(params, config)):
-            epoch = step // config.steps_per_epoch
-            whole = step % config.steps_per_epoch == 0  # not where a run was stopped in between
-            if whole and (epoch % config.keep_every == 0 or epoch == config.epochs):
+        for step, state in checkpoints.restore_each(finetune.init(params, settings)):
+            epoch = step // settings.steps_per_epoch
+            whole = step % settings.steps_per_epoch == 0  # not where a run was stopped in between
+            if whole and (epoch % settings.keep_every == 0 or epoch == settings.epochs):
                 yield epoch, state.params
 
 
@@ -100,11 +100,11 @@ def angle_findings(epochs: list[int], values: dict[str, list[list[float]]]) -> t
 def hessian_spectra(sweep: Sweep) -> Section:
     """Figure 2b: eigenvalue densities at the end of fine-tuning, without the losses' constant weights alpha and lambda."""
     found = base(sweep)
-    params, cfg = found.students[-1][1], found.config.finetune
+    params, settings = found.students[-1][1], found.config.finetune
     constants = (found.frozen, found.frozen.images[:HESSIAN_IMAGES], found.frozen.labels[:HESSIAN_IMAGES])
     key = jax.random.fold_in(jax.random.key(found.config.seed), 5)
     probes = {}
-    for loss, factor in {"ce": 1.0, "kl": 1 / cfg.alpha, "fa": 1 / cfg.lam}.items():
+    for loss, factor in {"ce": 1.0, "kl": 1 / settings.alpha, "fa": 1 / settings.lam}.items():
         one = lambda *arguments, loss=loss, factor=factor: factor * found.losses(*arguments)[loss]
         probes[loss] = landscape.hessian_spectrum(one, params, constants, key, PROBES, DEPTH)
     width = 1e-4 * max(float(np.abs(one.nodes).max()) for each in probes.values() for one in each)

@@ -30,19 +30,19 @@ class Quadrature(NamedTuple):
     weights: np.ndarray
 
 
-def losses(teacher: Network, student: Network, config: ConfigDict) -> LossFunctions:
+def losses(teacher: Network, student: Network, settings: ConfigDict) -> LossFunctions:
     """(params, frozen, images, labels) -> {"ce", "kl", "fa"}: the losses with the method's factors; that of CE is 1.
 
-    config: `config.finetune`. Raises UserError where L_FA weighs nothing.
+    settings: `config.finetune`. Raises UserError where L_FA weighs nothing.
     """
-    if config.lam == 0:
+    if settings.lam == 0:
         raise UserError("figure 2 compares L_FA with the other losses: it needs finetune.lam above zero.")
-    config = config.copy_and_resolve_references()
-    config.ce = 1.0
+    settings = settings.copy_and_resolve_references()
+    settings.ce = 1.0
 
     def of(params: Any, frozen: finetune.Frozen, images: Array, labels: Array) -> dict[str, Array]:
         frozen = frozen._replace(strengths=frozen.strengths._replace(ce=jnp.ones(())))
-        return finetune.distances(teacher, student, frozen, labels, config)(params, images)
+        return finetune.distances(teacher, student, frozen, labels, settings)(params, images)
 
     return of
 

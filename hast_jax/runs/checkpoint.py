@@ -1,7 +1,7 @@
 """The only room that knows Orbax: saving a tree of arrays by step, and restoring the newest that is whole."""
 
 import shutil
-import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from hast_jax.errors import UserError
+from hast_jax.errors import CheckpointWarning, UserError
 from hast_jax.runs.files import crc32
 
 DISK_MARGIN = 2**20  # bytes beside the arrays of a checkpoint
@@ -58,7 +58,7 @@ class Checkpoints:
                 return self._restore(step, like, rows)
             except Exception as error:  # Orbax and TensorStore raise many kinds on damaged files
                 words = f"checkpoint {self._folder}/{step} is damaged and passed over: {_first_line(error)}"
-                print(f"hast_jax: {words}", file=sys.stderr)
+                warnings.warn(f"{words}.", CheckpointWarning, stacklevel=2)
         if steps:
             raise UserError(f"every checkpoint in {self._folder} is damaged: delete that folder to start this stage anew.")
         return None

@@ -30,7 +30,7 @@ class RunFolder:
     """What a run keeps, in a folder.
 
     config.json, teacher.json, synthetic/ (see synthetic_set.py), images.json, ranges.json, checkpoints/{synthesis,latest,best},
-    metrics.jsonl, tensorboard/, evaluations.json, segments.json, result.json, synthetic.png.
+    metrics.jsonl, tensorboard/, evaluations.json, segments.json, student/, result.json, synthetic.png.
     """
 
     def __init__(self, path: Path):
@@ -45,6 +45,7 @@ class RunFolder:
         self.segments = path / "segments.json"
         self.result = path / "result.json"
         self.picture = path / "synthetic.png"
+        self.student = path / "student"
 
     def __str__(self) -> str:
         return str(self._path)

@@ -1,0 +1,231 @@
+"""The library: what a person types in a notebook, whole or stage by stage."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax.traverse_util import flatten_dict
+
+import hast_jax
+from hast_jax import networks
+from hast_jax.data import datasets
+from hast_jax.networks import from_config
+from hast_jax.runs import run_folder
+
+MEAN, STD = (0.3053,), (0.3762,)
+FEW_STEPS = {
+    "synthesis.images": 96,
+    "synthesis.batch": 32,
+    "synthesis.iterations": 20,
+    "calibration.batches": 5,
+    "calibration.batch": 16,
+    "finetune.batch": 16,
+    "finetune.epochs": 2,
+    "finetune.steps_per_epoch": 10,
+    "finetune.lr": 1e-4,
+    "log_every": 5,
+    "devices": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def digits() -> datasets.Arrays:
+    return datasets.load(tiny.config(), "test")
+
+
+@pytest.fixture(scope="module")
+def network() -> tuple:
+    """A module and its trained variables."""
+    teacher, variables = from_config.teacher(tiny.config())
+    return teacher.module, variables
+
+
+def quantize(network: tuple, **changes) -> hast_jax.Student:
+    model, variables = network
+    settings = {"image": (8, 8, 1), "mean": MEAN, "std": STD, "bits": "w3a3", "fields": FEW_STEPS} | changes
+    return hast_jax.quantize(model, variables, **settings)
+
+
+@pytest.fixture(scope="module")
+def student(network: tuple, digits: datasets.Arrays) -> hast_jax.Student:
+    return quantize(network, test=(digits.images, digits.labels))
+
+
+def test_a_network_becomes_a_student_that_reports_its_accuracy(student: hast_jax.Student, digits: datasets.Arrays) -> None:
+    record = student.record
+    assert record["teacher"] > 99 and record["last"] > 50 and record["bits"]["weights"] == 3
+    found = hast_jax.evaluate(student, images=digits.images, labels=digits.labels)
+    assert found.top1 == pytest.approx(record["last"], abs=0.2)
+    right = np.argmax(student(digits.images), 1) == digits.labels
+    assert 100 * right.mean() == pytest.approx(record["last"], abs=0.2)
+
+
+def test_a_student_takes_uint8_images_and_normalised_ones(student: hast_jax.Student, digits: datasets.Arrays) -> None:
+    normalised = np.asarray(datasets.normalise(digits.images[:9], MEAN, STD))
+    np.testing.assert_array_equal(student(digits.images[:9]), student(normalised))
+    with pytest.raises(ValueError, match="give uint8 images, or floating point ones"):
+        student(digits.images[:9].astype(np.int64))
+    with pytest.raises(hast_jax.UserError, match=r"the student takes \[n, 8, 8, 1\]"):
+        student(digits.images[:9, :7])
+
+
+def test_a_saved_student_gives_the_same_logits(student: hast_jax.Student, digits: datasets.Arrays, tmp_path: Path) -> None:
+    student.save(tmp_path / "student")
+    again = hast_jax.load(tmp_path / "student", student.network.module)
+    np.testing.assert_array_equal(again(digits.images), student(digits.images))
+    assert again.record == json.loads(json.dumps(student.record))
+    with pytest.raises(hast_jax.UserError, match="do not fit the network"):
+        hast_jax.load(tmp_path / "student", networks.module("resnet20", 10))
+    (tmp_path / "student" / "student.json").write_text("{")
+    with pytest.raises(hast_jax.UserError, match="is damaged"):
+        hast_jax.load(tmp_path / "student", student.network.module)
+    with pytest.raises(hast_jax.UserError, match="holds no student"):
+        hast_jax.load(tmp_path)
+
+
+def test_the_codes_of_a_student_are_whole_numbers_of_its_bits_and_give_its_weights(student: hast_jax.Student) -> None:
+    params = flatten_dict(student.params, sep="/")
+    assert len(student.codes()) == len(student.network.structure.layers)
+    for name, each in student.codes().items():
+        assert each["codes"].dtype == np.int8 and each["codes"].min() >= -4 and each["codes"].max() <= 3
+        weights = (each["codes"] + each["zero_point"]) / each["scale"]
+        np.testing.assert_allclose(weights, params[name], rtol=1e-5, atol=1e-7)
+
+
+def test_without_a_workdir_nothing_is_written_printed_or_changed(
+    network: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before, updates = dict(os.environ), []
+    capfd.readouterr()
+    quantize(network, progress=updates.append)
+    assert dict(os.environ) == before and not list(tmp_path.iterdir())
+    assert capfd.readouterr() == ("", "")
+    finished = [update.stage for update in updates if update.finished]
+    assert finished == ["synthesis", "calibrate", "finetune"]
+    assert all(0 <= update.done <= update.total for update in updates)
+
+
+def test_a_run_in_a_workdir_goes_on_holds_no_lock_and_its_result_never_changes(
+    network: tuple, digits: datasets.Arrays, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    first = quantize(network, workdir=workdir)
+    result = (workdir / "result.json").read_bytes()
+    code = f"from pathlib import Path\nfrom hast_jax.runs import run_folder as r\nr._hold(Path({str(workdir / '.lock')!r}))"
+    assert tiny.call([sys.executable, "-c", code]).returncode == 0  # another process may hold it now
+    again = quantize(network, workdir=str(workdir), fields=FEW_STEPS | {"devices": 2})
+    np.testing.assert_array_equal(again(digits.images), first(digits.images))
+    assert (workdir / "result.json").read_bytes() == result
+    loaded = hast_jax.load(workdir / "student", network[0])
+    np.testing.assert_array_equal(loaded(digits.images), first(digits.images))
+    with pytest.raises(hast_jax.UserError, match=r"seed: 0 -> 1"):
+        quantize(network, workdir=workdir, seed=1)
+    done = tiny.call(tiny.evaluate(workdir, "--dataset=digits"))
+    assert done.returncode == 1 and "was given in Python: load" in done.stderr
+
+
+def test_each_stage_stands_alone_on_plain_arrays(network: tuple, digits: datasets.Arrays) -> None:
+    model, variables = network
+    images, labels = hast_jax.synthesize(model, variables, image=(8, 8, 1), count=64, iterations=20)
+    assert images.shape == (64, 8, 8, 1) and images.dtype == np.float32 and labels.shape == (64,) and labels.max() < 10
+    ranges = hast_jax.calibrate(model, variables, images, bits="w4a4")
+    assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(ranges))
+    trained = hast_jax.finetune(model, variables, ranges, images, labels, bits="w4a4", fields={"finetune.steps_per_epoch": 2})
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained["params"], variables["params"])
+    assert max(jax.tree.leaves(moved)) > 0
+    real = digits.images, digits.labels
+    assert hast_jax.evaluate(model, variables, *real, mean=MEAN, std=STD).top1 > 99
+    assert hast_jax.evaluate(model, trained, *real, mean=MEAN, std=STD, bits="w4a4").top1 > 50
+    with pytest.raises(ValueError, match="the ranges are not those of this network and these bits"):
+        hast_jax.finetune(model, variables, ranges, images, labels, bits=(4, None))
+
+
+def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
+    images = np.random.default_rng(0).normal(size=(40, 8, 8, 1)).astype(np.float32)
+    student = quantize(network, images=(images, np.arange(40) % 10))
+    assert student.record["images"] == 40 and student.record["iterations"] is None
+    images[3, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="image 3 holds values that are not finite"):
+        quantize(network, images=(images, np.arange(40) % 10))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bits": "w9a9"}, "between 2 and 8"),
+        ({"bits": {"default": (3, 3), "nowhere": (8, 8)}}, "names no layer"),
+        ({"budget": "huge"}, "choose of trial, small, full"),
+        ({"mean": (0.5, 0.5)}, "one number for each of the 1 channels"),
+        ({"fields": {"finetune.epss": 1}}, "did you mean finetune.eps"),
+        ({"test": (np.zeros((3, 8, 8, 1)), np.zeros(3))}, "give uint8 images"),
+        ({"test": (np.zeros((3, 8, 8, 1), np.uint8), np.full(3, 10))}, "from 0 to 9"),
+        ({"call": {"train": True}}, "with the moments of the batch"),
+    ],
+)
+def test_what_is_impossible_is_refused_in_one_sentence(network: tuple, changes: dict, words: str) -> None:
+    with pytest.raises(hast_jax.UserError, match=words) as error:
+        quantize(network, **changes)
+    assert isinstance(error.value, ValueError) and "\n" not in str(error.value)
+
+
+def test_a_weight_that_is_not_finite_is_named(network: tuple) -> None:
+    model, variables = network
+    spoilt = jax.tree.map(np.array, variables)
+    spoilt["params"]["output"]["kernel"][0, 0] = np.nan
+    with pytest.raises(ValueError, match="output/kernel holds numbers that are not finite"):
+        quantize((model, spoilt))
+
+
+def test_a_teacher_that_is_no_better_than_chance_is_warned_of(network: tuple, digits: datasets.Arrays) -> None:
+    with pytest.warns(hast_jax.AccuracyWarning, match="no better than chance"):
+        quantize(network, test=(digits.images, (digits.labels + 1) % 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hast_jax.AccuracyWarning)
+        quantize(network, test=(digits.images, digits.labels))
+
+
+def test_importing_it_loads_nothing_that_takes_long_and_the_commands_can_be_imported_together() -> None:
+    heavy = {"orbax", "optax", "rich", "matplotlib", "tensorboardX", "sklearn", "grain"}
+    code = f"""
+import sys, flax
+before = set(sys.modules)
+import hast_jax
+assert not (set(sys.modules) - before) & {heavy}
+import hast_jax.main, hast_jax.evaluate, hast_jax.reproduce, hast_jax.benchmark, hast_jax.pretrain, hast_jax.results
+assert callable(hast_jax.evaluate) and hast_jax.__version__
+"""
+    done = tiny.call([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
+    run = lambda *command: subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(tiny.ROOT))
+    run(sys.executable, "-m", "venv", str(tmp_path / "venv"))
+    binaries = tmp_path / "venv" / "bin"
+    run(str(binaries / "pip"), "install", str(next(tmp_path.glob("*.whl"))))
+    fields = [f"--config.{name}={value}" for name, value in tiny.FIELDS.items()]
+    run(str(binaries / "hast-jax"), "quantize", "--config=digits:w3a3", "--workdir=run", *fields)
+    assert "full precision (teacher)" in run(str(binaries / "hast-jax"), "evaluate", "--workdir=run")
+    assert "Table 1" in run(str(binaries / "hast-jax"), "reproduce", "table1", "--config=configs/digits.py", *fields)
+    assert "flops" in run(str(binaries / "hast-jax"), "benchmark", "--config=digits:small", "--compile_only", "--part=finetune")
+    code = "import hast_jax; print(hast_jax.load('run/student').record['teacher'], hast_jax.__file__)"
+    assert str(tmp_path) in run(str(binaries / "python"), "-c", code)
+
+
+def test_a_link_in_a_folder_is_refused_and_leaves_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a").symlink_to(tmp_path)
+    for _ in range(2):
+        with pytest.raises(hast_jax.UserError, match="is a link"):
+            run_folder.open_for_run(tmp_path / "run", tiny.config())
+    assert not run_folder._held
