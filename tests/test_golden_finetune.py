@@ -9,20 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
-from golden_data import Golden, assert_close_per_image, nchw, nhwc, per_image, recipe_weights
+from golden_data import (
+    FEW,
+    Golden,
+    activations,
+    assert_agrees,
+    assert_codes_agree,
+    assert_each_image_agrees,
+    assert_most_images_agree,
+    forward,
+    limits_of,
+    nchw,
+    nhwc,
+    on_edge,
+    ranges_of,
+    recipe_weights,
+    relative_noise,
+    state_dict,
+    student_of,
+    teacher_of,
+)
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
-from hast_jax import networks
 from hast_jax.method import losses, promotion, quantizer
-from hast_jax.networks import weights
 from hast_jax.stages import finetune
 
 pytestmark = pytest.mark.golden
 KIND = "finetune"
 HEADS = ("", "literal_head/")  # the scaled and the unscaled last layer
 LOSSES = {"kl": "KL", "fa": "FA", "kl_promoted": "KL_perturbed", "fa_promoted": "FA_perturbed", "loss": "total"}
+FEW_PIXELS = 1e-4  # whose gradient is so near to zero that its sign is chance
 
 
 class Case(NamedTuple):
@@ -38,8 +55,17 @@ class Case(NamedTuple):
     images: jax.Array
 
     @property
-    def teacher(self) -> networks.ResNet:
-        return networks.create("resnet20", self.classes)
+    def student(self) -> Any:
+        return student_of("resnet20", self.classes, self.bits)
+
+    @property
+    def student_variables(self) -> Any:
+        return {**self.variables, "ranges": self.ranges}
+
+    def state_dict(self, params: Any) -> dict[str, np.ndarray]:
+        """Parameters, or their gradient, by the authors' names."""
+        teacher = teacher_of("resnet20", self.classes)
+        return state_dict(teacher, {"params": params, "batch_stats": self.variables["batch_stats"]})
 
     def look(self, params: Any = None) -> dict[str, Any]:
         """All that one step computes, at the given parameters of the student."""
@@ -53,27 +79,26 @@ class Case(NamedTuple):
 
 @functools.cache
 def compiled(bits: tuple[int, int], classes: int):
-    teacher, student = networks.create("resnet20", classes), networks.create("resnet20", classes, networks.Precision(*bits))
+    teacher, student = teacher_of("resnet20", classes), student_of("resnet20", classes, bits)
 
     @jax.jit
     def look(params, frozen):
         config = config_lib.default().finetune
         between = finetune.distances(teacher, student, frozen, frozen.labels, config)
         images, student_variables = frozen.images, {**frozen.teacher, "params": params, "ranges": frozen.ranges}
-        teacher_logits, teacher_taps = teacher.apply(frozen.teacher, images)
-        logits, taps = student.apply(student_variables, images)
+        teacher_logits, teacher_taps = forward(teacher, frozen.teacher, images)
+        logits, taps = forward(student, student_variables, images)
         found = {
             "teacher_logits": teacher_logits,
             "logits": logits,
-            "attention_teacher": [losses.attention(f) for f in teacher_taps.branches],
-            "attention_student": [losses.attention(f) for f in taps.branches],
+            "ca_teacher": [losses.attention(f) for f in teacher_taps.branches],
+            "ca_student": [losses.attention(f) for f in taps.branches],
         }
         for name, parts in (("KL", ["kl"]), ("FA", ["fa"]), ("KLFA", ["kl", "fa"])):
             scalar = lambda x: sum(between(params, x)[part] for part in parts)
             found[f"grad_{name}_img"] = jax.grad(scalar)(images)
         _, _, found["hard_images"] = promotion.promote(between, params, images, frozen.strengths.eps, "kl+fa")
-        found["logits_perturbed"], _ = student.apply(student_variables, found["hard_images"])
-        found["teacher_logits_perturbed"], _ = teacher.apply(frozen.teacher, found["hard_images"])
+        found["logits_perturbed"], _ = forward(student, student_variables, found["hard_images"])
         found["metrics"], found["gradient"] = finetune.loss_and_gradient(between, params, images, frozen.strengths, config)
         return found
 
@@ -90,27 +115,16 @@ def case_of(golden: Golden, name: str, head: str, dtype: type) -> Case:
     config.lr = float(golden[f"{group}/lr"])
     assert (golden["temperature"], golden["alpha"]) == (config.temperature, config.alpha)
     scale = 1.0 if head else float(golden[f"{group}/head_scale"])
-    variables = recipe_weights(networks.create("resnet20", classes), int(golden["weight_seed"]), scale, dtype)
     return Case(
         prefix=f"{name}/{head}".rstrip("/"),
         group=group,
         bits=(weight_bits, activation_bits),
         classes=classes,
         config=config,
-        variables=variables,
-        ranges=golden_ranges(golden, group, dtype),
+        variables=recipe_weights(teacher_of("resnet20", classes), int(golden["weight_seed"]), scale, dtype),
+        ranges=ranges_of(golden["act_names"], golden[f"{group}/x_min"], golden[f"{group}/x_max"], dtype),
         images=nhwc(golden["x"].astype(dtype)),
     )
-
-
-def golden_ranges(golden: Golden, group: str, dtype: type) -> dict:
-    """The stored frozen ranges as our `ranges` collection, by the authors' names of the activations."""
-    flat = {}
-    for name, low, high in zip(golden["act_names"], golden[f"{group}/x_min"], golden[f"{group}/x_max"]):
-        parts = name.removeprefix("features.").split(".")
-        path = ("init_activ",) if parts[0] == "init_block" else ("_".join(parts[:2]), "activ1" if "body" in parts else "activ")
-        flat[(*path, "low")], flat[(*path, "high")] = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
-    return unflatten_dict(flat)
 
 
 def cases(golden: Golden, head: str = "", dtype: type = np.float32) -> list[Case]:
@@ -120,101 +134,89 @@ def cases(golden: Golden, head: str = "", dtype: type = np.float32) -> list[Case
     return [case_of(golden, name, head, dtype) for name in names]
 
 
-def as_state_dict(case: Case, params: Any) -> dict[str, np.ndarray]:
-    return weights.to_state_dict(case.teacher, {"params": params, "batch_stats": case.variables["batch_stats"]})
+def steps_before_divergence(trace: np.ndarray) -> int:
+    """Steps whose loss is a number: at two bits a run may diverge, and nothing that comes after is right."""
+    return len(trace) if np.isfinite(trace).all() else int(np.argmin(np.isfinite(trace)))
 
 
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+# --- In double precision: ours is the float64 run of the authors' code, to which the files give the distance. ---
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_logits_of_teacher_and_student_agree(golden: Golden, head: str) -> None:
-    for case in cases(golden, head):
+def test_logits_of_teacher_and_student_agree_in_double_precision(golden: Golden, head: str, x64: None) -> None:
+    for case in cases(golden, head, np.float64):
         found = case.look()
-        assert_close_per_image(found["teacher_logits"], golden[f"{case.prefix}/teacher_logits"], 1e-4, 1e-4)
-        assert_close_per_image(found["logits"], golden[f"{case.prefix}/logits"])
+        assert_agrees(golden, f"{case.prefix}/teacher_logits", found["teacher_logits"])
+        assert_each_image_agrees(golden, f"{case.prefix}/logits", found["logits"])
 
 
-def test_integer_weights_agree(golden: Golden) -> None:
-    for case in cases(golden):
-        names, flat, bits = weights.name_map(case.teacher), flatten_dict(case.variables), case.bits[0]
-        for layer, expected in golden.under(f"{case.group}/w_codes").items():
-            kernel = flat[names[f"{layer}.weight"]]
-            low, high = (f(kernel, range(kernel.ndim - 1), keepdims=True) for f in (jnp.min, jnp.max))
-            codes = quantizer.quantize(kernel, *quantizer.scale_and_zero_point(low, high, bits), bits)
-            codes = weights.to_torch_layout(np.asarray(codes)) + 2 ** (bits - 1)
-            assert np.abs(codes - expected).max() <= 1 and np.mean(codes != expected) <= 1e-3, layer
+def test_attention_agrees_in_double_precision(golden: Golden, x64: None) -> None:
+    for case in cases(golden, dtype=np.float64):
+        found = case.look()
+        for key in ("ca_teacher", "ca_student"):
+            stored = golden.under(f"{case.prefix}/{key}")  # not every config of a file has them
+            if stored:
+                assert_agrees(golden, f"{case.prefix}/{key}", dict(zip(stored, found[key], strict=True)))
 
 
-def test_integer_activations_agree(golden: Golden) -> None:
+def test_integer_activations_agree_in_double_precision(golden: Golden, x64: None) -> None:
+    """But for one in ten thousand, and for what has flipped in the authors' own float32 run."""
     checked = False
-    for case in cases(golden):
+    for case in cases(golden, dtype=np.float64):
         stored = golden.under(f"{case.prefix}/act_codes")
         if not stored:
             continue
-        student = networks.create("resnet20", case.classes, networks.Precision(*case.bits))
-        variables = {**case.variables, "ranges": case.ranges}
-        _, captured = student.apply(variables, case.images[:2], capture_intermediates=True, mutable=["intermediates"])
-        outputs = captured["intermediates"]
+        outputs, bits = activations(case.student, case.student_variables, case.images[:2], list(stored)), case.bits[1]
         wrong = total = 0
         for name, expected in stored.items():
-            parts = name.removeprefix("features.").split(".")
-            block = outputs if parts[0] == "init_block" else outputs["_".join(parts[:2])]
-            leaf = "init_activ" if parts[0] == "init_block" else "activ1" if "body" in parts else "activ"
-            ranges = case.ranges if parts[0] == "init_block" else case.ranges["_".join(parts[:2])]
-            limits = ranges[leaf]["low"], ranges[leaf]["high"]
-            y = block[leaf]["__call__"][0]
-            codes = quantizer.quantize(y, *quantizer.scale_and_zero_point(*limits, case.bits[1]), case.bits[1])
-            wrong += np.sum(nchw(codes) + 2 ** (case.bits[1] - 1) != expected)
+            scale_and_zero_point = quantizer.scale_and_zero_point(*limits_of(case.ranges, name), bits)
+            codes = nchw(quantizer.quantize(outputs[name], *scale_and_zero_point, bits)) + 2 ** (bits - 1)
+            wrong += np.sum(codes != expected)
             total += expected.size
-        assert wrong / total < 1e-3
+        noise = golden.noise(f"{case.prefix}/act_code_mismatch")
+        assert wrong / total <= 1e-4 + (0.0 if noise is None else FEW * noise.max()), (case.prefix, wrong, total)
         checked = True
     if not checked:
         pytest.skip("the file holds no act_codes")
 
 
-def test_attention_of_the_first_step_agrees(golden: Golden) -> None:
-    for case in cases(golden):
-        found = case.look()
-        for who in ("teacher", "student"):
-            stored = golden.under(f"{case.prefix}/ca_{who}")  # not every config of a file has them
-            for expected, actual in zip(stored.values(), found[f"attention_{who}"], strict=bool(stored)):
-                assert_close_per_image(actual, expected)
-
-
 @pytest.mark.parametrize("head", HEADS)
-def test_image_gradients_of_kl_fa_and_both_agree_and_so_does_the_sign(golden: Golden, head: str) -> None:
-    for case in cases(golden, head):
+def test_image_gradients_and_their_sign_agree_in_double_precision(golden: Golden, head: str, x64: None) -> None:
+    for case in cases(golden, head, np.float64):
         found = case.look()
         for name in ("grad_KL_img", "grad_FA_img", "grad_KLFA_img"):
             if f"{case.prefix}/{name}" in golden:
-                assert_close_per_image(nchw(found[name]), golden[f"{case.prefix}/{name}"])
-        sign = np.sign(nchw(found["hard_images"] - case.images))
+                assert_each_image_agrees(golden, f"{case.prefix}/{name}", nchw(found[name]))
         if f"{case.prefix}/sign" in golden:
-            assert np.mean(sign != golden[f"{case.prefix}/sign"]) <= 5e-3
-        if f"{case.prefix}/sign_teacher_detached" in golden:
-            assert np.mean(sign != golden[f"{case.prefix}/sign_teacher_detached"]) > 0.1
-
-
-def test_promoted_images_are_one_sign_step_away_and_give_the_authors_logits(golden: Golden) -> None:
-    for case in cases(golden):
-        found = case.look()
-        distance = np.abs(np.asarray(found["hard_images"] - case.images))
-        np.testing.assert_allclose(distance[distance > 0], case.config.eps, atol=1e-6)
-        for name, most in (("logits_perturbed", 2e-2), ("teacher_logits_perturbed", 2e-3)):
-            distances = per_image(found[name], golden[f"{case.prefix}/{name}"])
-            assert np.median(distances) < most and distances.max() < 10 * most, (name, distances)
+            sign, noise = np.sign(nchw(found["hard_images"] - case.images)), golden.noise(f"{case.prefix}/sign_mismatch")
+            allowed = FEW_PIXELS + (0.0 if noise is None else FEW * noise.max())
+            expected = golden[f"{case.prefix}/sign"]
+            assert np.mean(sign != expected) <= allowed, (case.prefix, np.mean(sign != expected), noise)
+            if f"{case.prefix}/sign_teacher_detached" in golden:  # a gradient that stops at the teacher could be told from it
+                assert np.mean(expected != golden[f"{case.prefix}/sign_teacher_detached"]) > 2 * allowed
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_losses_of_every_stored_step_agree_in_double_precision(golden: Golden, head: str, x64: None) -> None:
+def test_promoted_images_are_one_sign_step_away_and_give_the_authors_logits(golden: Golden, head: str, x64: None) -> None:
+    for case in cases(golden, head, np.float64):
+        found = case.look()
+        distance = np.abs(np.asarray(found["hard_images"] - case.images))
+        np.testing.assert_allclose(distance[distance > 0], case.config.eps, atol=1e-6)
+        assert_each_image_agrees(golden, f"{case.prefix}/logits_perturbed", found["logits_perturbed"])
+        if f"{case.prefix}/sign" in golden:
+            # Of the authors' own promoted images, as a pixel whose sign is chance moves the teacher's logits too.
+            images = case.images + case.config.eps * nhwc(golden[f"{case.prefix}/sign"].astype(np.float64))
+            logits, _ = forward(teacher_of("resnet20", case.classes), case.variables, images)
+            assert_agrees(golden, f"{case.prefix}/teacher_logits_perturbed", logits)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_losses_gradients_and_parameters_of_every_step_agree_in_double_precision(golden: Golden, head: str, x64: None) -> None:
     for case in cases(golden, head, np.float64):
         transform = finetune.optimizer(case.config.lr, case.config.momentum, case.config.weight_decay)
         params = case.variables["params"]
         state = transform.init(params)
-        for step in range(len(golden[f"{case.prefix}/trace_loss_total_f64"])):
+        for step in range(steps_before_divergence(golden[f"{case.prefix}/trace_loss_total_f64"])):
             found = case.look(params)
             values = {theirs: found["metrics"][ours] for ours, theirs in LOSSES.items()}
             for logits, theirs in {"logits": "CE", "logits_perturbed": "CE_perturbed"}.items():
@@ -222,39 +224,66 @@ def test_the_losses_of_every_stored_step_agree_in_double_precision(golden: Golde
             for name, value in values.items():
                 expected = golden[f"{case.prefix}/trace_loss_{name}_f64"][step]
                 np.testing.assert_allclose(value, expected, rtol=1e-8, err_msg=f"{case.prefix} {name}, step {step}")
+            if step == 0 and golden.under(f"{case.prefix}/grad"):
+                assert_agrees(golden, f"{case.prefix}/grad", case.state_dict(found["gradient"]), otherwise=5e-2)
             updates, state = transform.update(found["gradient"], state, params)
             params = optax.apply_updates(params, updates)
+            if golden.under(f"{case.prefix}/p{step + 1}"):
+                assert_agrees(golden, f"{case.prefix}/p{step + 1}", case.state_dict(params))
+
+
+# --- In float32: the same but for single ReLUs and codes that fall on the other side. ---
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_of_teacher_and_student_agree(golden: Golden, head: str) -> None:
+    for case in cases(golden, head):
+        found = case.look()
+        assert_agrees(golden, f"{case.prefix}/teacher_logits", found["teacher_logits"])
+        assert_most_images_agree(golden, f"{case.prefix}/logits", found["logits"])
+
+
+def test_integer_weights_agree(golden: Golden) -> None:
+    for case in cases(golden):
+        ours, bits = case.state_dict(case.variables["params"]), case.bits[0]
+        for layer, expected in golden.under(f"{case.group}/w_codes").items():
+            w = jnp.asarray(ours[f"{layer}.weight"])  # the output channel comes first
+            low, high = (f(w, range(1, w.ndim), keepdims=True) for f in (jnp.min, jnp.max))
+            scale_and_zero_point = quantizer.scale_and_zero_point(low, high, bits)
+            codes = quantizer.quantize(w, *scale_and_zero_point, bits) + 2 ** (bits - 1)
+            assert_codes_agree(codes, expected, on_edge(w, *scale_and_zero_point) | on_edge(low, scale_and_zero_point[0], 0.0))
+
+
+def test_attention_of_most_images_agrees(golden: Golden) -> None:
+    for case in cases(golden):
+        found = case.look()
+        for key in ("ca_teacher", "ca_student"):
+            stored = golden.under(f"{case.prefix}/{key}")  # not every config of a file has them
+            for name, actual in zip(stored, found[key], strict=bool(stored)):
+                assert_most_images_agree(golden, f"{case.prefix}/{key}/{name}", actual)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_image_gradients_of_most_images_agree(golden: Golden, head: str) -> None:
+    for case in cases(golden, head):
+        found = case.look()
+        for name in ("grad_KL_img", "grad_FA_img", "grad_KLFA_img"):
+            if f"{case.prefix}/{name}" in golden:
+                assert_most_images_agree(golden, f"{case.prefix}/{name}", nchw(found[name]))
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_losses_of_the_first_step_agree(golden: Golden, head: str) -> None:
+    """Within a few times the noise, and what a flip may change: the share of one image."""
     for case in cases(golden, head):
-        metrics = case.look()["metrics"]
+        metrics, one_image = case.look()["metrics"], 1 / len(case.images)
         for ours, theirs in LOSSES.items():
-            key = f"{case.prefix}/trace_loss_{theirs}"
-            np.testing.assert_allclose(metrics[ours], golden[key][0], rtol=5e-3, err_msg=key)
+            expected = golden[f"{case.prefix}/trace_loss_{theirs}"][0]
+            tolerance = FEW * relative_noise(golden, f"{case.prefix}/loss_{theirs}")[0] + one_image
+            np.testing.assert_allclose(metrics[ours], expected, rtol=tolerance, err_msg=f"{case.prefix} {theirs}")
 
 
-def test_gradients_and_parameters_of_the_first_sgd_steps_agree(golden: Golden) -> None:
-    for case in cases(golden):
-        transform = finetune.optimizer(case.config.lr, case.config.momentum, case.config.weight_decay)
-        params = case.variables["params"]
-        state, start = transform.init(params), as_state_dict(case, params)
-        for step in range(1, 6):
-            found = case.look(params)
-            tolerance = 5e-3 if step == 1 else 5e-2
-            expected_loss = golden[f"{case.prefix}/trace_loss_total"][step - 1]
-            np.testing.assert_allclose(found["metrics"]["loss"], expected_loss, rtol=tolerance)
-            if step == 1:
-                ours = as_state_dict(case, found["gradient"])
-                for name, expected in golden.under(f"{case.prefix}/grad").items():
-                    assert relative(ours[name], expected) < 2e-2, name
-            updates, state = transform.update(found["gradient"], state, params)
-            params = optax.apply_updates(params, updates)
-            ours = as_state_dict(case, params)
-            for name, expected in golden.under(f"{case.prefix}/p{step}").items():
-                moved, wanted = ours[name] - start[name], expected - start[name]
-                assert relative(moved, wanted) < (3e-2 if step == 1 else 0.3), (step, name)
+# --- What needs no network ---
 
 
 def test_the_optimizer_is_pytorchs_sgd(golden: Golden, x64: None) -> None:

@@ -1,20 +1,34 @@
 """Synthesis agrees with the authors' code: objective, gradients, Adam, plateau schedule, the first iterations."""
 
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden_data import Golden, assert_close_per_image, nchw, nhwc, recipe_weights
+from golden_data import (
+    FEW,
+    Golden,
+    assert_agrees,
+    assert_each_image_agrees,
+    assert_most_images_agree,
+    nchw,
+    nhwc,
+    recipe_weights,
+    relative_noise,
+    teacher_of,
+)
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
-from hast_jax import networks
 from hast_jax.method import losses
 from hast_jax.stages import synthesize
 
 pytestmark = pytest.mark.golden
 KIND = "synthesis"
+LOSSES = {"bn_mean": "mean_loss", "bn_var": "var_loss", "hard": "loss_target", "loss": "total_loss"}  # ours -> the authors'
 
 
 def beta_and_gamma(name: str) -> tuple[float, float]:
@@ -22,114 +36,147 @@ def beta_and_gamma(name: str) -> tuple[float, float]:
     return float(beta.removeprefix("b")), float(gamma.removeprefix("g"))
 
 
-def setting(golden: Golden, name: str, *, scaled: bool = False, dtype=np.float32):
-    """Network, variables, labels and prefix of a config, with the unscaled or the scaled head."""
-    # The number of classes is not stored: it is at least that of the edge cases' logits.
-    model = networks.create("resnet20", golden["edge/logits"].shape[1])
+class Case(NamedTuple):
+    """One config of a file, such as b10_g2, with one head."""
+
+    prefix: str  # of its keys
+    beta: float
+    gamma: float
+    network: Any
+    variables: Any
+    labels: jax.Array
+    images: jax.Array
+
+    def theirs(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Losses by the authors' names; their hard-sample loss holds its weight."""
+        return {theirs: metrics[ours] * (self.beta if ours == "hard" else 1) for ours, theirs in LOSSES.items()}
+
+    def at_start(self) -> dict[str, tuple[float, np.ndarray]]:
+        """{the authors' name of a loss: (value, image gradient [n, channels, height, width])} at iteration 0."""
+        config = ConfigDict({"beta": self.beta, "gamma": self.gamma, "micro_batch": 0, "remat": False})
+
+        def values(images: jax.Array) -> dict[str, jax.Array]:
+            return self.theirs(synthesize.objective(images, self.labels, self.network, self.variables, config)[1])
+
+        value, gradient = jax.jit(values)(self.images), jax.jit(jax.jacrev(values))(self.images)
+        return {key: (float(value[key]), nchw(gradient[key])) for key in value}
+
+    def steps(self, count: int) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
+        """Images after each of the first `count` iterations and the losses before it, with `lr` and `d_acc`."""
+        config, key, dtype = config_lib.default().synthesis, jax.random.key(0), self.images.dtype
+        config.beta, config.gamma = self.beta, self.gamma
+        state = synthesize.init(jnp.int32(0), key, self.images.shape, int(self.labels.max()) + 1, config)
+        state = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+        state = state._replace(images=self.images, labels=self.labels)
+        step = jax.jit(lambda s, v: synthesize.step(s, v, self.network, key, config))
+        for _ in range(count):
+            state, metrics = step(state, self.variables)
+            found = {**self.theirs(metrics), "lr": metrics["lr"], "d_acc": metrics["accuracy"]}
+            yield nchw(state.images), {name: float(value) for name, value in found.items()}
+
+
+def cases(golden: Golden, scaled: bool, dtype: Any = np.float32) -> list[Case]:
+    # The number of classes is not stored: it is that of the edge cases' logits.
+    network = teacher_of("resnet20", golden["edge/logits"].shape[1])
     scale = float(golden["head_scale"]) if scaled else 1.0
-    variables = recipe_weights(model, int(golden["weight_seed"]), scale, dtype)
-    labels = golden["labels_scaled_head" if scaled else "labels"]
-    return model, variables, jnp.asarray(labels), f"{name}/scaled_head" if scaled else name
+    variables = recipe_weights(network, int(golden["weight_seed"]), scale, dtype)
+    labels, images = jnp.asarray(golden["labels_scaled_head" if scaled else "labels"]), nhwc(golden["x0"].astype(dtype))
+    prefixes = {str(name): f"{name}/scaled_head" if scaled else str(name) for name in golden["configs"]}
+    return [Case(prefix, *beta_and_gamma(name), network, variables, labels, images) for name, prefix in prefixes.items()]
 
 
-def parts_at_start(golden: Golden, name: str, scaled: bool, dtype=np.float32):
-    """{golden's name of a loss: (value, image gradient [n, channels, height, width])} at iteration 0."""
-    beta, gamma = beta_and_gamma(name)
-    model, variables, labels, _ = setting(golden, name, scaled=scaled, dtype=dtype)
-    config = ConfigDict({"beta": beta, "gamma": gamma, "micro_batch": 0, "remat": False})
+def rounding_of_trace(golden: Golden, prefix: str, name: str, count: int) -> np.ndarray:
+    """How far, relatively, float32 has carried a loss away by each of the first `count` iterations of the authors' runs.
 
-    def values(images):
-        loss, parts = synthesize.objective(images, labels, model, variables, config)
-        hard = beta * parts["hard"]  # the authors' trace holds it with its weight
-        return {"mean_loss": parts["bn_mean"], "var_loss": parts["bn_var"], "loss_target": hard, "total_loss": loss}
+    Of all iterations so far, as what it has carried away once comes back by chance only: from the float64 trace, and from the
+    differences after 1, 2, 6 and 21 iterations of two other runs; before these those at the next known one.
+    """
+    stored, exact = golden[f"{prefix}/trace_{name}"][:count], golden[f"{prefix}/trace_{name}_f64"][:count]
+    far, known = np.abs(stored / exact - 1), relative_noise(golden, f"{prefix}/trace_{name}")
+    if len(known) == 4:
+        far = np.maximum(far, known[np.searchsorted((0, 1, 5, 20), np.arange(len(far))).clip(max=3)])
+    return np.maximum.accumulate(far)
 
-    x0 = nhwc(golden["x0"].astype(dtype))
-    value, gradient = jax.jit(values)(x0), jax.jit(jax.jacrev(values))(x0)
-    return {key: (float(value[key]), nchw(gradient[key])) for key in value}
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_each_part_of_the_objective_and_its_gradient_agree_in_double_precision(golden: Golden, scaled: bool, x64: None) -> None:
+    for case in cases(golden, scaled, np.float64):
+        for key, (_, gradient) in case.at_start().items():
+            if f"{case.prefix}/grad_{key}" in golden:
+                assert_each_image_agrees(golden, f"{case.prefix}/grad_{key}", gradient)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_each_part_of_the_objective_and_its_gradient_agree(golden: Golden, scaled: bool) -> None:
-    for name in golden["configs"]:
-        prefix = f"{name}/scaled_head" if scaled else name
-        for key, (value, gradient) in parts_at_start(golden, name, scaled).items():
-            traced = golden[f"{prefix}/trace_{key}"][0] if f"{prefix}/trace_{key}" in golden else None
-            if traced is not None:
-                np.testing.assert_allclose(value, traced, rtol=1e-5)
-            if f"{prefix}/grad_{key}" in golden:
-                assert_close_per_image(gradient, golden[f"{prefix}/grad_{key}"])
+    for case in cases(golden, scaled):
+        for key, (value, gradient) in case.at_start().items():
+            if f"{case.prefix}/trace_{key}" in golden:
+                tolerance = 1e-5 + FEW * rounding_of_trace(golden, case.prefix, key, 1)[0]
+                np.testing.assert_allclose(value, golden[f"{case.prefix}/trace_{key}"][0], rtol=tolerance)
+            if f"{case.prefix}/grad_{key}" in golden:
+                assert_most_images_agree(golden, f"{case.prefix}/grad_{key}", gradient)
 
 
 def test_the_hard_sample_loss_is_finite_and_right_where_p_is_0_or_1(golden: Golden) -> None:
     golden.need("edge")
-    logits, labels = jnp.asarray(golden["edge/logits"]), jnp.asarray(golden["edge/labels"])
+    logits, labels = golden["edge/logits"], golden["edge/labels"]
+    odds = np.exp(logits.astype(np.float64) - logits[np.arange(len(labels)), labels][:, None])
+    odds[np.arange(len(labels)), labels] = 0
+    # Near p = 1, 1 - p holds but the digits that float32 leaves of p.
+    tolerance = 1e-4 + FEW * 2.0**-24 / np.maximum(odds.sum(1) / (1 + odds.sum(1)), 2.0**-24)
     for prefix in golden.groups(r"edge/b[^/]+"):
         beta, gamma = beta_and_gamma(prefix.removeprefix("edge/"))
         for rows, suffix in ((slice(None), ""), (slice(1, None), "_without_row0")):
-            loss, gradient = jax.value_and_grad(losses.hard_sample)(logits[rows], labels[rows], gamma)
+            arguments = jnp.asarray(logits[rows]), jnp.asarray(labels[rows]), gamma
+            loss, gradient = jax.value_and_grad(losses.hard_sample)(*arguments)
             assert np.isfinite(gradient).all()
             np.testing.assert_allclose(beta * loss, golden[f"{prefix}/loss_target{suffix}"], rtol=1e-5)
             expected = golden[f"{prefix}/grad_logits{suffix}"]
-            known = np.isfinite(expected)  # the authors' gradient is NaN for gamma < 1 where p = 1
-            np.testing.assert_allclose(np.where(known, beta * gradient, 0), np.where(known, expected, 0), rtol=1e-4, atol=1e-6)
-
-
-def config_of(name: str) -> ConfigDict:
-    config = config_lib.default().synthesis
-    config.beta, config.gamma = beta_and_gamma(name)
-    return config
-
-
-def first_steps(golden: Golden, name: str, count: int, scaled: bool, dtype=np.float32):
-    """States and metrics of the first `count` iterations from the golden images."""
-    model, variables, labels, _ = setting(golden, name, scaled=scaled, dtype=dtype)
-    config, key = config_of(name), jax.random.key(0)
-    images = nhwc(golden["x0"].astype(dtype))
-    state = synthesize.init(jnp.int32(0), key, images.shape, int(labels.max()) + 1, config)
-    state = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
-    state = state._replace(images=images, labels=labels)
-    step = jax.jit(lambda s, v: synthesize.step(s, v, model, key, config))
-    for _ in range(count):
-        state, metrics = step(state, variables)
-        yield state, {k: float(v) for k, v in metrics.items()}
-
-
-def factors(beta: float) -> dict[str, tuple[str, float]]:
-    """Our name of a metric -> the trace's, and what it is multiplied by there."""
-    traces = {"bn_mean": "mean_loss", "bn_var": "var_loss", "loss": "total_loss", "lr": "lr", "accuracy": "d_acc"}
-    return {**{ours: (theirs, 1.0) for ours, theirs in traces.items()}, "hard": ("loss_target", beta)}
+            # The authors' gradient is NaN for gamma < 1 where p = 1.
+            distance = np.where(np.isfinite(expected), np.abs(beta * gradient - expected), 0)
+            assert (distance <= tolerance[rows, None] * np.nan_to_num(np.abs(expected)) + 1e-6).all()
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_first_30_iterations_agree_in_double_precision(golden: Golden, scaled: bool, x64: None) -> None:
-    """Where nothing is rounded, Adam's chaos has nothing to start from."""
-    for config in golden["configs"]:
-        prefix = f"{config}/scaled_head" if scaled else config
-        for i, (_, metrics) in enumerate(first_steps(golden, config, 30, scaled, np.float64)):
-            for ours, (theirs, factor) in factors(beta_and_gamma(config)[0]).items():
-                key = f"{prefix}/trace_{theirs}"
-                exact = f"{key}_f64" if f"{key}_f64" in golden else key
-                np.testing.assert_allclose(factor * metrics[ours], golden[exact][i], rtol=1e-9, err_msg=f"{exact} {i}")
+    """Adam at a rate of 0.5 is chaotic, but has little to start from where hardly anything is rounded.
+
+    The images after some steps and the accuracies are stored as a float32 run had them: as far off as the file says, or, of
+    accuracies, by one image while the losses still agree.
+    """
+    for case in cases(golden, scaled, np.float64):
+        rounding = rounding_of_trace(golden, case.prefix, "total_loss", 30)
+        for i, (images, found) in enumerate(case.steps(30)):
+            for name in LOSSES.values():
+                exact = golden[f"{case.prefix}/trace_{name}_f64"][i]
+                np.testing.assert_allclose(found[name], exact, rtol=1e-9, err_msg=f"{case.prefix} {name} {i}")
+            assert found["lr"] == golden[f"{case.prefix}/trace_lr"][i]
+            if rounding[i] < 1e-4:
+                difference = abs(found["d_acc"] - golden[f"{case.prefix}/trace_d_acc"][i])
+                assert difference <= 1.01 / len(images), (case.prefix, i)
+            if f"{case.prefix}/x{i + 1}" in golden:
+                assert_agrees(golden, f"{case.prefix}/x{i + 1}", images, otherwise=1.0)
 
 
 def test_the_first_adam_step_gives_the_authors_images(golden: Golden) -> None:
-    for name in (name for name in golden["configs"] if f"{name}/x1" in golden):
-        ((state, _),) = first_steps(golden, name, 1, scaled=False)
-        assert np.mean(np.abs(nchw(state.images) - golden[f"{name}/x1"]) > 1e-3) <= 4e-3
+    """In most images, to a pixel in a thousand: where the gradient is nearly zero its sign is chance."""
+    for case in (case for case in cases(golden, scaled=False) if f"{case.prefix}/x1" in golden):
+        ((images, _),) = case.steps(1)
+        off = np.abs(images - golden[f"{case.prefix}/x1"]).reshape(len(images), -1) > 1e-3
+        assert np.median(off.mean(1)) <= 1e-3, off.mean(1)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_losses_of_the_first_20_iterations_agree(golden: Golden, scaled: bool) -> None:
-    """Adam at a rate of 0.5 is chaotic: losses agree closely at first, then within a few per cent."""
-    for config in golden["configs"]:
-        prefix = f"{config}/scaled_head" if scaled else config
-        for i, (_, metrics) in enumerate(first_steps(golden, config, 20, scaled)):
-            for ours, (theirs, factor) in factors(beta_and_gamma(config)[0]).items():
-                key = f"{prefix}/trace_{theirs}"
-                tolerance = 1e-3 if i < 3 else 0.1
-                np.testing.assert_allclose(
-                    factor * metrics[ours], golden[key][i], rtol=tolerance, atol=1e-3, err_msg=f"{key} {i}"
-                )
+    """Chaos carries float32 away from the authors' run about as far as it carries that from float64."""
+    for case in cases(golden, scaled):
+        rounding = {name: rounding_of_trace(golden, case.prefix, name, 20) for name in LOSSES.values()}
+        together = np.max(list(rounding.values()), axis=0)  # the images have gone that way, whichever loss shows it
+        for i, (_, found) in enumerate(case.steps(20)):
+            for name in LOSSES.values():
+                key = f"{case.prefix}/trace_{name}"
+                tolerance = 1e-5 + FEW * together[i] if i < 2 else 5e-2 + FEW * together[i]
+                np.testing.assert_allclose(found[name], golden[key][i], rtol=tolerance, err_msg=f"{key} {i}")
 
 
 def test_the_plateau_schedule_is_pytorchs(golden: Golden, x64: None) -> None:
