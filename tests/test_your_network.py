@@ -96,11 +96,9 @@ def read(path: Path, **fields: str) -> weights.Variables:
     return from_config.teacher(tiny.config(teacher__network=NETWORK, teacher__weights=str(path), **fields))[1]
 
 
-def test_flax_weights_are_read_as_the_page_writes_them(
-    variables: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    exec(re.search(r"`(save_file\(.*?\))` \|", PAGE)[1])
+def test_flax_weights_are_read_as_the_page_writes_them(variables: dict, tmp_path: Path) -> None:
+    written = re.search(r"`save_file\((.*?), \"densenet.safetensors\"\)` \|", PAGE)[1]
+    save_file(eval(written), tmp_path / "densenet.safetensors")
     again = read(tmp_path / "densenet.safetensors")
     assert jax.tree.all(jax.tree.map(np.array_equal, again, dict(variables)))
 
@@ -140,9 +138,8 @@ def test_a_file_that_holds_no_network_is_refused(tmp_path: Path, name: str, cont
 
 def test_a_network_of_ones_own_is_checked_before_its_weights_are_read(tmp_path: Path) -> None:
     text = (tiny.ROOT / "docs" / "densenet.py").read_text()
-    (tmp_path / "net.py").write_text(
-        text.replace("nn.BatchNorm(use_running_average=not train, momentum=0.9)", "nn.GroupNorm(2)")
-    )
+    text = text.replace("nn.BatchNorm(use_running_average=not train, momentum=0.9)", "nn.GroupNorm(2)")
+    (tmp_path / "net.py").write_text(text)
     config = tiny.config(teacher__network=f"{tmp_path}/net.py:DenseNet", teacher__weights="nowhere.safetensors")
     with pytest.raises(UserError, match=r"has no nn\.BatchNorm"):
         from_config.teacher(config)
