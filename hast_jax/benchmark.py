@@ -6,7 +6,7 @@
     python -m hast_jax.benchmark --config=configs/cifar100.py --processes=HOST:PORT,NUMBER,INDEX    # in each process
 
 Prints one JSON line for each part: images (samples) a second, compile time apart; the step's FLOPs by XLA's own cost
-analysis (the zero taps of models/conv.py included; a loop's body, as of `synthesis.remat`, counts once); its memory by XLA's
+analysis (the zero taps of networks/conv.py included; a loop's body, as of `synthesis.remat`, counts once); its memory by XLA's
 own memory analysis, in GiB of one device: arguments, and the largest sum of intermediate arrays; the fraction of the rate of
 matrix products, of the same arithmetic, that is measured on the same devices. Weights and images are random.
 

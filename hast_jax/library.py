@@ -90,7 +90,7 @@ def quantize(
     """
     if budget not in BUDGETS or recipe not in ("paper", "tuned"):
         raise InputError(f"budget is {budget!r} and recipe {recipe!r}: choose of {', '.join(BUDGETS)} and of paper, tuned.")
-    changes = {**BUDGETS[budget], **(config_lib.VARIANTS["tuned"] if recipe == "tuned" else {})}
+    changes = {**(config_lib.VARIANTS["tuned"] if recipe == "tuned" else {}), **BUDGETS[budget]}
     setting = _Setting(model, variables, image, mean, std, bits, seed, call, {**changes, **(fields or {})})
     given = _given_images(images, image) if images is not None else None
     dataset = _dataset(test, image, setting.classes) if test is not None else None
