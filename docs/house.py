@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "house.svg"
-WIDTH, HEIGHT, TOP, ROW, BOX, SPREAD = 960, 682, 20, 116, 62, 64
+WIDTH, HEIGHT, TOP, ROW, BOX, SPREAD = 960, 914, 20, 116, 62, 64
 COLORS = {"down": "#5b6b80", "up": "#c0392b"}
 HEAD = (
     '<marker id="{}" markerWidth="9" markerHeight="9" refX="7" refY="4" orient="auto">'
@@ -40,14 +40,20 @@ ROOMS = {
         ("benchmark", "cli", "evaluate", "export", "main", "pretrain", "report", "reproduce", "results"),
     ),
     "paper": Room(1, 20, 310, "the supplement's experiments"),
-    "library": Room(2, 20, 940, "quantize, each stage as a function, Student", ("library", "pipeline", "student")),
-    "stages": Room(3, 20, 310, "synthesize, calibrate, finetune, evaluate"),
-    "config": Room(3, 335, 625, "every field, described once", ("config", "cross_checks", "fields")),
-    "deliver": Room(3, 650, 940, "progress bars, tables, pictures"),
-    "networks": Room(4, 20, 310, "any Linen module, weights from files"),
-    "data": Room(4, 335, 625, "real images, to judge by"),
-    "runs": Room(4, 650, 940, "folders, checkpoints, devices, loop"),
-    "method": Room(5, 20, 310, "the paper, as functions of arrays"),
+    "library": Room(
+        2,
+        20,
+        940,
+        "quantize, each stage as a function, Student",
+        ("from_config", "library", "pipeline", "student"),
+    ),
+    "stages": Room(3, 20, 470, "synthesize, calibrate, finetune, evaluate"),
+    "deliver": Room(3, 495, 940, "progress bars, tables, pictures"),
+    "runs": Room(4, 20, 940, "folders, checkpoints, devices, loop, progress"),
+    "config": Room(5, 20, 940, "every field, described once", ("config", "cross_checks", "fields")),
+    "networks": Room(6, 20, 625, "any Linen module, weights from files"),
+    "data": Room(6, 650, 940, "real images, to judge by"),
+    "method": Room(7, 20, 940, "the paper, as functions of arrays"),
 }
 COMMON = ("__init__", "errors", "kinds")  # of no room: what is known everywhere, and the list of public names
 

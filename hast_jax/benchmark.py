@@ -27,10 +27,9 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from hast_jax import cli
+from hast_jax import cli, from_config
 from hast_jax import config as config_lib
 from hast_jax.errors import UserError
-from hast_jax.networks import from_config
 from hast_jax.networks.conv import ARITHMETIC
 from hast_jax.runs import parallel
 from hast_jax.stages import calibrate, finetune, synthesize

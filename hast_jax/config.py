@@ -6,10 +6,10 @@ settings of HAST for CIFAR-100. What fields there are is said in fields.py.
 
 import functools
 import json
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, FieldReference
 
@@ -17,7 +17,6 @@ from hast_jax.cross_checks import CROSS_CHECKS
 from hast_jax.errors import InputError, UserError
 from hast_jax.fields import FIELDS
 from hast_jax.kinds import close, shown
-from hast_jax.runs.files import crc32
 
 # Variants of the CIFAR configs. `small`: a budget for a CPU. `tuned`: settings that lose less at that budget than the paper's.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -187,7 +186,7 @@ def checksum(config: ConfigDict) -> int:
     """Of all fields but `OWN_FIELDS`, below 2**32: the same in all processes of one run."""
     flat = flatten_dict(to_dict(config), sep=".")
     common = {path: value for path, value in flat.items() if path not in OWN_FIELDS}
-    return crc32(np.frombuffer(json.dumps(common, sort_keys=True).encode(), np.uint8))
+    return zlib.crc32(json.dumps(common, sort_keys=True).encode())
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

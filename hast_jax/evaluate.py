@@ -12,13 +12,13 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from hast_jax import cli, networks, pipeline
+from hast_jax import cli, from_config, networks, pipeline
 from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.deliver.console import Bar, format_bits
 from hast_jax.errors import UserError
 from hast_jax.fields import GIVEN
-from hast_jax.networks import from_config, user_files
+from hast_jax.networks import user_files
 from hast_jax.runs import parallel, run_folder
 from hast_jax.runs.progress import Progress, silent
 from hast_jax.stages.evaluate import Accuracy, evaluator

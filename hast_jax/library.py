@@ -15,12 +15,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from hast_jax import config as config_lib
-from hast_jax import networks, pipeline
+from hast_jax import from_config, networks, pipeline
 from hast_jax.data.datasets import Arrays
 from hast_jax.deliver.console import default_progress
 from hast_jax.errors import InputError
 from hast_jax.fields import FULL_PRECISION, GIVEN
-from hast_jax.networks import from_config, rules, structure, weights
+from hast_jax.networks import rules, structure, weights
 from hast_jax.runs import parallel
 from hast_jax.runs.memory import MemoryRun
 from hast_jax.runs.progress import Progress, Recorder

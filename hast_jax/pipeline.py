@@ -13,11 +13,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
-from hast_jax import networks
+from hast_jax import from_config, networks
 from hast_jax.data import datasets
 from hast_jax.deliver.pictures import save_picture
 from hast_jax.errors import AccuracyWarning, UserError
-from hast_jax.networks import from_config, weights
+from hast_jax.networks import weights
 from hast_jax.runs import parallel, run_folder, synthetic_set
 from hast_jax.runs.files import crc32
 from hast_jax.runs.memory import MemoryRun

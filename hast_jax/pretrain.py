@@ -16,11 +16,11 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from hast_jax import cli, networks
+from hast_jax import cli, from_config, networks
 from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.errors import UserError
-from hast_jax.networks import from_config, structure, weights
+from hast_jax.networks import structure, weights
 from hast_jax.runs import parallel
 from hast_jax.runs.progress import silent
 from hast_jax.stages.evaluate import evaluator

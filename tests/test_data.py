@@ -6,10 +6,9 @@ import pytest
 import tiny
 from test_config import get_config
 
-from hast_jax import networks
+from hast_jax import from_config, networks
 from hast_jax.data import datasets
 from hast_jax.errors import UserError
-from hast_jax.networks import from_config
 from hast_jax.runs import parallel
 from hast_jax.runs.progress import silent
 from hast_jax.stages.evaluate import evaluator

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from hast_jax import networks, pipeline
-from hast_jax.networks import from_config
+from hast_jax import from_config, networks, pipeline
 from hast_jax.runs import parallel
 from hast_jax.stages import finetune, synthesize
 

@@ -7,9 +7,8 @@ import pytest
 import tiny
 from jax.flatten_util import ravel_pytree
 
-from hast_jax import networks
+from hast_jax import from_config, networks
 from hast_jax.method import quantizer
-from hast_jax.networks import from_config
 from hast_jax.paper import figure2, landscape
 from hast_jax.paper.landscape import Quadrature
 from hast_jax.stages import finetune

@@ -14,9 +14,8 @@ import tiny
 from flax.traverse_util import flatten_dict
 
 import hast_jax
-from hast_jax import networks
+from hast_jax import from_config, networks
 from hast_jax.data import datasets
-from hast_jax.networks import from_config
 from hast_jax.runs import run_folder
 
 MEAN, STD = (0.3053,), (0.3762,)

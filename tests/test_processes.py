@@ -13,8 +13,8 @@ import pytest
 import tiny
 from jax.flatten_util import ravel_pytree
 
-from hast_jax import pipeline
-from hast_jax.networks import from_config, weights
+from hast_jax import from_config, pipeline
+from hast_jax.networks import weights
 from hast_jax.runs import run_folder
 from hast_jax.stages import synthesize
 

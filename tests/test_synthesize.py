@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import tiny
 
-from hast_jax.networks import from_config
+from hast_jax import from_config
 from hast_jax.stages import synthesize
 
 

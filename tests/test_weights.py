@@ -11,9 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
-from hast_jax import networks
+from hast_jax import from_config, networks
 from hast_jax.errors import UserError
-from hast_jax.networks import from_config, weights
+from hast_jax.networks import weights
 
 
 def state_dict(seed: int = 0, name: str = "resnet20", classes: int = 10) -> tuple[networks.ResNet, weights.StateDict]:

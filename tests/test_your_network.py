@@ -15,9 +15,9 @@ import tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.flax import save_file
 
-from hast_jax import library, networks
+from hast_jax import from_config, library, networks
 from hast_jax.errors import UserError
-from hast_jax.networks import from_config, rules, user_files, weights
+from hast_jax.networks import rules, user_files, weights
 
 PAGE = (tiny.ROOT / "docs" / "your_network.md").read_text()
 BLOCK = re.search(r"```python\n(.*?)```", PAGE, re.S)[1]

@@ -1,11 +1,10 @@
 """Schedules and optimizer: PyTorch's plateau schedule for images, steps or a cosine and SGD for the student."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 Array = jax.Array
 
@@ -18,7 +17,7 @@ class Plateau(NamedTuple):
     bad: Array
 
 
-def plateau_update(plateau: Plateau, loss: Array, settings: ConfigDict) -> Plateau:
+def plateau_update(plateau: Plateau, loss: Array, settings: Any) -> Plateau:
     """Multiply the rate by `factor` once the loss has not improved by `threshold` (relative) for `patience` iterations.
 
     settings: `threshold`, `patience`, `factor` and `min_lr` of `config.synthesis`.
@@ -32,7 +31,7 @@ def plateau_update(plateau: Plateau, loss: Array, settings: ConfigDict) -> Plate
     return Plateau(lr, jnp.where(better, loss, plateau.best), jnp.where(drop, 0, bad))
 
 
-def learning_rate(settings: ConfigDict) -> optax.Schedule:
+def learning_rate(settings: Any) -> optax.Schedule:
     """The rate of each step. settings: `config.finetune`; `lr_drops` counts epochs of fine-tuning."""
     if settings.schedule == "cosine":
         return optax.cosine_decay_schedule(settings.lr, settings.epochs * settings.steps_per_epoch)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hast_jax import from_config
 from hast_jax.errors import UserError
-from hast_jax.networks import from_config
 from hast_jax.paper import figures, landscape
 from hast_jax.paper.experiments import Cell
 from hast_jax.paper.sweep import Sweep

@@ -11,9 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
-from hast_jax import pipeline
+from hast_jax import from_config, pipeline
 from hast_jax.errors import UserError, sentence
-from hast_jax.networks import from_config
 from hast_jax.networks.weights import Variables
 from hast_jax.paper.experiments import Cell, effective
 from hast_jax.runs import run_folder, synthetic_set
