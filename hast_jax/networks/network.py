@@ -151,7 +151,7 @@ def _call(network: Network, variables: Variables, images: Array, observing: bool
     if network.kernels:
         given["params"] = quantized_params(network, given["params"])
     with network_arithmetic(network), nn.intercept_methods(interceptor):
-        output, state = network.module.apply(given, images, mutable=[COLLECTION], **network.call)
+        output, state = network.module.apply(given, images, mutable=structure_lib.mutable(), **network.call)
     return structure_lib.logits_of(output), state.get(COLLECTION, {})
 
 
@@ -302,6 +302,7 @@ def _check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
         exception = _exception(rules, path)
         if exception is None or exception[0] is not None:
             raise UserError(
-                f"{name_of(module)} has weights that nothing quantizes ({'/'.join(path)}): they are not those of an nn.Conv or "
-                f"nn.Dense. Use such a layer, or leave them in full precision with the rule {'/'.join(path)!r}: None."
+                f"{name_of(module)} has weights that nothing quantizes ({'/'.join(path)}), as they are not those of an nn.Conv "
+                "or nn.Dense, or as nn.jit hides it: use such a layer, without nn.jit, or leave them in full precision with "
+                f"the rule {'/'.join(path)!r}: None."
             )

@@ -6,6 +6,7 @@ functions between them. It is called on shapes alone; nothing is computed.
 
 import functools
 import inspect as python_inspect
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -35,6 +36,7 @@ REFUSED: dict[type, str] = {
     nn.SpectralNorm: "its weights are computed from others",
 }
 WATCHED: Any = (*LINEAR, nn.BatchNorm, Activation, *REFUSED)
+_calls = itertools.count()
 TRAINING = {"train": False, "training": False, "is_training": False, "deterministic": True, "use_running_average": True}
 
 
@@ -158,6 +160,15 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
     )
 
 
+def mutable() -> list[str]:
+    """The collections that an intercepted call may write to: `COLLECTION`, and an unused one of its own.
+
+    `nn.jit` keeps what it traced by the names of these collections. Without a new name, a student would run what was traced of
+    its teacher.
+    """
+    return [COLLECTION, f"{COLLECTION}_{next(_calls)}"]
+
+
 def logits_of(output: Any) -> Any:
     """The logits of what a network returns: an array, or the first of a tuple, or the "logits" of a dict."""
     if isinstance(output, Mapping):
@@ -193,7 +204,7 @@ class _Seen:
 
     def look(self, variables: Any, images: jax.Array, call: Mapping[str, Any]) -> tuple[jax.Array, Any]:
         """Logits, and what the intercepted calls left."""
-        output, state = self.module.apply(variables, images, mutable=[COLLECTION], **call)
+        output, state = self.module.apply(variables, images, mutable=mutable(), **call)
         logits = logits_of(output)
         shape = getattr(logits, "shape", None)
         if shape is None or len(shape) != 2 or shape[0] != len(images):
