@@ -115,13 +115,17 @@ def create(
 def apply(network: Network, variables: Variables, images: Array) -> tuple[Array, Taps]:
     """Logits [batch, classes] and taps of normalised images [batch, height, width, channels]; nothing is updated.
 
-    variables: those of the module; of a student, `ranges` too.
+    variables: those of the module; of a student, `ranges` too. Logits and taps are float32 at least, whatever the module
+    computes in: losses of a few per cent would be lost in less.
     """
     logits, left = _call(network, variables, images, observing=False)
     moment = lambda call, name: _below(variables["batch_stats"], call.path)[name]
-    norms = tuple(BatchNormTap(_left(left, c, "input"), moment(c, "mean"), moment(c, "var")) for c in network.structure.norms)
+    norms = tuple(
+        BatchNormTap(_wide(_left(left, c, "input")), moment(c, "mean"), moment(c, "var")) for c in network.structure.norms
+    )
     activations = {site.name: _left(left, call, "quantized") for call, site in network.sites.items()}
-    return logits, Taps(norms, tuple(_left(left, call, "output") for call in network.branches), activations)
+    branches = tuple(_wide(_left(left, call, "output")) for call in network.branches)
+    return _wide(logits), Taps(norms, branches, activations)
 
 
 def observe(network: Network, variables: Variables, ranges: Variables, images: Array) -> Variables:
@@ -198,11 +202,12 @@ class _Interceptor:
 
     def _quantized(self, module: nn.Module, x: Array, site: Site) -> Array:
         low, high = (self._ranges.get((*site.name, end)) for end in ("low", "high"))
+        wide = _wide(x)  # a running average of ranges is no average in bfloat16
         if self._observing:
-            low, high = quantizer.running_range((low, high), self._network.range_rule(x, site.bits))
+            low, high = quantizer.running_range((low, high), self._network.range_rule(wide, site.bits))
         if low is None or high is None:
             raise UserError(f"the activations {'/'.join(site.name)} have no range yet: calibrate first.")
-        y = quantizer.fake_quantize_activation(x, low, high, site.bits, self._network.straight_through)
+        y = quantizer.fake_quantize_activation(wide, low, high, site.bits, self._network.straight_through).astype(x.dtype)
         module.sow(COLLECTION, "range", (low, high))
         module.sow(COLLECTION, "quantized", y)
         return y
@@ -236,6 +241,11 @@ def _pair(value: Any) -> tuple[int, int]:
     if value is None:
         return 1, 1
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _wide(x: Array) -> Array:
+    """`x` in float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _left(left: Any, call: Call, name: str) -> Any:
