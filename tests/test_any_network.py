@@ -80,7 +80,9 @@ def test_full_precision_is_the_networks_own_apply(name: str) -> None:
     expected = its.apply(its.variables, its.images)
     assert logits(its.variables, its.images).dtype == jnp.float32 and np.ptp(expected) > 0.1
     np.testing.assert_array_equal(logits(its.variables, its.images), expected)
-    np.testing.assert_array_equal(jax.jit(logits)(its.variables, its.images), jax.jit(its.apply)(its.variables, its.images))
+    # A compiled program that casts bfloat16 to float32 leaves out the rounding before it.
+    own = jax.jit(lambda variables, images: jnp.asarray(its.apply(variables, images), jnp.float32))
+    np.testing.assert_array_equal(jax.jit(logits)(its.variables, its.images), own(its.variables, its.images))
 
 
 @NETWORK
