@@ -53,7 +53,7 @@ ROOMS = {
     "config": Room(5, 20, 940, "every field, described once", ("config", "cross_checks", "fields")),
     "networks": Room(6, 20, 625, "any Linen module, weights from files"),
     "data": Room(6, 650, 940, "real images, to judge by"),
-    "method": Room(7, 20, 940, "the paper, as functions of arrays"),
+    "method": Room(7, 20, 625, "the paper, as functions of arrays"),
 }
 COMMON = ("__init__", "errors", "kinds")  # of no room: what is known everywhere, and the list of public names
 

@@ -15,15 +15,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax import lax
 
 from hast_jax.errors import InputError
 from hast_jax.method import quantizer
 from hast_jax.method.losses import BatchNormTap
-from hast_jax.networks import conv as conv_lib
 from hast_jax.networks import structure as structure_lib
+from hast_jax.networks.fast_layers import fast_convolution, is_plain_convolution
 from hast_jax.networks.layers import Activation
-from hast_jax.networks.rules import Bits, Rules, bits_of, compiled
+from hast_jax.networks.rules import Rules, bits_of, compiled
+from hast_jax.networks.sites import Site, check_rules, sites
 from hast_jax.networks.structure import COLLECTION, Call, Path, Structure, argument, name_of
 
 Array = jax.Array
@@ -41,13 +41,6 @@ class Taps(NamedTuple):
     batch_norms: tuple[BatchNormTap, ...]
     branches: tuple[Array, ...]
     activations: dict[Path, Array]
-
-
-class Site(NamedTuple):
-    """Where activations are quantized. name: the path of its range in the collection `ranges`."""
-
-    name: Path
-    bits: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,22 +99,26 @@ def create(
     aligned = _branches(module, structure, branches)
     if rules is None:
         return Network(module, structure, call, aligned, **settings)
-    _check_rules(module, structure, rules)
+    check_rules(module, structure, rules)
     bits = {layer: bits_of(rules, layer.path)[0] for layer in structure.layers}
     kernels = {layer: weights for layer, weights in bits.items() if weights is not None}
-    return Network(module, structure, call, aligned, kernels, _sites(structure, rules), **settings)
+    return Network(module, structure, call, aligned, kernels, sites(structure, rules), **settings)
 
 
 def apply(network: Network, variables: Variables, images: Array) -> tuple[Array, Taps]:
     """Logits [batch, classes] and taps of normalised images [batch, height, width, channels]; nothing is updated.
 
-    variables: those of the module; of a student, `ranges` too.
+    variables: those of the module; of a student, `ranges` too. Logits and taps are float32 at least, whatever the module
+    computes in: losses of a few per cent would be lost in less.
     """
     logits, left = _call(network, variables, images, observing=False)
     moment = lambda call, name: _below(variables["batch_stats"], call.path)[name]
-    norms = tuple(BatchNormTap(_left(left, c, "input"), moment(c, "mean"), moment(c, "var")) for c in network.structure.norms)
+    norms = tuple(
+        BatchNormTap(_wide(_left(left, c, "input")), moment(c, "mean"), moment(c, "var")) for c in network.structure.norms
+    )
     activations = {site.name: _left(left, call, "quantized") for call, site in network.sites.items()}
-    return logits, Taps(norms, tuple(_left(left, call, "output") for call in network.branches), activations)
+    branches = tuple(_wide(_left(left, call, "output")) for call in network.branches)
+    return _wide(logits), Taps(norms, branches, activations)
 
 
 def observe(network: Network, variables: Variables, ranges: Variables, images: Array) -> Variables:
@@ -151,7 +148,7 @@ def _call(network: Network, variables: Variables, images: Array, observing: bool
     if network.kernels:
         given["params"] = quantized_params(network, given["params"])
     with network_arithmetic(network), nn.intercept_methods(interceptor):
-        output, state = network.module.apply(given, images, mutable=[COLLECTION], **network.call)
+        output, state = network.module.apply(given, images, mutable=structure_lib.mutable(), **network.call)
     return structure_lib.logits_of(output), state.get(COLLECTION, {})
 
 
@@ -192,50 +189,26 @@ class _Interceptor:
         if site is not None:
             x = self._quantized(module, x, site)
             arguments, named = replace(x)
-        if self._fast and _is_plain_convolution(module, x):
-            return _fast_convolution(module, x)
+        if self._fast and is_plain_convolution(module, x):
+            return fast_convolution(module, x)
         return function(*arguments, **named)
 
     def _quantized(self, module: nn.Module, x: Array, site: Site) -> Array:
         low, high = (self._ranges.get((*site.name, end)) for end in ("low", "high"))
+        wide = _wide(x)  # a running average of ranges is no average in bfloat16
         if self._observing:
-            low, high = quantizer.running_range((low, high), self._network.range_rule(x, site.bits))
+            low, high = quantizer.running_range((low, high), self._network.range_rule(wide, site.bits))
         if low is None or high is None:
             raise InputError(f"the activations {'/'.join(site.name)} have no range yet: calibrate first.")
-        y = quantizer.fake_quantize_activation(x, low, high, site.bits, self._network.straight_through)
+        y = quantizer.fake_quantize_activation(wide, low, high, site.bits, self._network.straight_through).astype(x.dtype)
         module.sow(COLLECTION, "range", (low, high))
         module.sow(COLLECTION, "quantized", y)
         return y
 
 
-def _is_plain_convolution(module: nn.Module, x: Array) -> bool:
-    """Whether `conv.conv` computes what the layer does: in two dimensions, with zeros around the image, in float32."""
-    if type(module) is not nn.Conv or isinstance(module.kernel_size, int) or len(module.kernel_size) != 2 or x.ndim != 4:
-        return False
-    own = (module.conv_general_dilated, module.conv_general_dilated_cls, module.precision, module.mask)
-    zeros = not isinstance(module.padding, str) or module.padding in ("SAME", "VALID")
-    floating = module.dtype in (None, x.dtype) and x.dtype in (jnp.float32, jnp.float64) and module.param_dtype == jnp.float32
-    return zeros and floating and all(each is None for each in own) and _pair(module.input_dilation) == (1, 1)
-
-
-def _fast_convolution(module: Any, x: Array) -> Array:
-    kernel = module.get_variable("params", "kernel")
-    strides, dilation, padding = _pair(module.strides), _pair(module.kernel_dilation), module.padding
-    height: Any
-    width: Any
-    if isinstance(padding, str):
-        window = tuple((size - 1) * step + 1 for size, step in zip(kernel.shape[:2], dilation))
-        height, width = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
-    else:
-        height, width = (padding, padding) if isinstance(padding, int) else padding
-    y = conv_lib.conv(x, kernel, strides, (_pair(height), _pair(width)), dilation, module.feature_group_count)
-    return y + module.get_variable("params", "bias")[None, None, None] if module.use_bias else y
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if value is None:
-        return 1, 1
-    return (value, value) if isinstance(value, int) else tuple(value)
+def _wide(x: Array) -> Array:
+    """`x` in float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _left(left: Any, call: Call, name: str) -> Any:
@@ -257,51 +230,3 @@ def _branches(module: nn.Module, structure: Structure, pattern: str) -> tuple[Ca
         names = ", ".join("/".join(call.path) for call in structure.norms[:8])
         raise InputError(f"no batch norm of {name_of(module)} has a path with {pattern!r} in it; there are: {names}.")
     return found
-
-
-def _sites(structure: Structure, rules: Rules) -> dict[Call, Site]:
-    """Where activations are quantized.
-
-    With marks: the output of each mark. Without: the input of each layer but for the image. A rule that names a layer
-    quantizes its input too, the image included, unless that is the output of a mark. The first rule is the default.
-    """
-    sites: dict[Call, Site] = {}
-    for call in structure.marks:
-        bits = bits_of(rules, call.path)[1]
-        if bits is not None:
-            sites[call] = Site(_site_name(call, ()), bits)
-    shared: dict[tuple[int, int], Site] = {}
-    for each in structure.inputs:
-        exception = _exception(rules, each.call.path)
-        by_default = not structure.marks and not each.image
-        bits = exception[1] if exception else bits_of(rules, each.call.path)[1] if by_default else None
-        if bits is None or each.marked:
-            continue
-        # Layers that read the same values share their range: what they read is stored once.
-        sites[each.call] = shared.setdefault((each.value, bits), Site(_site_name(each.call, ("input",)), bits))
-    return sites
-
-
-def _exception(rules: Rules, path: Path) -> Bits | None:
-    """The bits that a rule beside the default gives the layer at `path`; None where there is no such rule."""
-    return next((bits for pattern, bits in reversed(rules[1:]) if compiled(pattern).search("/".join(path))), None)
-
-
-def _site_name(call: Call, kind: Path) -> Path:
-    name = (*call.path, *kind)
-    return (*name[:-1], f"{name[-1]}_{call.number + 1}") if call.number else name
-
-
-def _check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
-    paths = [layer.path for layer in structure.layers] + [call.path for call in structure.marks]
-    for pattern, _ in rules[1:]:
-        if not any(compiled(pattern).search("/".join(path)) for path in [*paths, *structure.others]):
-            names = ", ".join("/".join(path) for path in paths[:12]) + (", ..." if len(paths) > 12 else "")
-            raise InputError(f"the rule {pattern!r} names no layer of {name_of(module)}; there are: {names}.")
-    for path in structure.others:
-        exception = _exception(rules, path)
-        if exception is None or exception[0] is not None:
-            raise InputError(
-                f"{name_of(module)} has weights that nothing quantizes ({'/'.join(path)}): they are not those of an nn.Conv or "
-                f"nn.Dense. Use such a layer, or leave them in full precision with the rule {'/'.join(path)!r}: None."
-            )

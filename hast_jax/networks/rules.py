@@ -28,11 +28,11 @@ def parse_rules(text: str) -> dict[str, Bits]:
     for part in filter(None, map(str.strip, text.split(";"))):
         pattern, equals, bits = (word.strip() for word in part.rpartition("="))
         if not equals:
-            raise InputError(f"the rule {part!r} has no bits: write PATTERN=BITS.")
+            raise InputError(f"the rule {shown(part)} has no bits: write PATTERN=BITS.")
         if pattern == DEFAULT:
             raise InputError("a rule is for some layers: bits.weights and bits.activations are those of the others.")
         if pattern in rules:
-            raise InputError(f"the pattern {pattern!r} has two rules: keep one.")
+            raise InputError(f"the pattern {shown(pattern)} has two rules: keep one.")
         compiled(pattern)
         rules[pattern] = _read(bits)
     return rules
@@ -79,7 +79,8 @@ def compiled(pattern: str) -> re.Pattern[str]:
         re.compile(pattern)  # alone too: between parentheses, "a)(b" would be one
         return re.compile(rf"(^|/)(?:{pattern})(/|$)")
     except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"the pattern {pattern!r} is no regular expression: {error}.") from error
+        words = " ".join(str(error).split())  # it may quote a line break of the pattern
+        raise InputError(f"the pattern {shown(pattern)} is no regular expression: {words}.") from error
 
 
 def _bits(value: Any) -> Bits:
@@ -99,7 +100,7 @@ def _read(text: str) -> Bits:
     if text == "full":
         return None, None
     if not found or not text:
-        raise InputError(f"the bits {text!r} are unknown: write {FORMS}.")
+        raise InputError(f"the bits {shown(text)} are unknown: write {FORMS}.")
     weights, activations = (None if each is None else _checked(int(each)) for each in found.groups())
     return weights, activations
 

@@ -6,6 +6,7 @@ functions between them. It is called on shapes alone; nothing is computed.
 
 import functools
 import inspect as python_inspect
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,12 +19,13 @@ from flax.traverse_util import flatten_dict
 
 from hast_jax.errors import InputError, UserError
 from hast_jax.networks import graph
+from hast_jax.networks.branches import Call, branches
 from hast_jax.networks.layers import Activation
+from hast_jax.networks.linear import LINEAR, name_of, place, summed_axes
 
 Path = tuple[str, ...]
 
 COLLECTION = "hast_jax"  # of the values that an intercepted call leaves
-LINEAR = (nn.Conv, nn.Dense, nn.DenseGeneral, nn.Einsum)
 # Their weights enter a network in ways that are no product of one input vector with one column for each output channel.
 REFUSED: dict[type, str] = {
     nn.MultiHeadDotProductAttention: "attention multiplies activations with each other",
@@ -35,14 +37,8 @@ REFUSED: dict[type, str] = {
     nn.SpectralNorm: "its weights are computed from others",
 }
 WATCHED: Any = (*LINEAR, nn.BatchNorm, Activation, *REFUSED)
+_calls = itertools.count()
 TRAINING = {"train": False, "training": False, "is_training": False, "deterministic": True, "use_running_average": True}
-
-
-class Call(NamedTuple):
-    """One call of the module at `path`, the first of which has the number 0."""
-
-    path: Path
-    number: int
 
 
 class Layer(NamedTuple):
@@ -157,11 +153,20 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         tuple(Input(call, number, not before.get(number), number in marked) for call, number in inputs.items()),
         tuple(seen.marks),
         tuple(seen.norms),
-        _branches(traced, norms, {value(call, "output") for call in seen.calls}, set(inputs.values()), seen.shapes),
+        branches(traced, norms, {value(call, "output") for call in seen.calls}, set(inputs.values()), seen.shapes),
         tuple(path for path in matrices if path not in kernels),
         seen.classes,
         tuple(variables),
     )
+
+
+def mutable() -> list[str]:
+    """The collections that an intercepted call may write to: `COLLECTION`, and an unused one of its own.
+
+    `nn.jit` keeps what it traced by the names of these collections. Without a new name, a student would run what was traced of
+    its teacher.
+    """
+    return [COLLECTION, f"{COLLECTION}_{next(_calls)}"]
 
 
 def logits_of(output: Any) -> Any:
@@ -169,11 +174,6 @@ def logits_of(output: Any) -> Any:
     if isinstance(output, Mapping):
         output = output.get("logits")
     return output[0] if isinstance(output, tuple | list) and output else output
-
-
-def name_of(module: Any) -> str:
-    """What messages call a network."""
-    return type(module).__name__
 
 
 def argument(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
@@ -199,7 +199,7 @@ class _Seen:
 
     def look(self, variables: Any, images: jax.Array, call: Mapping[str, Any]) -> tuple[jax.Array, Any]:
         """Logits, and what the intercepted calls left."""
-        output, state = self.module.apply(variables, images, mutable=[COLLECTION], **call)
+        output, state = self.module.apply(variables, images, mutable=mutable(), **call)
         logits = logits_of(output)
         shape = getattr(logits, "shape", None)
         if shape is None or len(shape) != 2 or shape[0] != len(images):
@@ -216,12 +216,12 @@ class _Seen:
             return function(*arguments, **named)
         for kind, why in REFUSED.items():
             if isinstance(context.module, kind):
-                raise InputError(f"{name_of(self.module)} has {_place(module)}, a {kind.__name__}: {why}.")
+                raise InputError(f"{name_of(self.module)} has {place(module)}, a {kind.__name__}: {why}.")
         call = Call(module.path, self._counts[module.path])
         self._counts[module.path] += 1
         x, _ = argument(arguments, named)
         if isinstance(module, LINEAR):
-            self.layers.setdefault(module.path, Layer(module.path, _summed_axes(module, named)))
+            self.layers.setdefault(module.path, Layer(module.path, summed_axes(module, named)))
             self.calls.append(call)
         elif isinstance(module, nn.BatchNorm):
             self._check_norm(module, arguments, named)
@@ -239,41 +239,11 @@ class _Seen:
         given = arguments[1] if len(arguments) > 1 else named.get("use_running_average")
         if not (module.use_running_average if given is None else given):
             raise InputError(
-                f"{name_of(self.module)} normalises in {_place(module)} with the moments of the batch, as in training: give "
+                f"{name_of(self.module)} normalises in {place(module)} with the moments of the batch, as in training: give "
                 "the argument of its call that stops this, as call={'train': False}."
             )
         if not isinstance(module.axis, int):
-            raise InputError(f"{_place(module)} normalises over several axes of channels, {module.axis}: one is supported.")
-
-
-def _summed_axes(module: Any, named: Mapping[str, Any]) -> tuple[int, ...]:
-    """Axes of the kernel that are summed over. Raises UserError where the layer is no linear map of vectors."""
-    own_call = next(kind for kind in LINEAR if isinstance(module, kind)).__call__
-    if type(module).__call__ is not own_call:
-        raise InputError(f"{_place(module)} is a {name_of(module)} with a call of its own, whose weights nothing knows.")
-    if getattr(module, "mask", None) is not None:
-        raise InputError(f"{_place(module)} has a mask over its kernel: multiply the weights by it and leave it out.")
-    if isinstance(module, nn.Conv):
-        sizes = module.kernel_size
-        return tuple(range(1 + (1 if isinstance(sizes, int) else len(sizes))))
-    if isinstance(module, nn.DenseGeneral):
-        features = module.features if isinstance(module.features, tuple | list) else (module.features,)
-        if len(features) != 1 or (module.batch_dims and len(module.batch_dims)):
-            raise InputError(f"{_place(module)} is a DenseGeneral that is no linear layer: it must have one axis of outputs.")
-        return tuple(range(1 if isinstance(module.axis, int) else len(module.axis)))
-    if isinstance(module, nn.Einsum):
-        return _einsum_axes(module, named.get("einsum_str") or module.einsum_str or "")
-    return (0,)
-
-
-def _einsum_axes(module: nn.Einsum, text: str) -> tuple[int, ...]:
-    operands, _, result = text.replace(" ", "").replace("...", "").partition("->")
-    inputs, _, kernel = operands.partition(",")
-    outputs = [axis for axis, letter in enumerate(kernel) if letter in result and letter not in inputs]
-    summed = [axis for axis, letter in enumerate(kernel) if letter in inputs and letter not in result]
-    if len(outputs) != 1 or len(outputs) + len(summed) != len(kernel):
-        raise InputError(f"{_place(module)} is an Einsum {text!r} that is no linear layer: it must have one axis of outputs.")
-    return tuple(summed)
+            raise InputError(f"{place(module)} normalises over several axes of channels, {module.axis}: one is supported.")
 
 
 def _check_kernels(module: nn.Module, seen: _Seen, params: Mapping[Path, Any]) -> None:
@@ -304,59 +274,6 @@ def _refuse_products(module: nn.Module, traced: graph.Graph, activations: set[in
                 f"{name_of(module)} multiplies activations with each other (attention?): only products of activations with "
                 "weights are quantized, so a transformer cannot be."
             )
-
-
-def _branches(
-    traced: graph.Graph,
-    norms: Mapping[int, Call],
-    layer_outputs: set[int],
-    layer_inputs: set[int],
-    shapes: Mapping[Call, tuple[int, ...]],
-) -> tuple[Call, ...]:
-    """The last batch norm of each branch before an addition, and those that a layer follows directly.
-
-    Of the two operands of an addition, the branch is the one with more batch norms before it, the other is the shortcut. A
-    network without additions has no branches in this sense: there, every batch norm counts.
-    """
-    images = traced.descendants(traced.inputs[-1:])
-    depth = {value: len(above) for value, above in traced.upstream(norms).items()}
-    additions = [o for o in traced.operations if o.name in ("add", "add_any") and _joins(o, images)]
-    stops = layer_outputs | {value for addition in additions for value in addition.makes}
-    found: set[int] = set()
-    for addition in additions:
-        ends = [end for value in addition.reads for end in _norms_before(traced, value, norms, stops)]
-        if ends:
-            found.add(max(ends, key=lambda end: depth[end]))
-    if found:
-        found |= layer_inputs & norms.keys()
-    else:
-        found = set(norms)
-    return tuple(call for value, call in norms.items() if value in found and len(shapes[call]) > 1)
-
-
-def _joins(addition: graph.Operation, images: set[int]) -> bool:
-    """Whether it adds two feature maps."""
-    same = addition.shapes[0] == addition.shapes[1] and len(addition.shapes[0]) > 1
-    return same and all(value in images for value in addition.reads)
-
-
-def _norms_before(traced: graph.Graph, value: int | None, norms: Mapping[int, Call], stops: set[int]) -> list[int]:
-    """The batch norms that reach a value without passing a layer or another addition of feature maps."""
-    found, waiting, known = [], [value], set()
-    while waiting:
-        each = waiting.pop()
-        if each is None or each in known:
-            continue
-        known.add(each)
-        if each in norms:
-            found.append(each)
-        elif each not in stops and each in traced.maker:
-            waiting += traced.maker[each].reads
-    return found
-
-
-def _place(module: nn.Module) -> str:
-    return "/".join(module.path) or name_of(module)
 
 
 def _no_linen_module(module: Any) -> str:

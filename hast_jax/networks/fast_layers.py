@@ -1,0 +1,43 @@
+"""Where the fast convolutions of conv.py take over from `nn.Conv`."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hast_jax.networks.conv import conv
+
+Array = jax.Array
+
+
+def is_plain_convolution(module: nn.Module, x: Array) -> bool:
+    """Whether `conv.conv` computes what the layer does: in two dimensions, with zeros around the image, in float32."""
+    if type(module) is not nn.Conv or isinstance(module.kernel_size, int) or len(module.kernel_size) != 2 or x.ndim != 4:
+        return False
+    own = (module.conv_general_dilated, module.conv_general_dilated_cls, module.precision, module.mask)
+    zeros = not isinstance(module.padding, str) or module.padding in ("SAME", "VALID")
+    floating = module.dtype in (None, x.dtype) and x.dtype in (jnp.float32, jnp.float64) and module.param_dtype == jnp.float32
+    return zeros and floating and all(each is None for each in own) and _pair(module.input_dilation) == (1, 1)
+
+
+def fast_convolution(module: Any, x: Array) -> Array:
+    """What the bound `module`, which `is_plain_convolution`, computes of `x` [batch, height, width, in]."""
+    kernel = module.get_variable("params", "kernel")
+    strides, dilation, padding = _pair(module.strides), _pair(module.kernel_dilation), module.padding
+    height: Any
+    width: Any
+    if isinstance(padding, str):
+        window = tuple((size - 1) * step + 1 for size, step in zip(kernel.shape[:2], dilation))
+        height, width = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+    else:
+        height, width = (padding, padding) if isinstance(padding, int) else padding
+    y = conv(x, kernel, strides, (_pair(height), _pair(width)), dilation, module.feature_group_count)
+    return y + module.get_variable("params", "bias")[None, None, None] if module.use_bias else y
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if value is None:
+        return 1, 1
+    return (value, value) if isinstance(value, int) else tuple(value)

@@ -1,0 +1,291 @@
+"""What cannot be quantized without data is refused in one sentence that says why, before any work."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import hast_jax
+from hast_jax import networks
+from hast_jax.errors import UserError
+from hast_jax.networks import rules
+
+IMAGE = (8, 8, 3)
+
+
+class Base(nn.Module):
+    """A network that can be quantized; each one below spoils one thing."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.Conv(4, (3, 3), name="stem")(x)
+        x = self.middle(nn.relu(self.norm(train)(x)))
+        return self.logits(nn.Dense(10, name="head")(x.reshape((len(x), -1))))
+
+    def norm(self, train):
+        return nn.BatchNorm(use_running_average=not train, name="norm")
+
+    def middle(self, x):
+        return x
+
+    def logits(self, x):
+        return x
+
+
+class NoNorm(Base):
+    def norm(self, train):
+        return lambda x: x
+
+
+class LayerNorm(Base):
+    def norm(self, train):
+        return nn.LayerNorm()
+
+
+class NoLayer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=True)(x).mean((1, 2))
+
+
+class Attention(Base):
+    def middle(self, x):
+        return nn.MultiHeadDotProductAttention(2, name="attention")(x.reshape((len(x), -1, 4)))
+
+
+class OwnAttention(Base):
+    def middle(self, x):
+        q, k, v = (nn.Dense(4)(x.reshape((len(x), -1, 4))) for _ in range(3))
+        return jnp.einsum("nqk,nkc->nqc", nn.softmax(jnp.einsum("nqc,nkc->nqk", q, k)), v)
+
+
+class OwnKernel(Base):
+    def middle(self, x):
+        return x @ self.param("mixing", nn.initializers.lecun_normal(), (4, 4))
+
+
+class Transposed(Base):
+    def middle(self, x):
+        return nn.ConvTranspose(4, (2, 2), (2, 2), name="up")(x)
+
+
+class TwoAxes(Base):
+    def middle(self, x):
+        return nn.DenseGeneral((2, 3), name="heads")(x)
+
+
+class TwoLetters(Base):
+    def middle(self, x):
+        return nn.Einsum((4, 2, 3), "nhwc,cde->nhwde", name="heads")(x)
+
+
+class OneAxisForEachRow(Base):
+    def middle(self, x):
+        return nn.Einsum((8, 4, 3), "nhwc,hcd->nhwd", name="rows")(x)
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.relu(nn.Conv(4, (3, 3), name="conv")(x)), None
+
+
+class Scanned(Base):
+    def middle(self, x):
+        scan = nn.scan(Step, variable_axes={"params": 0, "hast_jax": 0}, split_rngs={"params": True}, length=3)
+        return scan(name="loop")(x, None)[0]
+
+
+class ScannedOnce(Base):
+    """With one kernel for all steps."""
+
+    def middle(self, x):
+        scan = nn.scan(Step, variable_broadcast="params", split_rngs={"params": False}, length=3)
+        return scan(name="loop")(x, None)[0]
+
+
+class Mapped(Base):
+    def middle(self, x):
+        return nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})(4, name="each")(x)
+
+
+class WeightNorm(Base):
+    def middle(self, x):
+        return nn.WeightNorm(nn.Dense(4), name="normed")(x)
+
+
+class Normalised(nn.Module):
+    """Over two axes at once."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3))(x)
+        return nn.Dense(10)(nn.BatchNorm(use_running_average=True, axis=(2, 3), name="norm")(x).mean((1, 2)))
+
+
+CompiledDense = nn.jit(nn.Dense)
+
+
+class CompiledTwice(Base):
+    """Of two equal modules under nn.jit, the second runs what was traced of the first."""
+
+    def middle(self, x):
+        return CompiledDense(4, name="b")(nn.relu(CompiledDense(4, name="a")(x)))
+
+
+class Masked(Base):
+    def middle(self, x):
+        return nn.Conv(4, (1, 1), mask=jnp.ones((1, 1, 4, 4)), name="sparse")(x)
+
+
+class OwnDense(nn.Dense):
+    def __call__(self, x):
+        return super().__call__(2 * x)
+
+
+class OwnCall(Base):
+    def middle(self, x):
+        return OwnDense(4, name="double")(x)
+
+
+class Embedded(Base):
+    def middle(self, x):
+        return x + nn.Embed(3, 4, name="table")(jnp.zeros(len(x), jnp.int32))[:, None, None]
+
+
+class Fails(Base):
+    def middle(self, x):
+        return x @ jnp.zeros((7, 7))
+
+
+class Maps(Base):
+    def logits(self, x):
+        return x[:, None]
+
+
+class OfTheBatch(Base):
+    def logits(self, x):
+        return x.mean(0)
+
+
+class Needs(nn.Module):
+    @nn.compact
+    def __call__(self, x, temperature):
+        return nn.Dense(10)(nn.BatchNorm(use_running_average=True)(x).mean((1, 2))) / temperature
+
+
+class AlwaysTraining(Base):
+    def norm(self, train):
+        return nn.BatchNorm(use_running_average=False, name="norm")
+
+
+class Nnx(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(3, 10, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.layer(x.mean((1, 2)))
+
+
+def refused(module: Any, words: str, bits: Any = "w4a4", **arguments: Any) -> str:
+    with pytest.raises(UserError, match=words) as error:
+        networks.create(module, IMAGE, rules=rules.normalise(bits), **arguments)
+    message = str(error.value)
+    assert re.fullmatch(r"(?!.*\. [A-Z]).*\.", message), message  # one sentence on one line
+    return message
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (NoNorm(), "NoNorm has no nn.BatchNorm"),
+        (LayerNorm(), "LayerNorm has no nn.BatchNorm: .* cannot be quantized without data"),
+        (NoLayer(), "NoLayer has no nn.Conv or nn.Dense"),
+        (Attention(), "has attention, a MultiHeadDotProductAttention: attention multiplies activations"),
+        (OwnAttention(), "multiplies activations with each other"),
+        (OwnKernel(), r"weights that nothing quantizes \(mixing\)"),
+        (Transposed(), "has up, a ConvTranspose: a transposed convolution is not quantized"),
+        (TwoAxes(), "heads is a DenseGeneral that is no linear layer"),
+        (TwoLetters(), "heads is an Einsum 'nhwc,cde->nhwde' that is no linear layer"),
+        (OneAxisForEachRow(), "rows is an Einsum 'nhwc,hcd->nhwd' that is no linear layer"),
+        (Scanned(), "loop.* in a loop"),
+        (ScannedOnce(), "loop.* in a loop"),
+        (Mapped(), "each in a loop"),
+        (WeightNorm(), "has normed, a WeightNorm: its weights are computed from others"),
+        (Normalised(), r"norm normalises over several axes of channels, \(2, 3\)"),
+        (CompiledTwice(), r"weights that nothing quantizes \(b/kernel\), .* or as nn.jit hides it"),
+        (Masked(), "sparse has a mask over its kernel"),
+        (OwnCall(), "double is a OwnDense with a call of its own"),
+        (Embedded(), "has table, a Embed: an embedding is not quantized"),
+        (Fails(), r"Fails fails on images \(2, 8, 8, 3\): TypeError: "),
+        (Maps(), r"Maps gives \(2, 1, 10\) for two images, not logits \(2, n\)"),
+        (OfTheBatch(), r"OfTheBatch gives \(10,\) for two images"),
+        (Needs(), r"the call of Needs needs 'temperature': give it, as call={'temperature': ...}"),
+        (AlwaysTraining(), "normalises in norm with the moments of the batch, as in training"),
+        (Nnx(), "Nnx is a flax.nnx module"),
+        (Base, "give an instance of a flax.linen.Module"),
+        (lambda x: x, "the network is a function: give an instance of a flax.linen.Module"),
+    ],
+    ids=lambda value: (getattr(value, "__name__", None) or type(value).__name__) if not isinstance(value, str) else "",
+)
+def test_a_network_that_cannot_work_is_refused_with_the_reason(module: Any, words: str) -> None:
+    refused(module, words)
+
+
+def test_what_they_spoil_works() -> None:
+    assert networks.create(Base(), IMAGE, rules=rules.normalise("w4a4")).classes == 10
+
+
+def test_training_is_refused_and_so_is_an_argument_that_is_none() -> None:
+    refused(
+        Base(),
+        r"normalises in norm with the moments of the batch, as in training: .* call={'train': False}",
+        call={"train": True},
+    )
+    refused(Base(), "Base fails on images .*: TypeError: .*unexpected keyword argument 'tain'", call={"tain": True})
+
+
+def test_rules_must_name_layers() -> None:
+    message = refused(
+        Base(), "the rule 'block1' names no layer of Base; there are: stem, head", {"default": (4, 4), "block1": (8, 8)}
+    )
+    assert message.endswith("stem, head.")
+
+
+def test_weights_of_no_layer_may_stay_in_full_precision() -> None:
+    refused(OwnKernel(), "with the rule 'mixing': None", {"default": (4, 4), "head": (8, 8)})
+    refused(OwnKernel(), "with the rule 'mixing': None", {"default": (4, 4), "mixing": (8, None)})
+    student = networks.create(OwnKernel(), IMAGE, rules=rules.normalise({"default": (4, 4), "mixing": None}))
+    assert {layer.path for layer in student.kernels} == {("stem",), ("head",)}
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [(LayerNorm(), "no nn.BatchNorm"), (OwnKernel(), "nothing quantizes"), (Nnx(), "flax.nnx"), (Base, "give an instance")],
+    ids=["LayerNorm", "OwnKernel", "Nnx", "Base"],
+)
+def test_the_library_refuses_them_before_any_work(module: Any, words: str, tmp_path: Any) -> None:
+    variables: Mapping[str, Any] = {"params": {}, "batch_stats": {}}
+    if isinstance(module, OwnKernel):
+        shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *IMAGE)))
+        variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+    test = np.zeros((4, *IMAGE), np.uint8), np.zeros(4, np.int32)
+    updates: list[Any] = []
+    with pytest.raises(UserError, match=words):
+        hast_jax.quantize(
+            module,
+            variables,
+            image=IMAGE,
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+            test=test,
+            workdir=tmp_path / "run",
+            progress=updates.append,
+        )
+    assert not updates and not (tmp_path / "run").exists()
