@@ -35,6 +35,7 @@ from hast_jax.student import Student
 Variables = Mapping[str, Any]
 Shape = tuple[int, int, int]
 
+MOST_TOGETHER = 256  # images of one batch, as in the paper
 BUDGETS: dict[str, dict[str, Any]] = {
     "trial": {  # a few minutes on two cores for small images: to see that everything works
         "synthesis.images": 256,
@@ -118,12 +119,16 @@ def synthesize(
 
     The images have the statistics of the network's batch norms and are hard for it. The other arguments: see `quantize`.
     """
-    batch = max(d for d in range(1, min(256, count) + 1) if count % d == 0)
-    sizes = {"synthesis.images": count, "synthesis.iterations": iterations, "synthesis.batch": batch}
+    if count < 1:
+        raise InputError(f"count is {count}: it must be positive.")
+    batches = -(-count // MOST_TOGETHER)
+    batch = -(-count // batches)
+    sizes = {"synthesis.images": batch * batches, "synthesis.iterations": iterations, "synthesis.batch": batch}
     sizes |= {"synthesis.return_to_best": True, "finetune.batch": 1, "calibration.batch": 1}
     setting = _Setting(model, variables, image, None, None, "w8a8", seed, call, {**sizes, **(fields or {})})
     with _shown(progress) as shown:
-        return synthesize_stage.run(setting.job(shown))
+        made, labels = synthesize_stage.run(setting.job(shown))
+    return made[:count], labels[:count]
 
 
 def calibrate(
@@ -174,7 +179,7 @@ def finetune(
     setting = _Setting(model, variables, images.shape[1:], None, None, bits, seed, call, {**sizes, **(fields or {})})
     _check_batch("finetune.batch", setting.config.finetune.batch, len(images))
     with _shown(progress) as shown:
-        job = setting.job(shown)
+        job = setting.job(shown, setting.config.finetune.batch)
         found = {"/".join(name) for name in flatten_dict(ranges)}
         if found != job.student.range_names:
             raise InputError("the ranges are not those of this network and these bits: give what calibrate returned for them.")
@@ -264,10 +269,10 @@ class _Setting:
             }
         )
 
-    def job(self, progress: Progress) -> Job:
-        """What a stage works with, in memory."""
+    def job(self, progress: Progress, batch: int | None = None) -> Job:
+        """What a stage works with, in memory. batch: images that all devices share in each step."""
         config_lib.validate(self.config)
-        devices = parallel.choose(self.config.devices, self.config.finetune.batch)
+        devices = parallel.choose(self.config.devices, batch)
         teacher, student = from_config.bare_teacher(self.config, self.model), from_config.student(self.config, self.model)
         return Job(self.config, devices, MemoryRun(), Recorder(None, progress), teacher, student, self.variables)
 
