@@ -168,14 +168,17 @@ def test_the_first_adam_step_gives_the_authors_images(golden: Golden) -> None:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_losses_of_the_first_20_iterations_agree(golden: Golden, scaled: bool) -> None:
-    """Chaos carries float32 away from the authors' run about as far as it carries that from float64."""
+    """The first to rounding, the others to a few per cent: Adam makes a step of 0.5 of what a single flipped ReLU changes.
+
+    Further on, chaos carries float32 away from the authors' run about as far as it carries that from float64.
+    """
     for case in cases(golden, scaled):
         rounding = {name: rounding_of_trace(golden, case.prefix, name, 20) for name in LOSSES.values()}
         together = np.max(list(rounding.values()), axis=0)  # the images have gone that way, whichever loss shows it
         for i, (_, found) in enumerate(case.steps(20)):
             for name in LOSSES.values():
                 key = f"{case.prefix}/trace_{name}"
-                tolerance = 1e-5 + FEW * together[i] if i < 2 else 5e-2 + FEW * together[i]
+                tolerance = (1e-5 if i == 0 else 5e-2) + FEW * together[i]
                 np.testing.assert_allclose(found[name], golden[key][i], rtol=tolerance, err_msg=f"{key} {i}")
 
 
