@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from hast_jax import fields
 from hast_jax.config import check_name
-from hast_jax.errors import Notice, Stopped, UserError, refused_by_disk
+from hast_jax.errors import InputError, Notice, Stopped, UserError, refused_by_disk
 from hast_jax.runs import parallel
 
 COMMANDS = {
@@ -143,12 +143,16 @@ def _parse(arguments: list[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
     except flags.Error as error:
-        raise UserError(str(error)) from error
+        raise UserError(_last_line(error)) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        last = str(error).strip().split("\n")[-1]  # of the traceback that ml_collections makes the message
-        raise UserError(f"the config cannot be built: {last}") from error
+        raise UserError(f"the config cannot be built: {_last_line(error)}") from error
     except OSError as error:
         raise UserError(f"the config file cannot be read: {error}") from error
+
+
+def _last_line(error: Exception) -> str:
+    """The last line of a message, which ml_collections makes of a whole traceback, without the name of our own exception."""
+    return str(error).strip().split("\n")[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
 
 
 def _fail(message: str) -> None:

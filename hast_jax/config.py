@@ -108,7 +108,7 @@ def check_name(path: str) -> None:
 
 def _unknown(path: str) -> UserError:
     name = shown(path).strip("'\"")  # a stranger's may hold line breaks
-    return UserError(f"config.{name} is unknown{close(path, FIELDS) or ' (--helpfull lists all fields)'}.")
+    return InputError(f"config.{name} is unknown{close(path, FIELDS) or ' (--helpfull lists all fields)'}.")
 
 
 def default() -> ConfigDict:

@@ -224,7 +224,8 @@ def test_an_installed_wheel_works_away_from_the_checkout(tmp_path: Path) -> None
 def test_a_link_in_a_folder_is_refused_and_leaves_no_lock(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "a").symlink_to(tmp_path)
+    before = dict(run_folder._held)
     for _ in range(2):
         with pytest.raises(hast_jax.UserError, match="is a link"):
             run_folder.open_for_run(tmp_path / "run", tiny.config())
-    assert not run_folder._held
+    assert run_folder._held == before

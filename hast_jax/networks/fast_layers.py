@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hast_jax.networks.conv import conv
+from hast_jax.networks import conv
 
 Array = jax.Array
 
@@ -33,7 +33,7 @@ def fast_convolution(module: Any, x: Array) -> Array:
         height, width = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
     else:
         height, width = (padding, padding) if isinstance(padding, int) else padding
-    y = conv(x, kernel, strides, (_pair(height), _pair(width)), dilation, module.feature_group_count)
+    y = conv.conv(x, kernel, strides, (_pair(height), _pair(width)), dilation, module.feature_group_count)
     return y + module.get_variable("params", "bias")[None, None, None] if module.use_bias else y
 
 
