@@ -51,7 +51,7 @@ ROOMS = {
     "deliver": Room(3, 495, 940, "progress bars, tables, pictures"),
     "runs": Room(4, 20, 940, "folders, checkpoints, devices, loop, progress"),
     "config": Room(5, 20, 940, "every field, described once", ("config", "cross_checks", "fields")),
-    "networks": Room(6, 20, 625, "any Linen module, weights from files"),
+    "networks": Room(6, 20, 625, "any Linen module, weights from files", ("models", "networks")),
     "data": Room(6, 650, 940, "real images, to judge by"),
     "method": Room(7, 20, 625, "the paper, as functions of arrays"),
 }

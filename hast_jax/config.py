@@ -6,6 +6,7 @@ settings of HAST for CIFAR-100. What fields there are is said in fields.py.
 
 import functools
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -127,11 +128,11 @@ def variant(config: ConfigDict, argument: str, variants: dict[str, Any] = VARIAN
     for word in filter(None, argument.split(",")):
         if word in variants:
             config.update_from_flattened_dict(variants[word])
-        elif len(word) == 4 and word[0] == "w" and word[2] == "a" and word[1].isdigit() and word[3].isdigit():
+        elif bits := re.fullmatch(r"w(\d{1,2})a(\d{1,2})", word, re.ASCII):
             if chosen not in (None, word):
                 raise InputError(f"the config has one number of bits, not {chosen} and {word}: choose one.")
             chosen = word
-            config.bits.weights, config.bits.activations = int(word[1]), int(word[3])
+            config.bits.weights, config.bits.activations = int(bits[1]), int(bits[2])
         else:
             known = ", ".join(["w4a4 (any bits)", *variants])
             raise InputError(f"the config has no variant {word!r}: choose from {known}.")

@@ -6,11 +6,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from hast_jax.errors import InputError
+
 Array = jax.Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "relu6": lambda x: jnp.minimum(nn.relu(x), 6.0),
+    "leaky_relu": nn.leaky_relu,
+    "elu": nn.elu,
+    "silu": nn.silu,
+    "hard_swish": nn.hard_swish,
+    "gelu": nn.gelu,
 }
 
 
@@ -24,7 +31,9 @@ class Activation(nn.Module):
     function: str = "relu"
 
     def __call__(self, x: Array) -> Array:
-        """Any shape, kept."""
+        """Any shape, kept. Raises InputError for an unknown function."""
+        if self.function not in ACTIVATIONS:
+            raise InputError(f"the activation {self.function!r} is unknown: choose from {', '.join(ACTIVATIONS)}.")
         return ACTIVATIONS[self.function](x)
 
 

@@ -206,6 +206,11 @@ class _Seen:
             raise InputError(
                 f"{name_of(self.module)} gives {shape or type(output).__name__} for two images, not logits (2, n)."
             )
+        if shape[1] < 2:
+            raise InputError(
+                f"{name_of(self.module)} gives one logit, whose softmax is always 1, so nothing can be learned: let it return "
+                "two, as (0, logit)."
+            )
         self.classes = shape[1]
         return logits, state.get(COLLECTION, {})
 
