@@ -45,7 +45,7 @@ ROOMS = {
         20,
         940,
         "quantize, each stage as a function, Student",
-        ("from_config", "library", "pipeline", "student"),
+        ("from_config", "given", "library", "pipeline", "student"),
     ),
     "stages": Room(3, 20, 470, "synthesize, calibrate, finetune, evaluate"),
     "deliver": Room(3, 495, 940, "progress bars, tables, pictures"),

@@ -5,7 +5,6 @@ is written. Every function takes `fields`: other values of config fields, such a
 """
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,17 @@ from flax.traverse_util import flatten_dict
 
 from hast_jax import config as config_lib
 from hast_jax import from_config, networks, pipeline
-from hast_jax.data.datasets import Arrays
 from hast_jax.deliver.console import default_progress
 from hast_jax.errors import InputError
-from hast_jax.fields import FULL_PRECISION, GIVEN
-from hast_jax.networks import rules, structure, weights
+from hast_jax.fields import GIVEN
+from hast_jax.given import Setting, check_batch, given_images, normalised_images, real_images
 from hast_jax.runs import parallel
-from hast_jax.runs.memory import MemoryRun
-from hast_jax.runs.progress import Progress, Recorder
+from hast_jax.runs.progress import Progress
 from hast_jax.stages import calibrate as calibrate_stage
 from hast_jax.stages import evaluate as evaluate_stage
 from hast_jax.stages import finetune as finetune_stage
 from hast_jax.stages import synthesize as synthesize_stage
 from hast_jax.stages.evaluate import Accuracy
-from hast_jax.stages.job import Job
 from hast_jax.student import Student
 
 Variables = Mapping[str, Any]
@@ -92,9 +88,9 @@ def quantize(
     if budget not in BUDGETS or recipe not in ("paper", "tuned"):
         raise InputError(f"budget is {budget!r} and recipe {recipe!r}: choose of {', '.join(BUDGETS)} and of paper, tuned.")
     changes = {**(config_lib.VARIANTS["tuned"] if recipe == "tuned" else {}), **BUDGETS[budget]}
-    setting = _Setting(model, variables, image, mean, std, bits, seed, call, {**changes, **(fields or {})})
-    given = _given_images(images, image) if images is not None else None
-    dataset = _dataset(test, image, setting.classes) if test is not None else None
+    setting = Setting(model, variables, image, mean, std, bits, seed, call, {**changes, **(fields or {})})
+    given = given_images(images, image) if images is not None else None
+    dataset = real_images(test, image, setting.classes) if test is not None else None
     if given is not None:
         setting.config.synthesis.source = GIVEN
     own = pipeline.Own(model, setting.variables, dataset, given)
@@ -125,7 +121,7 @@ def synthesize(
     batch = -(-count // batches)
     sizes = {"synthesis.images": batch * batches, "synthesis.iterations": iterations, "synthesis.batch": batch}
     sizes |= {"synthesis.return_to_best": True, "finetune.batch": 1, "calibration.batch": 1}
-    setting = _Setting(model, variables, image, None, None, "w8a8", seed, call, {**sizes, **(fields or {})})
+    setting = Setting(model, variables, image, None, None, "w8a8", seed, call, {**sizes, **(fields or {})})
     with _shown(progress) as shown:
         made, labels = synthesize_stage.run(setting.job(shown))
     return made[:count], labels[:count]
@@ -146,11 +142,11 @@ def calibrate(
 
     {} where no activation is quantized. The other arguments: see `quantize`.
     """
-    images = _normalised(images)
+    images = normalised_images(images)
     sizes = {"calibration.batch": min(64, len(images)), "calibration.batches": 100, "calibration.range": "mse"}
     sizes |= {"finetune.batch": 1}
-    setting = _Setting(model, variables, images.shape[1:], None, None, bits, seed, call, {**sizes, **(fields or {})})
-    _check_batch("calibration.batch", setting.config.calibration.batch, len(images))
+    setting = Setting(model, variables, images.shape[1:], None, None, bits, seed, call, {**sizes, **(fields or {})})
+    check_batch("calibration.batch", setting.config.calibration.batch, len(images))
     with _shown(progress) as shown:
         return calibrate_stage.run(setting.job(shown), images)
 
@@ -173,11 +169,11 @@ def finetune(
 
     ranges: what `calibrate` gave for these bits. images, labels: what `synthesize` gave. The other arguments: see `quantize`.
     """
-    images, labels = _given_images((images, labels), tuple(np.shape(images)[1:]))
+    images, labels = given_images((images, labels), tuple(np.shape(images)[1:]))
     tuned = {name: value for name, value in config_lib.VARIANTS["tuned"].items() if name.startswith("finetune.")}
     sizes = {**tuned, "finetune.epochs": epochs, "finetune.batch": min(64, len(images)), "calibration.batch": 1}
-    setting = _Setting(model, variables, images.shape[1:], None, None, bits, seed, call, {**sizes, **(fields or {})})
-    _check_batch("finetune.batch", setting.config.finetune.batch, len(images))
+    setting = Setting(model, variables, images.shape[1:], None, None, bits, seed, call, {**sizes, **(fields or {})})
+    check_batch("finetune.batch", setting.config.finetune.batch, len(images))
     with _shown(progress) as shown:
         job = setting.job(shown, setting.config.finetune.batch)
         found = {"/".join(name) for name in flatten_dict(ranges)}
@@ -212,109 +208,16 @@ def evaluate(
         if variables is None or mean is None or std is None:
             raise InputError("evaluate needs variables, mean and std of a network that is not a Student.")
         shape = tuple(np.shape(images)[1:])
-        setting = _Setting(model, variables, shape, mean, std, bits or "w8a8", 0, call, {})
+        setting = Setting(model, variables, shape, mean, std, bits or "w8a8", 0, call, {})
         config, classes = setting.config, setting.classes
         network = from_config.student(config, model) if bits else from_config.bare_teacher(config, model)
         variables = {**setting.variables, "ranges": variables.get("ranges", {})}
     config.teacher.mean, config.teacher.std = tuple(mean), tuple(std)
-    dataset = _dataset((images, labels), tuple(np.shape(images)[1:]), classes)
+    dataset = real_images((images, labels), tuple(np.shape(images)[1:]), classes)
     with _shown(progress) as shown:
         logits = lambda v, x: networks.apply(network, v, x)[0]
         return evaluate_stage.evaluator(logits, dataset, config, parallel.choose(0), shown)(variables)
 
 
-class _Setting:
-    """A network given in Python, checked, with the config that says the rest."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        variables: Variables,
-        image: tuple[int, ...],
-        mean: tuple[float, ...] | None,
-        std: tuple[float, ...] | None,
-        bits: Any,
-        seed: int,
-        call: Mapping[str, Any] | None,
-        fields: Mapping[str, Any],
-    ):
-        self.image = tuple(image)
-        self.mean = tuple(mean) if mean is not None else (0.0,) * self.image[-1]
-        self.std = tuple(std) if std is not None else (1.0,) * self.image[-1]
-        self.rules = rules.normalise(bits)
-        self.call = structure.inference_arguments(model) if call is None and isinstance(model, nn.Module) else dict(call or {})
-        self.model = model
-        found = structure.inspect(model, self.image, self.call)
-        self.classes = found.classes
-        checked = weights.from_variables(model, variables, self.image, call=self.call)
-        others = {name: variables[name] for name in found.collections if name in variables and name not in checked}
-        self.variables = {**others, **checked}
-        self.config = config_lib.default()
-        weight_bits, activation_bits = (FULL_PRECISION if b is None else b for b in self.rules[0][1])
-        self.config.update_from_flattened_dict(
-            {
-                "seed": seed,
-                "bits.weights": weight_bits,
-                "bits.activations": activation_bits,
-                "bits.rules": rules.text_of(self.rules[1:]),
-                "teacher.network": f"{type(model).__name__} {GIVEN}",
-                "teacher.weights": GIVEN,
-                "teacher.classes": self.classes,
-                "teacher.image": self.image,
-                "teacher.mean": self.mean,
-                "teacher.std": self.std,
-                "teacher.call": json.dumps(self.call) if call is not None else "",
-                "eval.dataset": "none",
-                **fields,
-            }
-        )
-
-    def job(self, progress: Progress, batch: int | None = None) -> Job:
-        """What a stage works with, in memory. batch: images that all devices share in each step."""
-        config_lib.validate(self.config)
-        devices = parallel.choose(self.config.devices, batch)
-        teacher, student = from_config.bare_teacher(self.config, self.model), from_config.student(self.config, self.model)
-        return Job(self.config, devices, MemoryRun(), Recorder(None, progress), teacher, student, self.variables)
-
-
 def _shown(progress: Progress | None) -> contextlib.AbstractContextManager[Progress]:
     return default_progress() if progress is None else contextlib.nullcontext(progress)
-
-
-def _normalised(images: Any) -> np.ndarray:
-    array = np.asarray(images)
-    if array.ndim != 4 or not np.issubdtype(array.dtype, np.floating) or not len(array):
-        raise InputError(
-            f"the images are {array.dtype} {array.shape}: give normalised float32 images [n, height, width, channels]."
-        )
-    bad = np.flatnonzero(~np.isfinite(array).all((1, 2, 3)))
-    if len(bad):
-        raise InputError(f"image {bad[0]} holds values that are not finite.")
-    return array.astype(np.float32, copy=False)
-
-
-def _given_images(given: tuple[Any, Any], image: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = _normalised(given[0]), np.asarray(given[1])
-    if images.shape[1:] != tuple(image):
-        raise InputError(f"the images have the shape {images.shape[1:]}, not {tuple(image)}.")
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(
-            f"the labels are {labels.dtype} {labels.shape}: give one whole number for each of {len(images)} images."
-        )
-    return images, labels.astype(np.int32)
-
-
-def _dataset(test: tuple[Any, Any], image: tuple[int, ...], classes: int) -> Arrays:
-    images, labels = np.asarray(test[0]), np.asarray(test[1])
-    if images.dtype != np.uint8 or images.shape[1:] != tuple(image) or not len(images):
-        wanted = ", ".join(map(str, image))
-        raise InputError(f"the real images are {images.dtype} {images.shape}: give uint8 images [n, {wanted}] of 0 ... 255.")
-    whole = labels.shape == (len(images),) and np.issubdtype(labels.dtype, np.integer)
-    if not whole or labels.min() < 0 or labels.max() >= classes:
-        raise InputError(f"the labels must be one whole number from 0 to {classes - 1} for each of the {len(images)} images.")
-    return Arrays(images, labels.astype(np.int32), classes)
-
-
-def _check_batch(field: str, batch: int, images: int) -> None:
-    if batch > images:
-        raise InputError(f"{field} is {batch}, more than the {images} images: lower it.")

@@ -132,9 +132,8 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
         with job.recorder.stage("finetune", stop, start) as stage:
             if due(start) and start // every not in evaluations:
                 judge(state)
-            step = make_step(job.teacher, job.student, settings)
             loop = drive(
-                parallel.pmap_steps(step, job.devices, calls, together=True),
+                parallel.pmap_steps(make_step(job.teacher, job.student, settings), job.devices, calls, together=True),
                 parallel.replicate(state, job.devices),
                 inputs(frozen, range(start, stop, calls), job.devices, settings),
                 start=start,

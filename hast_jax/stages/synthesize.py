@@ -172,9 +172,8 @@ def _fill(job: Job, store: Any, checkpoints: Any) -> None:
     reached = {batch: int(row.iteration) for batch, row in begun.items()}
     parallel.agree({"half-made images": crc32((np.asarray(pending), np.asarray(sorted(reached.items()))))})
     done = (store.batches - len(pending)) * settings.iterations + sum(reached.values())
-    together = parallel.together(job.devices) * parallel.stack(
-        settings.stack, memory(job.teacher, job.variables, shape, settings)
-    )
+    stack = parallel.stack(settings.stack, memory(job.teacher, job.variables, shape, settings))
+    together = parallel.together(job.devices) * stack
     with job.recorder.stage("synthesis", store.batches * settings.iterations, done) as stage:
         for batches, first in plan(pending, reached, together):
             count, own = parallel.deal(batches, job.devices)

@@ -1,0 +1,118 @@
+"""A network and arrays that are given in Python, checked before any work."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from hast_jax import config as config_lib
+from hast_jax import from_config
+from hast_jax.data.datasets import Arrays
+from hast_jax.errors import InputError
+from hast_jax.fields import FULL_PRECISION, GIVEN
+from hast_jax.networks import rules, structure, weights
+from hast_jax.runs import parallel
+from hast_jax.runs.memory import MemoryRun
+from hast_jax.runs.progress import Progress, Recorder
+from hast_jax.stages.job import Job
+
+Variables = Mapping[str, Any]
+
+
+class Setting:
+    """A network given in Python, checked, with the config that says the rest."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variables: Variables,
+        image: tuple[int, ...],
+        mean: tuple[float, ...] | None,
+        std: tuple[float, ...] | None,
+        bits: Any,
+        seed: int,
+        call: Mapping[str, Any] | None,
+        fields: Mapping[str, Any],
+    ):
+        self.image = tuple(image)
+        self.mean = tuple(mean) if mean is not None else (0.0,) * self.image[-1]
+        self.std = tuple(std) if std is not None else (1.0,) * self.image[-1]
+        self.rules = rules.normalise(bits)
+        self.call = structure.inference_arguments(model) if call is None and isinstance(model, nn.Module) else dict(call or {})
+        self.model = model
+        found = structure.inspect(model, self.image, self.call)
+        self.classes = found.classes
+        checked = weights.from_variables(model, variables, self.image, call=self.call)
+        others = {name: variables[name] for name in found.collections if name in variables and name not in checked}
+        self.variables = {**others, **checked}
+        self.config = config_lib.default()
+        weight_bits, activation_bits = (FULL_PRECISION if b is None else b for b in self.rules[0][1])
+        self.config.update_from_flattened_dict(
+            {
+                "seed": seed,
+                "bits.weights": weight_bits,
+                "bits.activations": activation_bits,
+                "bits.rules": rules.text_of(self.rules[1:]),
+                "teacher.network": f"{type(model).__name__} {GIVEN}",
+                "teacher.weights": GIVEN,
+                "teacher.classes": self.classes,
+                "teacher.image": self.image,
+                "teacher.mean": self.mean,
+                "teacher.std": self.std,
+                "teacher.call": json.dumps(self.call) if call is not None else "",
+                "eval.dataset": "none",
+                **fields,
+            }
+        )
+
+    def job(self, progress: Progress, batch: int | None = None) -> Job:
+        """What a stage works with, in memory. batch: images that all devices share in each step."""
+        config_lib.validate(self.config)
+        devices = parallel.choose(self.config.devices, batch)
+        teacher, student = from_config.bare_teacher(self.config, self.model), from_config.student(self.config, self.model)
+        return Job(self.config, devices, MemoryRun(), Recorder(None, progress), teacher, student, self.variables)
+
+
+def normalised_images(images: Any) -> np.ndarray:
+    """Images float32 [n, height, width, channels]. Raises InputError where they are no finite floating point images."""
+    array = np.asarray(images)
+    if array.ndim != 4 or not np.issubdtype(array.dtype, np.floating) or not len(array):
+        raise InputError(
+            f"the images are {array.dtype} {array.shape}: give normalised float32 images [n, height, width, channels]."
+        )
+    bad = np.flatnonzero(~np.isfinite(array).all((1, 2, 3)))
+    if len(bad):
+        raise InputError(f"image {bad[0]} holds values that are not finite.")
+    return array.astype(np.float32, copy=False)
+
+
+def given_images(given: tuple[Any, Any], image: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Normalised images float32 [n, *image] and labels int32 [n] to learn from. Raises InputError for others."""
+    images, labels = normalised_images(given[0]), np.asarray(given[1])
+    if images.shape[1:] != tuple(image):
+        raise InputError(f"the images have the shape {images.shape[1:]}, not {tuple(image)}.")
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"the labels are {labels.dtype} {labels.shape}: give one whole number for each of {len(images)} images."
+        )
+    return images, labels.astype(np.int32)
+
+
+def real_images(test: tuple[Any, Any], image: tuple[int, ...], classes: int) -> Arrays:
+    """Images uint8 [n, *image] and labels [n] to judge by. Raises InputError for others."""
+    images, labels = np.asarray(test[0]), np.asarray(test[1])
+    if images.dtype != np.uint8 or images.shape[1:] != tuple(image) or not len(images):
+        wanted = ", ".join(map(str, image))
+        raise InputError(f"the real images are {images.dtype} {images.shape}: give uint8 images [n, {wanted}] of 0 ... 255.")
+    whole = labels.shape == (len(images),) and np.issubdtype(labels.dtype, np.integer)
+    if not whole or labels.min() < 0 or labels.max() >= classes:
+        raise InputError(f"the labels must be one whole number from 0 to {classes - 1} for each of the {len(images)} images.")
+    return Arrays(images, labels.astype(np.int32), classes)
+
+
+def check_batch(field: str, batch: int, images: int) -> None:
+    """Raise InputError where a batch needs more images than there are."""
+    if batch > images:
+        raise InputError(f"{field} is {batch}, more than the {images} images: lower it.")
