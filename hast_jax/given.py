@@ -61,7 +61,7 @@ class Setting:
                 "teacher.image": self.image,
                 "teacher.mean": self.mean,
                 "teacher.std": self.std,
-                "teacher.call": json.dumps(self.call) if call is not None else "",
+                "teacher.call": "" if call is None else _as_json(self.call),
                 "eval.dataset": "none",
                 **fields,
             }
@@ -73,6 +73,13 @@ class Setting:
         devices = parallel.choose(self.config.devices, batch)
         teacher, student = from_config.bare_teacher(self.config, self.model), from_config.student(self.config, self.model)
         return Job(self.config, devices, MemoryRun(), Recorder(None, progress), teacher, student, self.variables)
+
+
+def _as_json(call: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(call)
+    except TypeError as error:
+        raise InputError(f"call is {call}: its values must be numbers, texts, True, False or None.") from error
 
 
 def normalised_images(images: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ from rich.table import Table
 from hast_jax.runs.progress import Update
 
 SHOWN = ("loss", "kl", "fa", "hard", "lr")  # metrics beside the progress bar
-TEACHER = "teacher"  # the stage in which the teacher's accuracy is measured
+TEACHER, EVALUATION = "teacher", "evaluate"  # stages: the teacher's accuracy is told; a network is judged
 
 
 class Bar:
@@ -23,25 +23,29 @@ class Bar:
     def __init__(self, console: Console):
         self.console = console
         self._bar: Progress | None = None
-        self._task = TaskID(0)
-        self._previous = (0, 0.0)
+        self._tasks: dict[str, TaskID] = {}  # of the running stage, and of an evaluation within it
+        self._previous: dict[str, Update] = {}
 
     def __call__(self, update: Update) -> None:
         """Show an update."""
+        live = self.console.is_terminal or self.console.is_jupyter
         if update.finished:
-            self._finish(update)
-            return
-        if not (self.console.is_terminal or self.console.is_jupyter):
-            return
-        if self._bar is None:
-            self._start(update)
-        assert self._bar is not None
-        (before, then), self._previous = self._previous, (update.done, update.seconds)
-        speed = f"{(update.done - before) / (update.seconds - then):.1f}/s" if update.seconds > then else ""
-        shown = "  ".join(f"{name} {update.metrics[name]:.4g}" for name in SHOWN if name in update.metrics)
-        self._bar.update(self._task, completed=update.done, shown=shown, speed=speed)
+            self._finish(update, live)
+        elif live:
+            self._move(update)
 
-    def _start(self, update: Update) -> None:
+    def _move(self, update: Update) -> None:
+        bar = self._bar = self._bar or self._start(update)
+        if update.stage not in self._tasks:
+            self._tasks[update.stage] = bar.add_task(update.stage, total=update.total, shown="", speed="")
+        before = self._previous.get(update.stage, update)
+        self._previous[update.stage] = update
+        seconds = update.seconds - before.seconds
+        shown = "  ".join(f"{name} {update.metrics[name]:.4g}" for name in SHOWN if name in update.metrics)
+        speed = f"{(update.done - before.done) / seconds:.1f}/s" if seconds > 0 else ""
+        bar.update(self._tasks[update.stage], completed=update.done, shown=shown, speed=speed)
+
+    def _start(self, update: Update) -> Progress:
         columns = (
             TextColumn("{task.description:<11}"),
             BarColumn(),
@@ -50,25 +54,30 @@ class Bar:
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("{task.fields[shown]}", style="dim"),
         )
-        self._bar = Progress(*columns, console=self.console, transient=update.stage == "evaluate")
-        self._task = self._bar.add_task(update.stage, total=update.total, completed=update.done, shown="", speed="")
-        self._previous = (update.done, update.seconds)
-        self._bar.start()
+        bar = Progress(*columns, console=self.console, transient=update.stage == EVALUATION)
+        bar.start()
+        return bar
 
-    def _finish(self, update: Update) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=update.total)
-        self._stop()
+    def _finish(self, update: Update, live: bool) -> None:
+        task = self._tasks.pop(update.stage, None)
+        self._previous.pop(update.stage, None)
+        if self._bar is not None and task is not None:
+            self._bar.update(task, completed=update.total)
+            if self._tasks:  # the evaluation within a stage
+                self._bar.remove_task(task)
+            else:
+                self._stop()
         if update.stage == TEACHER:
             top1, images = update.metrics["top1"], int(update.metrics["images"])
             self.console.print(f"teacher: top-1 {top1:.2f} % of {images} images", highlight=False)
-        elif update.stage != "evaluate" and not (self.console.is_terminal or self.console.is_jupyter):
+        elif update.stage != EVALUATION and not live:
             self.console.print(f"{update.stage}: {update.total} steps in {format_seconds(update.seconds)}")
 
     def _stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        self._tasks, self._previous = {}, {}
 
     def __enter__(self) -> "Bar":
         return self
