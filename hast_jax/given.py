@@ -6,13 +6,14 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from hast_jax import config as config_lib
 from hast_jax import from_config
 from hast_jax.data.datasets import Arrays
 from hast_jax.errors import InputError
 from hast_jax.fields import FULL_PRECISION, GIVEN
-from hast_jax.networks import rules, structure, weights
+from hast_jax.networks import Network, rules, structure, weights
 from hast_jax.runs import parallel
 from hast_jax.runs.memory import MemoryRun
 from hast_jax.runs.progress import Progress, Recorder
@@ -34,18 +35,22 @@ class Setting:
         bits: Any,
         seed: int,
         call: Mapping[str, Any] | None,
-        fields: Mapping[str, Any],
+        sizes: Mapping[str, Any],
+        fields: Mapping[str, Any] | None,
     ):
-        self.image = tuple(image)
-        self.mean = tuple(mean) if mean is not None else (0.0,) * self.image[-1]
-        self.std = tuple(std) if std is not None else (1.0,) * self.image[-1]
+        """sizes: fields of the config that the caller sets. fields: those that the person sets."""
+        _check_fields(fields)
+        self.image = _numbers("image", image, 3)
+        self.mean = _numbers("mean", mean, self.image[-1]) if mean is not None else (0.0,) * self.image[-1]
+        self.std = _numbers("std", std, self.image[-1]) if std is not None else (1.0,) * self.image[-1]
         self.rules = rules.normalise(bits)
         self.call = structure.inference_arguments(model) if call is None and isinstance(model, nn.Module) else dict(call or {})
         self.model = model
         found = structure.inspect(model, self.image, self.call)
         self.classes = found.classes
         checked = weights.from_variables(model, variables, self.image, call=self.call)
-        others = {name: variables[name] for name in found.collections if name in variables and name not in checked}
+        rest = variables if isinstance(variables, Mapping) else {}
+        others = {name: rest[name] for name in found.collections if name in rest and name not in checked}
         self.variables = {**others, **checked}
         self.config = config_lib.default()
         weight_bits, activation_bits = (FULL_PRECISION if b is None else b for b in self.rules[0][1])
@@ -63,16 +68,49 @@ class Setting:
                 "teacher.std": self.std,
                 "teacher.call": "" if call is None else _as_json(self.call),
                 "eval.dataset": "none",
-                **fields,
+                **sizes,
+                **(fields or {}),
             }
         )
+        config_lib.validate(self.config)
 
     def job(self, progress: Progress, batch: int | None = None) -> Job:
         """What a stage works with, in memory. batch: images that all devices share in each step."""
-        config_lib.validate(self.config)
+        if parallel.process_count() > 1:
+            raise InputError("a stage alone works in one process: use quantize, with a workdir, for several.")
         devices = parallel.choose(self.config.devices, batch)
         teacher, student = from_config.bare_teacher(self.config, self.model), from_config.student(self.config, self.model)
         return Job(self.config, devices, MemoryRun(), Recorder(None, progress), teacher, student, self.variables)
+
+
+GIVEN_OTHERWISE = (
+    "teacher.",
+    "eval.dataset",
+    "eval.split",
+    "eval.data_dir",
+    "synthesis.source",
+    "synthesis.real_split",
+    "bits.",
+)
+
+
+def _check_fields(fields: Mapping[str, Any] | None) -> None:
+    if not isinstance(fields or {}, Mapping):
+        raise InputError(f'fields is a {type(fields).__name__}: give a dict such as {{"finetune.lam": 0.0}}.')
+    for path in fields or {}:
+        if str(path).startswith(GIVEN_OTHERWISE) and path != "teacher.arithmetic":
+            raise InputError(f"{path} is no field of a network that is given in Python: use the arguments of the function.")
+
+
+def _numbers(name: str, values: Any, count: int) -> tuple[Any, ...]:
+    try:
+        found = tuple(np.asarray(values).tolist())
+    except TypeError:
+        found = ()
+    if len(found) != count or not all(isinstance(each, int | float) for each in found):
+        wanted = "(height, width, channels)" if name == "image" else f"one number for each of the {count} channels"
+        raise InputError(f"{name} is {values!r}: it must be {wanted}.")
+    return found
 
 
 def _as_json(call: Mapping[str, Any]) -> str:
@@ -95,15 +133,12 @@ def normalised_images(images: Any) -> np.ndarray:
     return array.astype(np.float32, copy=False)
 
 
-def given_images(given: tuple[Any, Any], image: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def given_images(given: tuple[Any, Any], image: tuple[int, ...], classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Normalised images float32 [n, *image] and labels int32 [n] to learn from. Raises InputError for others."""
     images, labels = normalised_images(given[0]), np.asarray(given[1])
     if images.shape[1:] != tuple(image):
         raise InputError(f"the images have the shape {images.shape[1:]}, not {tuple(image)}.")
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(
-            f"the labels are {labels.dtype} {labels.shape}: give one whole number for each of {len(images)} images."
-        )
+    _check_labels(labels, len(images), classes)
     return images, labels.astype(np.int32)
 
 
@@ -113,9 +148,7 @@ def real_images(test: tuple[Any, Any], image: tuple[int, ...], classes: int) -> 
     if images.dtype != np.uint8 or images.shape[1:] != tuple(image) or not len(images):
         wanted = ", ".join(map(str, image))
         raise InputError(f"the real images are {images.dtype} {images.shape}: give uint8 images [n, {wanted}] of 0 ... 255.")
-    whole = labels.shape == (len(images),) and np.issubdtype(labels.dtype, np.integer)
-    if not whole or labels.min() < 0 or labels.max() >= classes:
-        raise InputError(f"the labels must be one whole number from 0 to {classes - 1} for each of the {len(images)} images.")
+    _check_labels(labels, len(images), classes)
     return Arrays(images, labels.astype(np.int32), classes)
 
 
@@ -123,3 +156,16 @@ def check_batch(field: str, batch: int, images: int) -> None:
     """Raise InputError where a batch needs more images than there are."""
     if batch > images:
         raise InputError(f"{field} is {batch}, more than the {images} images: lower it.")
+
+
+def _check_labels(labels: np.ndarray, images: int, classes: int) -> None:
+    whole = labels.shape == (images,) and np.issubdtype(labels.dtype, np.integer)
+    if not whole or labels.min() < 0 or labels.max() >= classes:
+        raise InputError(f"the labels must be one whole number from 0 to {classes - 1} for each of the {images} images.")
+
+
+def check_ranges(ranges: Any, student: Network) -> None:
+    """Raise InputError where these are not the finite ranges of all activations that `student` quantizes."""
+    flat = flatten_dict(ranges) if isinstance(ranges, Mapping) else {}
+    if {"/".join(name) for name in flat} != student.range_names or not all(np.all(np.isfinite(each)) for each in flat.values()):
+        raise InputError("the ranges are not those of this network and these bits: give what calibrate returned for them.")

@@ -11,14 +11,13 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from hast_jax import config as config_lib
 from hast_jax import from_config, networks, pipeline
 from hast_jax.deliver.console import default_progress
 from hast_jax.errors import InputError
 from hast_jax.fields import GIVEN
-from hast_jax.given import Setting, check_batch, given_images, normalised_images, real_images
+from hast_jax.given import Setting, check_batch, check_ranges, given_images, normalised_images, real_images
 from hast_jax.runs import parallel
 from hast_jax.runs.progress import Progress
 from hast_jax.stages import calibrate as calibrate_stage
@@ -69,8 +68,9 @@ def quantize(
 
     Args:
       model: a `flax.linen.Module` of convolutions, linear layers, batch norms and any functions between them, unchanged.
-      variables: its trained `params` and `batch_stats`.
-      image: height, width and channels of the images that it takes.
+      variables: its trained `params` and `batch_stats`, as a tree or a TrainState.
+      image: height, width and channels of the images that it takes: square, with 1 or 3 channels, as the augmentation crops
+        squares.
       mean, std: how its images are normalised: (x - mean) / std for x in [0, 1], one number for each channel.
       bits: "w4a4"; a pair (weights, activations); or a dict of such values by patterns of layer paths, with a "default".
       budget: "trial", "small" (meant for two cores) or "full" (the paper's, meant for an accelerator).
@@ -88,9 +88,9 @@ def quantize(
     if budget not in BUDGETS or recipe not in ("paper", "tuned"):
         raise InputError(f"budget is {budget!r} and recipe {recipe!r}: choose of {', '.join(BUDGETS)} and of paper, tuned.")
     changes = {**(config_lib.VARIANTS["tuned"] if recipe == "tuned" else {}), **BUDGETS[budget]}
-    setting = Setting(model, variables, image, mean, std, bits, seed, call, {**changes, **(fields or {})})
-    given = given_images(images, image) if images is not None else None
-    dataset = real_images(test, image, setting.classes) if test is not None else None
+    setting = Setting(model, variables, image, mean, std, bits, seed, call, changes, fields)
+    given = given_images(images, setting.image, setting.classes) if images is not None else None
+    dataset = real_images(test, setting.image, setting.classes) if test is not None else None
     if given is not None:
         setting.config.synthesis.source = GIVEN
     own = pipeline.Own(model, setting.variables, dataset, given)
@@ -113,7 +113,8 @@ def synthesize(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Stage 1: `count` images float32 [count, *image] in the network's normalised space, and their labels int32 [count].
 
-    The images have the statistics of the network's batch norms and are hard for it. The other arguments: see `quantize`.
+    The images have the statistics of the network's batch norms and are hard for it. The other arguments and errors: see
+    `quantize`.
     """
     if count < 1:
         raise InputError(f"count is {count}: it must be positive.")
@@ -121,7 +122,7 @@ def synthesize(
     batch = -(-count // batches)
     sizes = {"synthesis.images": batch * batches, "synthesis.iterations": iterations, "synthesis.batch": batch}
     sizes |= {"synthesis.return_to_best": True, "finetune.batch": 1, "calibration.batch": 1}
-    setting = Setting(model, variables, image, None, None, "w8a8", seed, call, {**sizes, **(fields or {})})
+    setting = Setting(model, variables, image, None, None, "w8a8", seed, call, sizes, fields)
     with _shown(progress) as shown:
         made, labels = synthesize_stage.run(setting.job(shown))
     return made[:count], labels[:count]
@@ -140,12 +141,12 @@ def calibrate(
 ) -> Variables:
     """Stage 2: the `ranges` of the quantized activations, from images float32 [n, height, width, channels], normalised.
 
-    {} where no activation is quantized. The other arguments: see `quantize`.
+    {} where no activation is quantized. The other arguments and errors: see `quantize`.
     """
     images = normalised_images(images)
     sizes = {"calibration.batch": min(64, len(images)), "calibration.batches": 100, "calibration.range": "mse"}
-    sizes |= {"finetune.batch": 1}
-    setting = Setting(model, variables, images.shape[1:], None, None, bits, seed, call, {**sizes, **(fields or {})})
+    sizes |= {"synthesis.source": GIVEN}
+    setting = Setting(model, variables, images.shape[1:], None, None, bits, seed, call, sizes, fields)
     check_batch("calibration.batch", setting.config.calibration.batch, len(images))
     with _shown(progress) as shown:
         return calibrate_stage.run(setting.job(shown), images)
@@ -167,18 +168,17 @@ def finetune(
 ) -> Variables:
     """Stage 3: the variables of the student after `epochs` of 200 steps: `params`, `batch_stats` and the given `ranges`.
 
-    ranges: what `calibrate` gave for these bits. images, labels: what `synthesize` gave. The other arguments: see `quantize`.
+    ranges: what `calibrate` gave for these bits. images, labels: what `synthesize` gave. The other arguments and errors: see
+    `quantize`.
     """
-    images, labels = given_images((images, labels), tuple(np.shape(images)[1:]))
     tuned = {name: value for name, value in config_lib.VARIANTS["tuned"].items() if name.startswith("finetune.")}
-    sizes = {**tuned, "finetune.epochs": epochs, "finetune.batch": min(64, len(images)), "calibration.batch": 1}
-    setting = Setting(model, variables, images.shape[1:], None, None, bits, seed, call, {**sizes, **(fields or {})})
+    sizes = {**tuned, "finetune.epochs": epochs, "finetune.batch": min(64, len(images)), "synthesis.source": GIVEN}
+    setting = Setting(model, variables, tuple(np.shape(images)[1:]), None, None, bits, seed, call, sizes, fields)
+    images, labels = given_images((images, labels), setting.image, setting.classes)
     check_batch("finetune.batch", setting.config.finetune.batch, len(images))
     with _shown(progress) as shown:
         job = setting.job(shown, setting.config.finetune.batch)
-        found = {"/".join(name) for name in flatten_dict(ranges)}
-        if found != job.student.range_names:
-            raise InputError("the ranges are not those of this network and these bits: give what calibrate returned for them.")
+        check_ranges(ranges, job.student)
         state, _ = finetune_stage.run(job, images, labels, ranges, None)
     return {**setting.variables, "params": state.params, "ranges": ranges}
 
@@ -197,23 +197,26 @@ def evaluate(
 ) -> Accuracy:
     """Stage 4: top-1 and top-5 in per cent of images uint8 [n, height, width, channels] with labels [n].
 
+    labels: whole numbers from 0 to the number of classes - 1. Raises UserError for what is impossible.
+
     Of a student: `evaluate(student, images=..., labels=...)`. Of a network in full precision: `evaluate(model, variables,
     images, labels, mean=..., std=...)`; with `bits`, and `ranges` among the variables, of the network quantized so.
     """
+    shape = tuple(np.shape(images)[1:])
     if isinstance(model, Student):
-        student, variables, mean, std = model, model.variables, model.mean, model.std
-        network, classes = student.network, student.network.classes
+        network, variables, mean, std = model.network, model.variables, model.mean, model.std
         config = config_lib.default()
+        config.teacher.mean, config.teacher.std = mean, std
     else:
-        if variables is None or mean is None or std is None:
-            raise InputError("evaluate needs variables, mean and std of a network that is not a Student.")
-        shape = tuple(np.shape(images)[1:])
-        setting = Setting(model, variables, shape, mean, std, bits or "w8a8", 0, call, {})
-        config, classes = setting.config, setting.classes
+        if variables is None or mean is None or std is None or len(shape) != 3:
+            raise InputError("evaluate needs variables, images, labels, mean and std of a network that is not a Student.")
+        setting = Setting(model, variables, shape, mean, std, bits or "w8a8", 0, call, {}, None)
+        config = setting.config
         network = from_config.student(config, model) if bits else from_config.bare_teacher(config, model)
-        variables = {**setting.variables, "ranges": variables.get("ranges", {})}
-    config.teacher.mean, config.teacher.std = tuple(mean), tuple(std)
-    dataset = real_images((images, labels), tuple(np.shape(images)[1:]), classes)
+        ranges = variables.get("ranges", {}) if bits else {}
+        check_ranges(ranges, network)
+        variables = {**setting.variables, "ranges": ranges}
+    dataset = real_images((images, labels), shape, network.classes)
     with _shown(progress) as shown:
         logits = lambda v, x: networks.apply(network, v, x)[0]
         return evaluate_stage.evaluator(logits, dataset, config, parallel.choose(0), shown)(variables)

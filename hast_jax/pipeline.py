@@ -99,10 +99,15 @@ def _prepare(
         raise UserError("the network has no batch norms whose outputs could be aligned: set finetune.lam to 0.")
     if given is not None:
         _check_enough(config, len(given[0]))
-    storage: RunFolder | MemoryRun = MemoryRun()
-    if workdir is not None:
-        parallel.on_main(lambda: run_folder.open_for_run(workdir, config))
-        storage = RunFolder(workdir)
+    recorder = Recorder(workdir, progress, writing=parallel.is_main())
+    job = lambda storage: Job(config, devices, storage, recorder, teacher, student, variables)
+    if workdir is None:
+        if parallel.process_count() > 1:
+            raise UserError("several processes share a run by its folder: give a workdir on one file system.")
+        return job(MemoryRun()), given, dataset
+    parallel.on_main(lambda: run_folder.open_for_run(workdir, config))
+    storage = RunFolder(workdir)
+    try:
         known = crc32(np.fromfile(storage.config, np.uint8)) if storage.config.exists() else 0
         parallel.agree(
             {
@@ -112,14 +117,19 @@ def _prepare(
                 "run folder (on one file system?)": known,
             }
         )
-    try:
         parallel.on_main(lambda: storage.check_teacher(variables))
-        recorder = Recorder(workdir, progress, writing=parallel.is_main())
+        parallel.on_main(lambda: storage.check_test(_checksum(dataset)))
     except BaseException:
-        if workdir is not None:
-            run_folder.release(workdir)
+        run_folder.release(workdir)
         raise
-    return Job(config, devices, storage, recorder, teacher, student, variables), given, dataset
+    return job(storage), given, dataset
+
+
+def _checksum(dataset: datasets.Dataset | None) -> int | None:
+    """By which a run knows the real images that it is judged by: of all of them in memory, of the labels of files."""
+    if dataset is None:
+        return None
+    return crc32((dataset.images, dataset.labels) if isinstance(dataset, datasets.Arrays) else dataset.labels)
 
 
 def _given_images(config: ConfigDict) -> Given | None:
@@ -234,7 +244,7 @@ def _begin_segment(job: Job) -> dict[str, Any] | None:
         "jax": jax.__version__,
         "spent_before": {name: round(job.recorder.seconds(name), 1) for name in STAGES},
     }
-    segments = [*job.storage.read_segments(), segment]
+    segments = [*(_ended(job, each) for each in job.storage.read_segments()), segment]
     parallel.on_main(lambda: job.storage.write_segments(segments))
     return segment
 
@@ -242,10 +252,15 @@ def _begin_segment(job: Job) -> dict[str, Any] | None:
 def _end_segment(job: Job, segment: dict[str, Any] | None) -> None:
     """Note how long the stages took since this start."""
     if segment is not None:
-        before = segment["spent_before"]
-        segment["seconds"] = {name: round(job.recorder.seconds(name) - before[name], 1) for name in STAGES}
+        segment["seconds"] = {name: round(job.recorder.own_seconds.get(name, 0.0), 1) for name in STAGES}
         segments = [*job.storage.read_segments()[:-1], segment]
         parallel.on_main(lambda: job.storage.write_segments(segments))
+
+
+def _ended(job: Job, segment: dict[str, Any]) -> dict[str, Any]:
+    """A segment that was broken off, with its seconds by what it logged."""
+    before = segment["spent_before"]
+    return {"seconds": {name: round(job.recorder.seconds(name) - before[name], 1) for name in STAGES}, **segment}
 
 
 def _summary(job: Job, images: int, evaluations: dict[int, float]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from hast_jax.data.datasets import normalise
 from hast_jax.errors import InputError, UserError
 from hast_jax.method import quantizer
 from hast_jax.networks import Network, weights
+from hast_jax.networks import rules as rules_lib
 from hast_jax.networks.rules import Rules
 from hast_jax.runs.files import crc32, write_bytes, write_json
 
@@ -95,7 +96,6 @@ class Student:
             "module": type(self.network.module).__name__,
             "rules": self.rules,
             "call": dict(self.network.call),
-            "branches": [call.path for call in self.network.branches],
             "straight_through": self.network.straight_through,
             "fast_convolution": self.network.fast_convolution,
             "image": self.image,
@@ -122,8 +122,10 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
     try:
         said = json.loads((path / DESCRIPTION).read_text())
         flat = safetensors.numpy.load_file(path / WEIGHTS)
-        image, record = tuple(said["image"]), said["record"]
-        rules = tuple((pattern, tuple(bits)) for pattern, bits in said["rules"])
+        image, record, call = tuple(said["image"]), dict(said["record"]), dict(said["call"])
+        mean, std = tuple(said["mean"]), tuple(said["std"])
+        (_, default), *others = said["rules"]
+        rules = rules_lib.normalise({"default": tuple(default), **{pattern: tuple(bits) for pattern, bits in others}})
         settings = {name: said[name] for name in ("straight_through", "fast_convolution")}
         if said["format"] != FORMAT or crc32(flat) != said["crc32"]:
             raise ValueError("its arrays are not those that were saved")
@@ -137,17 +139,18 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
             raise UserError(
                 f"{path} holds a student of your own network {said['module']}: give the module, load(folder, model)."
             )
-        model = networks.module(name, record["config"]["teacher"]["classes"])
-    network = networks.create(model, image, call=said["call"], rules=rules, **settings)
+        teacher = record["config"]["teacher"]
+        model = networks.module(name, teacher["classes"], **json.loads(teacher["arguments"] or "{}"))
+    network = networks.create(model, image, call=call, rules=rules, **settings)
     variables = unflatten_dict({tuple(name.split("/")): jnp.asarray(array) for name, array in flat.items()})
     variables.setdefault("ranges", {})
-    checked = weights.from_variables(model, variables, image, call=said["call"])
+    checked = weights.from_variables(model, variables, image, call=call)
     found = {"/".join(name) for name in flatten_dict(variables["ranges"])}
     if found != network.range_names:
         raise UserError(
             f"{path} holds a student of another network than {type(model).__name__}: its ranges are of other layers."
         )
-    return Student(network, {**variables, **checked}, rules, image, tuple(said["mean"]), tuple(said["std"]), record)
+    return Student(network, {**variables, **checked}, rules, image, mean, std, record)
 
 
 def _codes(kernel: jax.Array, bits: int, axes: tuple[int, ...]) -> Codes:

@@ -199,6 +199,20 @@ class Shared(nn.Module):
         return self.head(self.conv(x).mean((1, 2)))
 
 
+class Again(nn.Module):
+    """A convolution that reads the image first and then what came of it; arguments by name; a gate by einsum."""
+
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        conv = nn.Conv(3, (3, 3), use_bias=False)
+        for _ in range(3):
+            x = nn.relu(nn.BatchNorm()(use_running_average=not train, x=conv(inputs=x)))
+        x = jnp.einsum("bhwc,bc->bhwc", x, nn.sigmoid(nn.Dense(3)(x.mean((1, 2)))))
+        return nn.Einsum((3, self.classes))(x.mean((1, 2)), "bc,cd->bd")
+
+
 class Frozen(nn.Module):
     """Only for inference: the batch norms have no other mode, and no parameters."""
 
@@ -255,6 +269,7 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[int, int, int]]] = {
     "mobilenetv3": (MobileNetV3(), SMALL),
     "unusual": (Unusual(), SMALL),
     "shared": (Shared(), SMALL),
+    "again": (Again(), SMALL),
     "frozen": (Frozen(), SMALL),
     "remat": (Remat(), SMALL),
     "sequential": (sequential(), SMALL),

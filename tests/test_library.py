@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -164,6 +165,12 @@ def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
         ({"budget": "huge"}, "choose of trial, small, full"),
         ({"mean": (0.5, 0.5)}, "one number for each of the 1 channels"),
         ({"fields": {"finetune.epss": 1}}, "did you mean finetune.eps"),
+        ({"fields": {"eval.dataset": "digits"}}, "use the arguments of the function"),
+        ({"fields": 5}, "give a dict such as"),
+        ({"image": 8}, r"must be \(height, width, channels\)"),
+        ({"std": 0.5}, "one number for each of the 1 channels"),
+        ({"std": (0.0,)}, "positive for each channel"),
+        ({"call": {"train": np.False_}}, "must be numbers, texts"),
         ({"test": (np.zeros((3, 8, 8, 1)), np.zeros(3))}, "give uint8 images"),
         ({"test": (np.zeros((3, 8, 8, 1), np.uint8), np.full(3, 10))}, "from 0 to 9"),
         ({"call": {"train": True}}, "with the moments of the batch"),
@@ -173,6 +180,38 @@ def test_what_is_impossible_is_refused_in_one_sentence(network: tuple, changes: 
     with pytest.raises(hast_jax.UserError, match=words) as error:
         quantize(network, **changes)
     assert isinstance(error.value, ValueError) and "\n" not in str(error.value)
+
+
+def test_a_train_state_is_taken_and_no_variables_are_refused(network: tuple) -> None:
+    model, variables = network
+    state = SimpleNamespace(step=3, **variables)
+    images, _ = hast_jax.synthesize(model, state, image=(8, 8, 1), count=8, iterations=1)
+    assert images.shape == (8, 8, 8, 1)
+    with pytest.raises(ValueError, match="the variables hold no params"):
+        hast_jax.synthesize(model, None, image=(8, 8, 1), count=8, iterations=1)
+
+
+def test_a_run_is_judged_by_the_images_that_it_began_with(network: tuple, digits: datasets.Arrays, tmp_path: Path) -> None:
+    fewer = digits.images[:99], digits.labels[:99]
+    quantize(network, workdir=tmp_path / "run", test=fewer)
+    for other in (None, (digits.images, digits.labels)):
+        with pytest.raises(hast_jax.UserError, match="began with other test images"):
+            quantize(network, workdir=tmp_path / "run", test=other)
+
+
+def test_a_stage_refuses_what_the_others_did_not_make(network: tuple, digits: datasets.Arrays) -> None:
+    model, variables = network
+    images = np.zeros((20, 8, 8, 1), np.float32)
+    with pytest.raises(ValueError, match="whole number from 0 to 9"):
+        hast_jax.finetune(model, variables, {}, images, np.full(20, 10))
+    with pytest.raises(ValueError, match="give what calibrate returned"):
+        hast_jax.finetune(model, variables, None, images, np.zeros(20, int))
+    with pytest.raises(ValueError, match=r"finetune\.batch is 60, more than the 20 images"):
+        hast_jax.finetune(model, variables, {}, images, np.zeros(20, int), fields={"finetune.batch": 60})
+    with pytest.raises(ValueError, match="positive for each channel"):
+        hast_jax.evaluate(model, variables, digits.images, digits.labels, mean=MEAN, std=(0.0,))
+    with pytest.raises(ValueError, match="evaluate needs variables, images"):
+        hast_jax.evaluate(model, variables, mean=MEAN, std=STD)
 
 
 def test_a_weight_that_is_not_finite_is_named(network: tuple) -> None:

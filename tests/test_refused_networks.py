@@ -129,6 +129,24 @@ class Normalised(nn.Module):
         return nn.Dense(10)(nn.BatchNorm(use_running_average=True, axis=(2, 3), name="norm")(x).mean((1, 2)))
 
 
+class ChannelsFirst(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, axis=1, name="norm")(nn.Conv(4, (3, 3))(x).transpose(0, 3, 1, 2))
+        return nn.Dense(10)(x.mean((2, 3)))
+
+
+class Halved(nn.BatchNorm):
+    def __call__(self, x):
+        return super().__call__(x, use_running_average=True) / 2
+
+
+class OwnNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(Halved(name="norm")(nn.Conv(4, (3, 3))(x)).mean((1, 2)))
+
+
 CompiledDense = nn.jit(nn.Dense)
 
 
@@ -218,7 +236,9 @@ def refused(module: Any, words: str, bits: Any = "w4a4", **arguments: Any) -> st
         (ScannedOnce(), "loop.* in a loop"),
         (Mapped(), "each in a loop"),
         (WeightNorm(), "has normed, a WeightNorm: its weights are computed from others"),
-        (Normalised(), r"norm normalises over several axes of channels, \(2, 3\)"),
+        (Normalised(), r"norm has its channels on the axis \(2, 3\): they must be on the last"),
+        (ChannelsFirst(), "norm has its channels on the axis 1: they must be on the last"),
+        (OwnNorm(), "norm is a Halved with a call of its own: use nn.BatchNorm itself"),
         (CompiledTwice(), r"weights that nothing quantizes \(b/kernel\), .* or as nn.jit hides it"),
         (Masked(), "sparse has a mask over its kernel"),
         (OwnCall(), "double is a OwnDense with a call of its own"),

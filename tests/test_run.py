@@ -49,9 +49,9 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_like_an_unbroken_one(
     assert tiny.outcome(workdir) == tiny.outcome(finished)
     result = json.loads((workdir / "result.json").read_text())
     first, second = result["segments"]
-    assert "seconds" not in first and min(second["seconds"].values()) >= 0 and "2 x cpu" in second["hardware"]
-    for name, seconds in result["seconds"].items():
-        assert seconds == pytest.approx(second["spent_before"][name] + second["seconds"][name], abs=0.11)
+    assert min(first["seconds"].values()) >= 0 and max(first["seconds"].values()) > 0 and "2 x cpu" in second["hardware"]
+    for name, seconds in result["seconds"].items():  # what was done after the last checkpoint is done again
+        assert seconds <= second["spent_before"][name] + second["seconds"][name] + 0.11
 
 
 def test_a_finished_run_started_again_only_prints_its_table(copy: Path) -> None:

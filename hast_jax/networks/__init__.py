@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from hast_jax.errors import InputError
 from hast_jax.method.losses import BatchNormTap
 from hast_jax.networks import user_files
 from hast_jax.networks.mobilenet import MobileNetV1, MobileNetV2
@@ -27,7 +28,10 @@ def module(name: str, classes: int, **arguments: Any) -> nn.Module:
     arguments: of the constructor, beside `classes`. Raises UserError where there is no such network.
     """
     if name in ARCHITECTURES:
-        return ARCHITECTURES[name](classes=classes, **arguments)
+        try:
+            return ARCHITECTURES[name](classes=classes, **arguments)
+        except TypeError as error:
+            raise InputError(f"{name} takes no such arguments ({error}): leave config.teacher.arguments empty.") from error
     return user_files.make(name, classes, arguments)
 
 

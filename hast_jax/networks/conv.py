@@ -30,7 +30,7 @@ def conv(x: Array, kernel: Array, strides: Pair, padding: Padding, dilation: Pai
     padding: zeros on each side, as for `lax.conv_general_dilated`. dilation: of the kernel.
     """
     x, kernel = _rounded(x), _rounded(kernel)
-    if groups == x.shape[-1] == kernel.shape[-1] > 1:
+    if groups == x.shape[-1] == kernel.shape[-1] > 1 and min(min(sides) for sides in padding) >= 0:
         return _depthwise(x, kernel, strides, padding, dilation)
     reach = [size - 1 for size in kernel.shape[:2]]
     inside = all(0 <= side <= most for sides, most in zip(padding, reach) for side in sides)

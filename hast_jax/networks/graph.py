@@ -79,7 +79,7 @@ class Graph:
             makes = tuple(self._new() for _ in equation.outvars)
             numbers.update(zip(equation.outvars, makes))
             shapes = tuple(tuple(getattr(variable.aval, "shape", ())) for variable in equation.invars)
-            self.operations.append(Operation(equation.primitive.name, tuple(reads), makes, shapes))
+            self.operations.append(Operation(_name(equation), tuple(reads), makes, shapes))
 
 
 def trace(function: Any, *arguments: Any) -> tuple[Graph, Any]:
@@ -87,3 +87,9 @@ def trace(function: Any, *arguments: Any) -> tuple[Graph, Any]:
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     graph = Graph(traced)
     return graph, jax.tree.unflatten(jax.tree.structure(shapes), graph.outputs)
+
+
+def _name(equation: Any) -> str:
+    """The name of a primitive; a product that sums over nothing is one of elements."""
+    name = equation.primitive.name
+    return "mul" if name == "dot_general" and not equation.params["dimension_numbers"][0][0] else name

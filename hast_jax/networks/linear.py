@@ -10,7 +10,7 @@ from hast_jax.errors import InputError
 LINEAR = (nn.Conv, nn.Dense, nn.DenseGeneral, nn.Einsum)
 
 
-def summed_axes(module: Any, named: Mapping[str, Any]) -> tuple[int, ...]:
+def summed_axes(module: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[int, ...]:
     """Axes of the kernel that are summed over. Raises UserError where the layer is no linear map of vectors."""
     own_call = next(kind for kind in LINEAR if isinstance(module, kind)).__call__
     if type(module).__call__ is not own_call:
@@ -26,7 +26,8 @@ def summed_axes(module: Any, named: Mapping[str, Any]) -> tuple[int, ...]:
             raise InputError(f"{place(module)} is a DenseGeneral that is no linear layer: it must have one axis of outputs.")
         return tuple(range(1 if isinstance(module.axis, int) else len(module.axis)))
     if isinstance(module, nn.Einsum):
-        return _einsum_axes(module, named.get("einsum_str") or module.einsum_str or "")
+        given = arguments[1] if len(arguments) > 1 else named.get("einsum_str")
+        return _einsum_axes(module, given or module.einsum_str or "")
     return (0,)
 
 

@@ -116,7 +116,7 @@ def apply(network: Network, variables: Variables, images: Array) -> tuple[Array,
     norms = tuple(
         BatchNormTap(_wide(_left(left, c, "input")), moment(c, "mean"), moment(c, "var")) for c in network.structure.norms
     )
-    activations = {site.name: _left(left, call, "quantized") for call, site in network.sites.items()}
+    activations = {site.name: _quantized(left, call, "quantized") for call, site in network.sites.items()}
     branches = tuple(_wide(_left(left, call, "output")) for call in network.branches)
     return _wide(logits), Taps(norms, branches, activations)
 
@@ -130,7 +130,7 @@ def observe(network: Network, variables: Variables, ranges: Variables, images: A
         return {}
     _, left = _call(network, {**variables, "ranges": ranges}, images, observing=True)
     first = {site.name: call for call, site in reversed(list(network.sites.items()))}
-    limits = {name: _left(left, call, "range") for name, call in first.items()}
+    limits = {name: _quantized(left, call, "range") for name, call in first.items()}
     return unflatten_dict({(*name, end): limits[name][i] for name in first for i, end in enumerate(("low", "high"))})
 
 
@@ -184,16 +184,16 @@ class _Interceptor:
         site = self._network.sites.get(call)
         if isinstance(module, Activation):
             y = function(*arguments, **named)
-            return y if site is None else self._quantized(module, y, site)
+            return y if site is None else self._quantized(module, y, site, call.number)
         x, replace = argument(arguments, named)
         if site is not None:
-            x = self._quantized(module, x, site)
+            x = self._quantized(module, x, site, call.number)
             arguments, named = replace(x)
         if self._fast and is_plain_convolution(module, x):
             return fast_convolution(module, x)
         return function(*arguments, **named)
 
-    def _quantized(self, module: nn.Module, x: Array, site: Site) -> Array:
+    def _quantized(self, module: nn.Module, x: Array, site: Site, number: int) -> Array:
         low, high = (self._ranges.get((*site.name, end)) for end in ("low", "high"))
         wide = _wide(x)  # a running average of ranges is no average in bfloat16
         if self._observing:
@@ -201,8 +201,9 @@ class _Interceptor:
         if low is None or high is None:
             raise InputError(f"the activations {'/'.join(site.name)} have no range yet: calibrate first.")
         y = quantizer.fake_quantize_activation(wide, low, high, site.bits, self._network.straight_through).astype(x.dtype)
-        module.sow(COLLECTION, "range", (low, high))
-        module.sow(COLLECTION, "quantized", y)
+        # By number: a module may be quantized at some of its calls alone.
+        module.sow(COLLECTION, f"range_{number}", (low, high))
+        module.sow(COLLECTION, f"quantized_{number}", y)
         return y
 
 
@@ -213,6 +214,10 @@ def _wide(x: Array) -> Array:
 
 def _left(left: Any, call: Call, name: str) -> Any:
     return _below(left, call.path)[name][call.number]
+
+
+def _quantized(left: Any, call: Call, name: str) -> Any:
+    return _below(left, call.path)[f"{name}_{call.number}"][0]
 
 
 def _below(tree: Any, path: Path) -> Any:

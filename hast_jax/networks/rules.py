@@ -8,6 +8,7 @@ those of the weights and of the activations, None being full precision.
 import functools
 import numbers
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from hast_jax.errors import InputError
@@ -52,7 +53,7 @@ def normalise(bits: Any) -> Rules:
     """
     if isinstance(bits, str | tuple | list):
         return ((ALL, _bits(bits)),)
-    if not isinstance(bits, dict):
+    if not isinstance(bits, Mapping):
         raise InputError(f'bits are {shown(bits)}: give "w4a4", a pair such as (4, 4), or a dict of patterns and bits.')
     if DEFAULT not in bits:
         raise InputError('bits give no default: add "default", with the bits of the layers that no pattern matches.')

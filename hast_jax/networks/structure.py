@@ -38,6 +38,7 @@ REFUSED: dict[type, str] = {
 }
 WATCHED: Any = (*LINEAR, nn.BatchNorm, Activation, *REFUSED)
 _calls = itertools.count()
+READ = ("inputs", "x")  # what Flax's layers call the argument that they read
 TRAINING = {"train": False, "training": False, "is_training": False, "deterministic": True, "use_running_average": True}
 
 
@@ -123,7 +124,7 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
     images = jax.ShapeDtypeStruct((2, *image), jnp.zeros(()).dtype)
     seen = _Seen(module)
     try:
-        variables = jax.eval_shape(lambda key, x: module.init(key, x, **call), jax.random.key(0), images)
+        variables = nn.unbox(jax.eval_shape(lambda key, x: module.init(key, x, **call), jax.random.key(0), images))
         with nn.intercept_methods(seen.intercept):
             traced, (_, left) = graph.trace(lambda v, x: seen.look(v, x, call), variables, images)
     except UserError:
@@ -177,10 +178,10 @@ def logits_of(output: Any) -> Any:
 
 
 def argument(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-    """The first argument of an intercepted call, and a function that puts another in its place."""
+    """What an intercepted call of a layer reads, and a function that puts another value in its place."""
     if arguments:
         return arguments[0], lambda x: ((x, *arguments[1:]), named)
-    name = next(iter(named))
+    name = next(name for name in READ if name in named)
     return named[name], lambda x: ((), {**named, name: x})
 
 
@@ -226,7 +227,7 @@ class _Seen:
         self._counts[module.path] += 1
         x, _ = argument(arguments, named)
         if isinstance(module, LINEAR):
-            self.layers.setdefault(module.path, Layer(module.path, summed_axes(module, named)))
+            self.layers.setdefault(module.path, Layer(module.path, summed_axes(module, arguments, named)))
             self.calls.append(call)
         elif isinstance(module, nn.BatchNorm):
             self._check_norm(module, arguments, named)
@@ -241,14 +242,16 @@ class _Seen:
         return y
 
     def _check_norm(self, module: nn.BatchNorm, arguments: Any, named: Any) -> None:
+        if type(module).__call__ is not nn.BatchNorm.__call__:
+            raise InputError(f"{place(module)} is a {name_of(module)} with a call of its own: use nn.BatchNorm itself.")
         given = arguments[1] if len(arguments) > 1 else named.get("use_running_average")
         if not (module.use_running_average if given is None else given):
             raise InputError(
                 f"{name_of(self.module)} normalises in {place(module)} with the moments of the batch, as in training: give "
                 "the argument of its call that stops this, as call={'train': False}."
             )
-        if not isinstance(module.axis, int):
-            raise InputError(f"{place(module)} normalises over several axes of channels, {module.axis}: one is supported.")
+        if module.axis not in (-1, argument(arguments, named)[0].ndim - 1):
+            raise InputError(f"{place(module)} has its channels on the axis {module.axis}: they must be on the last.")
 
 
 def _check_kernels(module: nn.Module, seen: _Seen, params: Mapping[Path, Any]) -> None:

@@ -84,11 +84,22 @@ def name_map(
 def _name_map(variables: Mapping[tuple[str, ...], Any], name_of: names_lib.NameOf) -> dict[str, tuple[str, ...]]:
     names: dict[str, tuple[str, ...]] = {}
     for path in variables:
-        other = names.setdefault(name_of(path), path)
+        name = _called(name_of, path)
+        other = names.setdefault(name, path)
         if other != path:
             both = f"{'/'.join(other)} and {'/'.join(path)}"
-            raise InputError(f"the network's name map calls both {both} {name_of(path)!r}: give each a name of its own.")
+            raise InputError(f"the network's name map calls both {both} {name!r}: give each a name of its own.")
     return names
+
+
+def _called(name_of: names_lib.NameOf, path: tuple[str, ...]) -> str:
+    try:
+        name = name_of(path)
+    except Exception as error:  # whatever a map of the user's does wrong
+        raise InputError(f"the name map fails on {path}: {type(error).__name__}: {error}.") from error
+    if not isinstance(name, str):
+        raise InputError(f"the name map gives {name!r} for {path}: it must give a text.")
+    return name
 
 
 def abstract_variables(model: nn.Module, image: Shape = (32, 32, 3), call: Mapping[str, Any] = {}) -> Variables:
@@ -161,9 +172,14 @@ def from_variables(
 ) -> Variables:
     """`params` and `batch_stats` of `model`, in float32, from a tree of Flax: nested mappings of NumPy's or JAX's arrays.
 
-    variables: {"params", "batch_stats"}, or what else flax_trees.py takes. image, call, errors: as `from_state_dict`.
+    variables: {"params", "batch_stats"}, what else flax_trees.py takes, or an object with attributes of these names.
+    image, call, errors: as `from_state_dict`.
     """
-    return from_state_dict(model, flax_trees.flat(variables), image, names_lib.flax, call)
+    if not isinstance(variables, Mapping):  # a TrainState
+        variables = {name: getattr(variables, name) for name in flax_trees.COLLECTIONS if hasattr(variables, name)}
+    if not variables:
+        raise InputError("the variables hold no params: give {'params': ..., 'batch_stats': ...}, or a TrainState with both.")
+    return from_state_dict(model, flax_trees.flat(nn.unbox(variables)), image, names_lib.flax, call)
 
 
 def _library_maps(model: nn.Module, expected: Mapping[tuple[str, ...], Any]) -> list[dict[str, tuple[str, ...]]]:

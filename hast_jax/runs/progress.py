@@ -62,6 +62,7 @@ class Recorder:
         self._lines = read_metrics(self._path) if self._path else []
         self._writing = writing and folder is not None
         self._events: dict[str, Any] = {}
+        self.own_seconds: dict[str, float] = {}  # of each stage, since this recorder was made
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:
@@ -72,9 +73,11 @@ class Recorder:
 
             write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
             self._events[name] = SummaryWriter(str(self._path.parent / "tensorboard" / name), purge_step=done + 1)
-        stage = Stage(self, name, total, self.seconds(name))
+        spent = self.seconds(name)
+        stage = Stage(self, name, total, spent)
         self.progress(Update(name, done, total, stage.seconds, {}))
         yield stage
+        self.own_seconds[name] = stage.seconds - spent
         self.log(name, total, stage.seconds, {})
         self.progress(Update(name, total, total, stage.seconds, {}, finished=True))
 
@@ -102,9 +105,12 @@ class Recorder:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a last line cut short by a killed run is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or not {"stage", "step", "seconds"} <= line.keys():
+            break
+        lines.append(line)
     return lines

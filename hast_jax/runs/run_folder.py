@@ -84,6 +84,13 @@ class RunFolder:
         elif remember:
             write_json(self.teacher, {"crc32": found})
 
+    def check_test(self, checksum: int | None) -> None:
+        """Remember the real images that this run is judged by (None: none), or raise UserError where it began with others."""
+        known = read_json(self.teacher)
+        if known.setdefault("test", checksum) != checksum:
+            raise UserError(f"{self} began with other test images, or without any: use another --workdir, or those.")
+        write_json(self.teacher, known)
+
     def teacher_accuracy(self) -> dict[str, float] | None:
         """What `remember_teacher_accuracy` was given; None where it was not called yet."""
         return read_json(self.teacher).get("accuracy") if self.teacher.exists() else None
