@@ -229,7 +229,7 @@ def test_a_part_may_stay_in_full_precision(bits: Any, monkeypatch: pytest.Monkey
             assert (levels(product.x) > 2**BITS) == (for_inputs is None)
 
 
-QUICK = ("shared", "sequential", "bfloat16")
+QUICK = ("shared", "bfloat16")
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS])

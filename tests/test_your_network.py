@@ -54,6 +54,7 @@ def test_the_pages_commands_train_quantize_and_evaluate_its_network(tmp_path: Pa
     assert "Conv_0/input/low" in ranges and "output/input/low" in ranges
 
 
+@pytest.mark.slow
 def test_the_pages_lines_of_python_quantize_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     model = user_files.load(NETWORK)(10)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
