@@ -1,5 +1,6 @@
 """The stages in their order, each going on where a killed run left it."""
 
+import contextlib
 import datetime
 import platform
 import warnings
@@ -51,7 +52,7 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
     Without `workdir` nothing is written. Raises UserError.
     """
     job, given, dataset = _prepare(config, workdir, progress, own)
-    with job.storage.held():
+    with job.storage.held(), contextlib.closing(job.recorder):
         evaluate = _teacher_accuracy(job, dataset)
         segment = _begin_segment(job)
         images, labels = _training_images(job, given)
@@ -66,16 +67,14 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
                 folder = job.storage.student
                 parallel.on_main(lambda: student.save(folder))
             parallel.on_main(lambda: job.storage.write_result(result))  # last: it says that all else is there
-        job.recorder.close()
     return student
 
 
 def run_synthesis(config: ConfigDict, workdir: Path, progress: Progress = silent) -> Path:
     """Stage 1 alone; returns the folder of the synthetic set. Raises UserError."""
     job, given, _ = _prepare(config, workdir, progress, None)
-    with job.storage.held():
+    with job.storage.held(), contextlib.closing(job.recorder):
         _training_images(job, given)
-        job.recorder.close()
     return RunFolder(workdir).synthetic
 
 

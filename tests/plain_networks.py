@@ -217,6 +217,7 @@ class Frozen(nn.Module):
     """Only for inference: the batch norms have no other mode, and no parameters."""
 
     classes: int = 10
+    branches: int = 1  # a name that our own networks give a pattern
 
     @nn.compact
     def __call__(self, x):

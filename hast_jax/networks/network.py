@@ -227,7 +227,8 @@ def _below(tree: Any, path: Path) -> Any:
 
 
 def _branches(module: nn.Module, structure: Structure, pattern: str) -> tuple[Call, ...]:
-    pattern = pattern or getattr(module, "branches", "")
+    declared = getattr(module, "branches", "")  # a stranger's network may call anything so
+    pattern = pattern or (declared if isinstance(declared, str) else "")
     if not pattern:
         return structure.branches
     found = tuple(call for call in structure.norms if compiled(pattern).search("/".join(call.path)))

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +14,6 @@ class MemoryRun:
     """As `RunFolder`, but nothing is written and nothing is there to go on from."""
 
     def __init__(self) -> None:
-        self.path: Path | None = None
         self._ranges: Tree = None
         self._evaluations: dict[int, float] = {}
         self._accuracy: dict[str, float] | None = None

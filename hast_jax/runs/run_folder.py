@@ -34,7 +34,6 @@ class RunFolder:
     """
 
     def __init__(self, path: Path):
-        self.path: Path | None = path
         self._path = path
         self.config = path / "config.json"
         self.synthetic = path / "synthetic"
