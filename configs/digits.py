@@ -13,6 +13,12 @@ from ml_collections import ConfigDict
 from hast_jax import config as config_lib
 
 
+VARIANTS = {
+    "best": {**config_lib.BEST, "finetune.epochs": 8},
+    "small": {"synthesis.images": 256, "synthesis.iterations": 100, "finetune.epochs": 2},
+}
+
+
 def get_config(argument: str = "") -> ConfigDict:
     """argument: bits such as w4a4, `small` (half a minute, for trying things out), joined by commas."""
     config = config_lib.default()
@@ -31,5 +37,4 @@ def get_config(argument: str = "") -> ConfigDict:
     config.eval.dataset = "digits"
     config.eval.batch = 240
     config.eval.every = 2
-    small = {"synthesis.images": 256, "synthesis.iterations": 100, "finetune.epochs": 2}
-    return config_lib.variant(config, argument, {"small": small})
+    return config_lib.variant(config, argument, VARIANTS)

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from hast_jax import config as config_lib
 
 VARIANTS = {
+    "best": config_lib.BEST,
     "small": {
         "synthesis.images": 64,
         "synthesis.batch": 32,

@@ -102,7 +102,7 @@ def fine_tuning(config: ConfigDict, devices: int) -> Part:
         some = jax.random.normal(key, (config.calibration.batch, *image))
         ranges = calibrate.step(student, variables, {}, some)
         data = jax.random.normal(key, (*shape, *image)), jnp.zeros(shape, jnp.int32)
-        return finetune.init(variables["params"], settings), finetune.freeze(variables, ranges, *data, config)
+        return finetune.init(variables["params"], ranges, settings), finetune.freeze(variables, ranges, *data, config)
 
     return Part(finetune.make_step(teacher, student, settings), build, settings.batch, settings.batch)
 

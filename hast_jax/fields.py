@@ -23,6 +23,10 @@ from hast_jax.networks import ARCHITECTURES, rules, user_files
 from hast_jax.networks.conv import ARITHMETIC
 
 SCHEDULES = ("step", "cosine")
+IMAGE_SCHEDULES = ("plateau", "cosine")
+CROPS = ("batch", "image")
+OPTIMIZERS = ("sgd", "adam")
+RANGES = ("fixed", "learned")
 NETWORKS = (*ARCHITECTURES, "FILE.py:CLASS")
 GIVEN = "(given in Python)"  # ends the name of a network that no file names
 JSON = parsed_by(json_object, "a JSON object")
@@ -131,6 +135,11 @@ FIELDS: dict[str, Field] = {
     "synthesis.beta": Field(10.0, "Weight of the hard-sample loss.", not_negative),
     "synthesis.gamma": Field(2.0, "Exponent of the difficulty, Eq. 8.", not_negative),
     "synthesis.lr": Field(0.5, "First learning rate of the images, by Adam.", positive),
+    "synthesis.schedule": Field(
+        "plateau",
+        "How the rate of the images falls. plateau: where the loss does not improve. cosine: to zero at the last step.",
+        choices=IMAGE_SCHEDULES,
+    ),
     "synthesis.patience": Field(50, "Steps without improvement before the rate of the images falls.", count_or_zero),
     "synthesis.threshold": Field(1e-4, "Share by which the loss must fall to count as improved.", not_negative),
     "synthesis.factor": Field(
@@ -147,6 +156,9 @@ FIELDS: dict[str, Field] = {
         "Probability that a step sees its batch through a random crop and flip. The paper's for ImageNet is 0.5.",
         between(0, 1),
     ),
+    "synthesis.crop": Field(
+        "batch", "Which images share this crop. batch: all of a batch. image: none, each has its own.", choices=CROPS
+    ),
     "synthesis.crop_scale": Field(0.4, "Smallest share of the image that this crop keeps.", share),
     "synthesis.save_every": Field(250, "Steps between two checkpoints within a batch.", count, free=True),
     "calibration.batches": Field(800, "Batches from which the ranges of the activations are measured.", count),
@@ -159,6 +171,16 @@ FIELDS: dict[str, Field] = {
     "finetune.epochs": Field(147, "Epochs of fine-tuning.", count),
     "finetune.steps_per_epoch": Field(200, "Steps in an epoch of fine-tuning.", count),
     "finetune.batch": Field(256, "Images in a step of fine-tuning, over all devices.", count),
+    "finetune.optimizer": Field(
+        "sgd", "sgd: the paper's, with Nesterov momentum. adam: with decoupled weight decay.", choices=OPTIMIZERS
+    ),
+    "finetune.ranges": Field(
+        "fixed",
+        "Ranges of the quantizers. fixed: of weights the minimum and maximum, of activations as calibrated. learned: trained "
+        "with the weights, by Adam.",
+        choices=RANGES,
+    ),
+    "finetune.ranges_lr": Field(1e-3, "First learning rate of learned ranges, as a share of their width.", positive),
     "finetune.lr": Field(1e-5, "First learning rate of the student.", positive),
     "finetune.schedule": Field(
         "step",
@@ -172,7 +194,7 @@ FIELDS: dict[str, Field] = {
     ),
     "finetune.straight_through": Field(
         "identity",
-        "Gradient to activations outside their range. identity: as inside. clipped: none.",
+        "Gradient to activations outside their range, where ranges are fixed. identity: as inside. clipped: none.",
         choices=tuple(quantizer.STRAIGHT_THROUGH),
     ),
     "finetune.momentum": Field(

@@ -33,6 +33,7 @@ def student(config: ConfigDict, own: nn.Module | None = None) -> Network:
         own,
         rules=bit_rules(config),
         range_rule=quantizer.RANGE_RULES[config.calibration.range],
+        learned_ranges=config.finetune.ranges == "learned",
         straight_through=config.finetune.straight_through,
     )
 

@@ -164,8 +164,12 @@ def _check_labels(labels: np.ndarray, images: int, classes: int) -> None:
         raise InputError(f"the labels must be one whole number from 0 to {classes - 1} for each of the {images} images.")
 
 
+def range_names(ranges: Any) -> set[str]:
+    """The paths of the leaves of a tree of ranges; none where it is no tree."""
+    return {"/".join(name) for name in flatten_dict(ranges)} if isinstance(ranges, Mapping) else set()
+
+
 def check_ranges(ranges: Any, student: Network) -> None:
-    """Raise InputError where these are not the finite ranges of all activations that `student` quantizes."""
-    flat = flatten_dict(ranges) if isinstance(ranges, Mapping) else {}
-    if {"/".join(name) for name in flat} != student.range_names or not all(np.all(np.isfinite(each)) for each in flat.values()):
+    """Raise InputError where these are not the finite ranges of everything that `student` quantizes."""
+    if range_names(ranges) != student.range_names or not all(np.all(np.isfinite(e)) for e in flatten_dict(ranges).values()):
         raise InputError("the ranges are not those of this network and these bits: give what calibrate returned for them.")

@@ -17,7 +17,7 @@ from hast_jax import from_config, networks, pipeline
 from hast_jax.deliver.console import default_progress
 from hast_jax.errors import InputError
 from hast_jax.fields import GIVEN
-from hast_jax.given import Setting, check_batch, check_ranges, given_images, normalised_images, real_images
+from hast_jax.given import Setting, check_batch, check_ranges, given_images, normalised_images, range_names, real_images
 from hast_jax.runs import parallel
 from hast_jax.runs.progress import Progress
 from hast_jax.stages import calibrate as calibrate_stage
@@ -44,6 +44,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "small": config_lib.VARIANTS["small"],
     "full": {},
 }
+RECIPES: dict[str, dict[str, Any]] = {"best": config_lib.BEST, "paper": {}}
 
 
 def quantize(
@@ -55,7 +56,7 @@ def quantize(
     std: tuple[float, ...],
     bits: Any = "w4a4",
     budget: str = "small",
-    recipe: str = "tuned",
+    recipe: str = "best",
     workdir: str | Path | None = None,
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
@@ -74,7 +75,7 @@ def quantize(
       mean, std: how its images are normalised: (x - mean) / std for x in [0, 1], one number for each channel.
       bits: "w4a4"; a pair (weights, activations); or a dict of such values by patterns of layer paths, with a "default".
       budget: "trial", "small" (meant for two cores) or "full" (the paper's, meant for an accelerator).
-      recipe: "tuned", the settings that lose least at the small budget; or "paper".
+      recipe: "best", the settings that lose least; or "paper".
       workdir: a folder in which the run is kept, to go on from where it was interrupted. None: nothing is written.
       seed: of everything random.
       call: keyword arguments of the model's call; by default those that make it infer, such as train=False.
@@ -85,9 +86,10 @@ def quantize(
 
     Returns the student. Raises UserError in one sentence for what is impossible, before any long work.
     """
-    if budget not in BUDGETS or recipe not in ("paper", "tuned"):
-        raise InputError(f"budget is {budget!r} and recipe {recipe!r}: choose of {', '.join(BUDGETS)} and of paper, tuned.")
-    changes = {**(config_lib.VARIANTS["tuned"] if recipe == "tuned" else {}), **BUDGETS[budget]}
+    if budget not in BUDGETS or recipe not in RECIPES:
+        known = f"{', '.join(BUDGETS)} and of {', '.join(RECIPES)}"
+        raise InputError(f"budget is {budget!r} and recipe {recipe!r}: choose of {known}.")
+    changes = {**RECIPES[recipe], **BUDGETS[budget], **config_lib.VARIANTS.get(f"{recipe},{budget}", {})}
     setting = Setting(model, variables, image, mean, std, bits, seed, call, changes, fields)
     given = given_images(images, setting.image, setting.classes) if images is not None else None
     dataset = real_images(test, setting.image, setting.classes) if test is not None else None
@@ -104,8 +106,8 @@ def synthesize(
     variables: Variables,
     *,
     image: Shape,
-    count: int = 1536,
-    iterations: int = 500,
+    count: int = 1024,
+    iterations: int = 400,
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -121,7 +123,7 @@ def synthesize(
     batches = -(-count // MOST_TOGETHER)
     batch = -(-count // batches)
     sizes = {"synthesis.images": batch * batches, "synthesis.iterations": iterations, "synthesis.batch": batch}
-    sizes |= {"synthesis.return_to_best": True, "finetune.batch": 1, "calibration.batch": 1}
+    sizes |= {**_best("synthesis"), "finetune.batch": 1, "calibration.batch": 1}
     setting = Setting(model, variables, image, None, None, "w8a8", seed, call, sizes, fields)
     with _shown(progress) as shown:
         made, labels = synthesize_stage.run(setting.job(shown))
@@ -141,11 +143,12 @@ def calibrate(
 ) -> Variables:
     """Stage 2: the `ranges` of the quantized activations, from images float32 [n, height, width, channels], normalised.
 
-    {} where no activation is quantized. The other arguments and errors: see `quantize`.
+    The ranges of the kernels are among them, as both are learned; with fields={"finetune.ranges": "fixed"} they are not.
+    The other arguments and errors: see `quantize`.
     """
     images = normalised_images(images)
-    sizes = {"calibration.batch": min(64, len(images)), "calibration.batches": 100, "calibration.range": "mse"}
-    sizes |= {"synthesis.source": GIVEN}
+    sizes = {**_best("calibration"), "calibration.batch": min(64, len(images)), "synthesis.source": GIVEN}
+    sizes |= {"finetune.ranges": config_lib.BEST["finetune.ranges"]}
     setting = Setting(model, variables, images.shape[1:], None, None, bits, seed, call, sizes, fields)
     check_batch("calibration.batch", setting.config.calibration.batch, len(images))
     with _shown(progress) as shown:
@@ -160,19 +163,18 @@ def finetune(
     labels: Any,
     *,
     bits: Any = "w4a4",
-    epochs: int = 20,
+    epochs: int = 8,
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Variables:
-    """Stage 3: the variables of the student after `epochs` of 200 steps: `params`, `batch_stats` and the given `ranges`.
+    """Stage 3: the variables of the student after `epochs` of 200 steps: `params`, `batch_stats` and the learned `ranges`.
 
     ranges: what `calibrate` gave for these bits. images, labels: what `synthesize` gave. The other arguments and errors: see
     `quantize`.
     """
-    tuned = {name: value for name, value in config_lib.VARIANTS["tuned"].items() if name.startswith("finetune.")}
-    sizes = {**tuned, "finetune.epochs": epochs, "finetune.batch": min(64, len(images)), "synthesis.source": GIVEN}
+    sizes = {**_best("finetune"), "finetune.epochs": epochs, "finetune.batch": min(64, len(images)), "synthesis.source": GIVEN}
     setting = Setting(model, variables, tuple(np.shape(images)[1:]), None, None, bits, seed, call, sizes, fields)
     images, labels = given_images((images, labels), setting.image, setting.classes)
     check_batch("finetune.batch", setting.config.finetune.batch, len(images))
@@ -180,7 +182,7 @@ def finetune(
         job = setting.job(shown, setting.config.finetune.batch)
         check_ranges(ranges, job.student)
         state, _ = finetune_stage.run(job, images, labels, ranges, None)
-    return {**setting.variables, "params": state.params, "ranges": ranges}
+    return {**setting.variables, "ranges": ranges, **state.trained}
 
 
 def evaluate(
@@ -212,14 +214,29 @@ def evaluate(
             raise InputError("evaluate needs variables, images, labels, mean and std of a network that is not a Student.")
         setting = Setting(model, variables, shape, mean, std, bits or "w8a8", 0, call, {}, None)
         config = setting.config
-        network = from_config.student(config, model) if bits else from_config.bare_teacher(config, model)
         ranges = variables.get("ranges", {}) if bits else {}
+        network = _student_with(config, model, ranges) if bits else from_config.bare_teacher(config, model)
         check_ranges(ranges, network)
         variables = {**setting.variables, "ranges": ranges}
     dataset = real_images((images, labels), shape, network.classes)
     with _shown(progress) as shown:
         logits = lambda v, x: networks.apply(network, v, x)[0]
         return evaluate_stage.evaluator(logits, dataset, config, parallel.choose(0), shown)(variables)
+
+
+def _student_with(config: Any, model: nn.Module, ranges: Any) -> networks.Network:
+    """The student whose `ranges` these are: learned, where kernels have theirs among them, or fixed."""
+    config.finetune.ranges = "learned"
+    student = from_config.student(config, model)
+    if range_names(ranges) == student.range_names:
+        return student
+    config.finetune.ranges = "fixed"
+    return from_config.student(config, model)
+
+
+def _best(stage: str) -> dict[str, Any]:
+    """The fields of the recipe `best` for one stage."""
+    return {name: value for name, value in config_lib.BEST.items() if name.startswith(f"{stage}.")}
 
 
 def _shown(progress: Progress | None) -> contextlib.AbstractContextManager[Progress]:

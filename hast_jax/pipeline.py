@@ -61,7 +61,7 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
         _end_segment(job, segment)
         finished = job.storage.read_result()
         result = finished or _summary(job, len(images), evaluations)
-        student = _student(job, {**job.variables, "params": state.params, "ranges": ranges}, result)
+        student = _student(job, {**job.variables, "ranges": ranges, **state.trained}, result)
         if finished is None:
             if isinstance(job.storage, RunFolder):
                 folder = job.storage.student
@@ -217,13 +217,13 @@ def restore_student(
 
     variables: the teacher's. checkpoint: "latest" or "best". Raises UserError where there is none that is whole.
     """
-    state = None
+    state, ranges = None, folder.read_ranges(student.range_names)
     if folder.checkpoints(checkpoint).is_dir():
         with folder.open_checkpoints(checkpoint, keep=2, writing=False) as checkpoints:
-            state = checkpoints.restore(finetune.init(variables["params"], config.finetune))
+            state = checkpoints.restore(finetune.init(variables["params"], ranges, config.finetune))
     if state is None:
         raise UserError(f"{folder} holds no {checkpoint} student yet: let its run reach the end of an epoch.")
-    return {**variables, "params": state.params, "ranges": folder.read_ranges(student.range_names)}, int(state.step)
+    return {**variables, "ranges": ranges, **state.trained}, int(state.step)
 
 
 def _hardware(job: Job) -> str:

@@ -17,8 +17,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hast_jax import networks
 from hast_jax.data.datasets import normalise
 from hast_jax.errors import InputError, UserError
-from hast_jax.method import quantizer
+from hast_jax.method import learned, quantizer
 from hast_jax.networks import Network, weights
+from hast_jax.networks.network import ENDS
 from hast_jax.networks import rules as rules_lib
 from hast_jax.networks.rules import Rules
 from hast_jax.runs.files import crc32, write_bytes, write_json
@@ -72,17 +73,23 @@ class Student:
     @property
     def params(self) -> Mapping[str, Any]:
         """The parameters that the student computes with: quantized kernels are on the grid of their codes."""
-        return networks.quantized_params(self.network, self.variables["params"])
+        return networks.quantized_params(self.network, self.variables["params"], self.variables["ranges"])
 
     def codes(self) -> dict[str, Codes]:
         """The integer form of each quantized kernel, by its path: {"codes", "scale", "zero_point", "bits"}.
 
         codes: int8, the shape of the kernel. scale, zero_point: one for each output channel; a weight is (codes + Z) / S.
         """
-        flat = flatten_dict(self.variables["params"])
-        return {
-            "/".join(layer.kernel): _codes(flat[layer.kernel], bits, layer.axes) for layer, bits in self.network.kernels.items()
-        }
+        flat, ranges = flatten_dict(self.variables["params"]), flatten_dict(self.variables["ranges"])
+        found = {}
+        for layer, bits in self.network.kernels.items():
+            kernel = flat[layer.kernel]
+            if self.network.learned_ranges:
+                low, high = (ranges[*layer.kernel, end] for end in ENDS)
+                found["/".join(layer.kernel)] = _learned_codes(kernel, low, high, bits)
+            else:
+                found["/".join(layer.kernel)] = _codes(kernel, bits, layer.axes)
+        return found
 
     def save(self, folder: str | Path) -> None:
         """Write the student to a folder, as student.safetensors and student.json.
@@ -96,6 +103,7 @@ class Student:
             "module": type(self.network.module).__name__,
             "rules": self.rules,
             "call": dict(self.network.call),
+            "learned_ranges": self.network.learned_ranges,
             "straight_through": self.network.straight_through,
             "fast_convolution": self.network.fast_convolution,
             "image": self.image,
@@ -127,6 +135,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
         (_, default), *others = said["rules"]
         rules = rules_lib.normalise({"default": tuple(default), **{pattern: tuple(bits) for pattern, bits in others}})
         settings = {name: said[name] for name in ("straight_through", "fast_convolution")}
+        settings["learned_ranges"] = said.get("learned_ranges", False)  # version 0.2.0 knew none
         if said["format"] != FORMAT or crc32(flat) != said["crc32"]:
             raise ValueError("its arrays are not those that were saved")
     except OSError as error:
@@ -156,7 +165,19 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
 def _codes(kernel: jax.Array, bits: int, axes: tuple[int, ...]) -> Codes:
     low, high = jnp.min(kernel, axes, keepdims=True), jnp.max(kernel, axes, keepdims=True)
     scale, zero_point = quantizer.scale_and_zero_point(low, high, bits)
-    codes = quantizer.quantize(kernel, scale, zero_point, bits)
+    return _as_codes(quantizer.quantize(kernel, scale, zero_point, bits), scale, zero_point, bits)
+
+
+def _learned_codes(kernel: jax.Array, low: jax.Array, high: jax.Array, bits: int) -> Codes:
+    scale, z = learned.grid(low, high, bits)
+    integers = learned.integers(kernel, scale, z, bits, learned.LARGEST_INTEGER)
+    largest = int(jnp.max(jnp.abs(integers)))
+    assert largest <= learned.LARGEST_INTEGER, largest
+    zero_point = z + 2 ** (bits - 1)
+    return _as_codes(integers - zero_point, scale, zero_point, bits)
+
+
+def _as_codes(codes: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> Codes:
     return Codes(
         codes=np.asarray(codes, np.int8), scale=np.asarray(scale).ravel(), zero_point=np.asarray(zero_point).ravel(), bits=bits
     )

@@ -52,7 +52,7 @@ def trajectory(devices: int, steps: int, **changes) -> list[dict[str, float]]:
     images, labels = jax.random.normal(jax.random.key(1), (64, 8, 8, 1)), jnp.arange(64) % 10
     ranges = networks.observe(student, variables, {}, images)
     frozen = parallel.replicate(finetune.freeze(variables, ranges, images, labels, config), devices)
-    state = parallel.replicate(finetune.init(variables["params"], config.finetune), devices)
+    state = parallel.replicate(finetune.init(variables["params"], ranges, config.finetune), devices)
     step = finetune.make_step(teacher, student, config.finetune)
     run = parallel.pmap_steps(step, devices)
     found = []

@@ -32,7 +32,7 @@ from golden_data import (
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
-from hast_jax.method import losses, promotion, quantizer
+from hast_jax.method import losses, promotion, quantizer, schedules
 from hast_jax.stages import finetune
 
 pytestmark = pytest.mark.golden
@@ -85,7 +85,8 @@ def compiled(bits: tuple[int, int], classes: int):
     def look(params, frozen):
         config = config_lib.default().finetune
         between = finetune.distances(teacher, student, frozen, frozen.labels, config)
-        images, student_variables = frozen.images, {**frozen.teacher, "params": params, "ranges": frozen.ranges}
+        trained = {"params": params}
+        images, student_variables = frozen.images, {**frozen.teacher, "ranges": frozen.ranges, **trained}
         teacher_logits, teacher_taps = forward(teacher, frozen.teacher, images)
         logits, taps = forward(student, student_variables, images)
         found = {
@@ -95,11 +96,12 @@ def compiled(bits: tuple[int, int], classes: int):
             "ca_student": [losses.attention(f) for f in taps.branches],
         }
         for name, parts in (("KL", ["kl"]), ("FA", ["fa"]), ("KLFA", ["kl", "fa"])):
-            scalar = lambda x: sum(between(params, x)[part] for part in parts)
+            scalar = lambda x: sum(between(trained, x)[part] for part in parts)
             found[f"grad_{name}_img"] = jax.grad(scalar)(images)
-        _, _, found["hard_images"] = promotion.promote(between, params, images, frozen.strengths.eps, "kl+fa")
+        _, _, found["hard_images"] = promotion.promote(between, trained, images, frozen.strengths.eps, "kl+fa")
         found["logits_perturbed"], _ = forward(student, student_variables, found["hard_images"])
-        found["metrics"], found["gradient"] = finetune.loss_and_gradient(between, params, images, frozen.strengths, config)
+        found["metrics"], gradient = finetune.loss_and_gradient(between, trained, images, frozen.strengths, config)
+        found["gradient"] = gradient["params"]
         return found
 
     return look
@@ -219,7 +221,7 @@ def test_promoted_images_are_one_sign_step_away_and_give_the_authors_logits(gold
 @pytest.mark.parametrize("head", HEADS)
 def test_losses_gradients_and_parameters_of_every_step_agree_in_double_precision(golden: Golden, head: str, x64: None) -> None:
     for case in cases(golden, head, np.float64):
-        transform = finetune.optimizer(case.config.lr, case.config.momentum, case.config.weight_decay)
+        transform = schedules.optimizer(case.config, case.config.lr)
         params = case.variables["params"]
         state = transform.init(params)
         for step in range(steps_before_divergence(golden, case.prefix)):
@@ -294,8 +296,9 @@ def test_the_losses_of_the_first_step_agree(golden: Golden, head: str) -> None:
 
 def test_the_optimizer_is_pytorchs_sgd(golden: Golden, x64: None) -> None:
     golden.need("sgd")
-    momentum, decay = float(golden["momentum"]), float(golden["weight_decay"])
-    transform = finetune.optimizer(float(golden["sgd/lr"]), momentum, decay)
+    config = config_lib.default().finetune
+    config.momentum, config.weight_decay = float(golden["momentum"]), float(golden["weight_decay"])
+    transform = schedules.optimizer(config, float(golden["sgd/lr"]))
     params = jnp.asarray(golden["sgd/p0"], jnp.float64)
     state = transform.init(params)
     for gradient, expected in zip(golden["sgd/g"], golden["sgd/p_f64"]):

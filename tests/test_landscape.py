@@ -115,7 +115,7 @@ def test_cosines_are_those_of_the_gradients_of_each_loss_alone() -> None:
     frozen = finetune.freeze(variables, ranges, images, labels, config)
     params = variables["params"]
     losses = landscape.losses(teacher, student, config.finetune)
-    found = jax.jit(lambda p: landscape.gradient_cosines(losses, p, frozen, images, labels))(params)
+    found = jax.jit(lambda p: landscape.gradient_cosines(losses, {"params": p}, frozen, images, labels))(params)
 
     def cross_entropy(p):
         logits, _ = networks.apply(student, {**variables, "params": p, "ranges": ranges}, images)
@@ -123,8 +123,8 @@ def test_cosines_are_those_of_the_gradients_of_each_loss_alone() -> None:
 
     gradients = {
         "ce": jax.jit(jax.grad(cross_entropy))(params),
-        "kl": jax.jit(jax.grad(lambda p: losses(p, frozen, images, labels)["kl"]))(params),
-        "fa": jax.jit(jax.grad(lambda p: losses(p, frozen, images, labels)["fa"]))(params),
+        "kl": jax.jit(jax.grad(lambda p: losses({"params": p}, frozen, images, labels)["kl"]))(params),
+        "fa": jax.jit(jax.grad(lambda p: losses({"params": p}, frozen, images, labels)["fa"]))(params),
     }
     flat = {name: np.asarray(ravel_pytree(gradient)[0], np.float64) for name, gradient in gradients.items()}
     for name in ("ce", "fa"):

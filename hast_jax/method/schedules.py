@@ -1,10 +1,11 @@
-"""Schedules and optimizer: PyTorch's plateau schedule for images, steps or a cosine and SGD for the student."""
+"""Schedules and optimizers: PyTorch's plateau or a cosine for images, steps or a cosine with SGD or Adam for the student."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 Array = jax.Array
 
@@ -31,6 +32,13 @@ def plateau_update(plateau: Plateau, loss: Array, settings: Any) -> Plateau:
     return Plateau(lr, jnp.where(better, loss, plateau.best), jnp.where(drop, 0, bad))
 
 
+def image_rate(plateau: Plateau, iteration: Array, settings: Any) -> Array:
+    """The rate of the images at this iteration: the plateau's, or a cosine to zero. settings: `config.synthesis`."""
+    if settings.schedule == "cosine":
+        return optax.cosine_decay_schedule(settings.lr, max(1, settings.iterations))(iteration)
+    return plateau.lr
+
+
 def learning_rate(settings: Any) -> optax.Schedule:
     """The rate of each step. settings: `config.finetune`; `lr_drops` counts epochs of fine-tuning."""
     if settings.schedule == "cosine":
@@ -39,6 +47,38 @@ def learning_rate(settings: Any) -> optax.Schedule:
     return optax.piecewise_constant_schedule(settings.lr, drops)
 
 
-def optimizer(schedule: optax.ScalarOrSchedule, momentum: float, weight_decay: float) -> optax.GradientTransformation:
-    """PyTorch's SGD with Nesterov momentum; weight decay on every parameter enters before the momentum."""
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum, nesterov=True))
+def optimizer(settings: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Of the student's `params`. settings: `config.finetune`; schedule: of the rate.
+
+    sgd: PyTorch's, with Nesterov momentum; the weight decay of every parameter enters before the momentum (the paper's).
+    adam: Adam with decoupled weight decay.
+    """
+    if settings.optimizer == "adam":
+        return optax.adamw(schedule, weight_decay=settings.weight_decay)
+    sgd = optax.sgd(schedule, momentum=settings.momentum, nesterov=True)
+    return optax.chain(optax.add_decayed_weights(settings.weight_decay), sgd)
+
+
+def student_optimizer(settings: Any) -> optax.GradientTransformation:
+    """Of everything trained, {"params": ...} and with learned ranges {"ranges": ...} too. settings: `config.finetune`.
+
+    Ranges are trained by Adam; each step is a share of the range's width, so it fits activations of any size.
+    """
+    schedule = learning_rate(settings)
+    share = settings.ranges_lr / settings.lr
+    ranges = optax.chain(
+        optax.scale_by_adam(), scale_by_width(), optax.scale_by_learning_rate(lambda step: share * schedule(step))
+    )
+    return optax.partition({"params": optimizer(settings, schedule), "ranges": ranges}, lambda trained: {n: n for n in trained})
+
+
+def scale_by_width() -> optax.GradientTransformation:
+    """Multiply the update of each end of a range by high - low. The tree holds {"low": array, "high": array} at its ends."""
+
+    def scale(updates: Any, ranges: Any) -> Any:
+        flat, ends = flatten_dict(updates), flatten_dict(ranges)
+        width = lambda path: ends[*path[:-1], "high"] - ends[*path[:-1], "low"]
+        masked = lambda update: isinstance(update, optax.MaskedNode)  # by `optax.partition`: not a range
+        return unflatten_dict({path: u if masked(u) else u * width(path) for path, u in flat.items()})
+
+    return optax.stateless(scale)

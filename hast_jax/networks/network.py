@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hast_jax.errors import InputError
-from hast_jax.method import quantizer
+from hast_jax.method import learned, quantizer
 from hast_jax.method.losses import BatchNormTap
 from hast_jax.networks import structure as structure_lib
 from hast_jax.networks.fast_layers import fast_convolution, is_plain_convolution
@@ -28,6 +28,8 @@ from hast_jax.networks.structure import COLLECTION, Call, Path, Structure, argum
 
 Array = jax.Array
 Variables = Mapping[str, Any]
+
+ENDS = ("low", "high")  # of a range, in the collection `ranges`
 
 
 class Taps(NamedTuple):
@@ -49,8 +51,10 @@ class Network:
 
     call: keyword arguments of its calls. kernels: bits of each quantized kernel, by layer. sites: of each call whose input (of
     a layer) or output (of an `Activation`) is quantized. range_rule: observes the range of a batch of activations.
-    straight_through: one of `quantizer.STRAIGHT_THROUGH`. arithmetic: of convolutions and matrix products, one of
-    `conv.ARITHMETIC`. fast_convolution: use `networks.conv` on a CPU.
+    learned_ranges: kernels have ranges of their own in the collection `ranges`, and the gradient reaches all ranges; otherwise
+    the range of a kernel is its minimum and maximum. straight_through: one of `quantizer.STRAIGHT_THROUGH`, where ranges are
+    not learned. arithmetic: of convolutions and matrix products, one of `conv.ARITHMETIC`. fast_convolution: use
+    `networks.conv` on a CPU.
 
     A network without bits is in full precision: a teacher.
     """
@@ -62,6 +66,7 @@ class Network:
     kernels: Mapping[structure_lib.Layer, int] = field(default_factory=dict)
     sites: Mapping[Call, Site] = field(default_factory=dict)
     range_rule: quantizer.RangeRule = quantizer.minmax_range
+    learned_ranges: bool = False
     straight_through: str = "identity"
     arithmetic: str = "float32"
     fast_convolution: bool = True
@@ -73,8 +78,11 @@ class Network:
 
     @property
     def range_names(self) -> set[str]:
-        """The names of all leaves of the collection `ranges`, such as "block/conv/input/low"."""
-        return {"/".join((*site.name, end)) for site in self.sites.values() for end in ("low", "high")}
+        """The names of all leaves of the collection `ranges`, such as "block/conv/input/low" or "block/conv/kernel/high"."""
+        names = {site.name for site in self.sites.values()}
+        if self.learned_ranges:
+            names |= {layer.kernel for layer in self.kernels}
+        return {"/".join((*name, end)) for name in names for end in ENDS}
 
 
 def create(
@@ -124,29 +132,56 @@ def apply(network: Network, variables: Variables, images: Array) -> tuple[Array,
 def observe(network: Network, variables: Variables, ranges: Variables, images: Array) -> Variables:
     """The `ranges` after one more batch of images [batch, height, width, channels]; `ranges` is empty before the first.
 
-    The range of the batch enters a running average; the first batch sets it.
+    The range of the batch enters a running average; the first batch sets it. Where ranges are learned, those of the kernels
+    are among them.
     """
+    kernels = kernel_ranges(network, variables["params"])
     if not network.sites:
-        return {}
-    _, left = _call(network, {**variables, "ranges": ranges}, images, observing=True)
+        return kernels
+    _, left = _call(network, {**variables, "ranges": _joined(ranges, kernels)}, images, observing=True)
     first = {site.name: call for call, site in reversed(list(network.sites.items()))}
     limits = {name: _quantized(left, call, "range") for name, call in first.items()}
-    return unflatten_dict({(*name, end): limits[name][i] for name in first for i, end in enumerate(("low", "high"))})
+    return _joined(kernels, _ranges(limits))
 
 
-def quantized_params(network: Network, params: Variables) -> Variables:
+def kernel_ranges(network: Network, params: Variables) -> Variables:
+    """The `ranges` of the kernels from which learning starts; {} where ranges are not learned."""
+    if not network.learned_ranges:
+        return {}
+    flat, rule = flatten_dict(params), quantizer.minmax_range
+    return _ranges(
+        {each.kernel: learned.weight_range(flat[each.kernel], bits, each.axes, rule) for each, bits in network.kernels.items()}
+    )
+
+
+def quantized_params(network: Network, params: Variables, ranges: Variables) -> Variables:
     """`params` with the fake-quantized kernels in the place of the others."""
-    flat = flatten_dict(params)
+    flat, limits = flatten_dict(params), flatten_dict(ranges)
     for layer, bits in network.kernels.items():
-        flat[layer.kernel] = quantizer.fake_quantize_weight(flat[layer.kernel], bits, layer.axes)
+        kernel = flat[layer.kernel]
+        if network.learned_ranges:
+            low, high = (limits[*layer.kernel, end] for end in ENDS)
+            flat[layer.kernel] = learned.fake_quantize_weight(kernel, low, high, bits)
+        else:
+            flat[layer.kernel] = quantizer.fake_quantize_weight(kernel, bits, layer.axes)
     return unflatten_dict(flat)
 
 
+def _ranges(limits: Mapping[Path, tuple[Array, Array]]) -> Variables:
+    return unflatten_dict({(*name, end): limits[name][i] for name in limits for i, end in enumerate(ENDS)})
+
+
+def _joined(first: Variables, second: Variables) -> Variables:
+    """The leaves of both trees."""
+    return unflatten_dict({**flatten_dict(first), **flatten_dict(second)})
+
+
 def _call(network: Network, variables: Variables, images: Array, observing: bool) -> tuple[Array, Any]:
-    interceptor = _Interceptor(network, flatten_dict(variables.get("ranges", {})), observing)
+    ranges = variables.get("ranges", {})
+    interceptor = _Interceptor(network, flatten_dict(ranges), observing)
     given = {name: value for name, value in variables.items() if name != "ranges"}
     if network.kernels:
-        given["params"] = quantized_params(network, given["params"])
+        given["params"] = quantized_params(network, given["params"], ranges)
     with network_arithmetic(network), nn.intercept_methods(interceptor):
         output, state = network.module.apply(given, images, mutable=structure_lib.mutable(), **network.call)
     return structure_lib.logits_of(output), state.get(COLLECTION, {})
@@ -194,13 +229,19 @@ class _Interceptor:
         return function(*arguments, **named)
 
     def _quantized(self, module: nn.Module, x: Array, site: Site, number: int) -> Array:
-        low, high = (self._ranges.get((*site.name, end)) for end in ("low", "high"))
+        low, high = (self._ranges.get((*site.name, end)) for end in ENDS)
         wide = _wide(x)  # a running average of ranges is no average in bfloat16
         if self._observing:
             low, high = quantizer.running_range((low, high), self._network.range_rule(wide, site.bits))
+            if self._network.learned_ranges:
+                low, high = learned.proper(low, high)
         if low is None or high is None:
             raise InputError(f"the activations {'/'.join(site.name)} have no range yet: calibrate first.")
-        y = quantizer.fake_quantize_activation(wide, low, high, site.bits, self._network.straight_through).astype(x.dtype)
+        if self._network.learned_ranges:
+            y = learned.fake_quantize_activation(wide, low, high, site.bits)
+        else:
+            y = quantizer.fake_quantize_activation(wide, low, high, site.bits, self._network.straight_through)
+        y = y.astype(x.dtype)
         # By number: a module may be quantized at some of its calls alone.
         module.sow(COLLECTION, f"range_{number}", (low, high))
         module.sow(COLLECTION, f"quantized_{number}", y)

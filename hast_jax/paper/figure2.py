@@ -1,8 +1,7 @@
 """Figure 2 of the supplement, from the checkpoints of the base cell: gradients along fine-tuning, Hessians at its end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +15,11 @@ from hast_jax.paper.experiments import Cell
 from hast_jax.paper.sweep import Sweep
 from hast_jax.paper.tables import Section
 from hast_jax.runs import synthetic_set
-from hast_jax.runs.checkpoint import Checkpoints
-from hast_jax.runs.run_folder import open_for_reading
+from hast_jax.runs.run_folder import RunFolder, open_for_reading
 from hast_jax.stages import finetune
 
 Array = jax.Array
+Variables = Mapping[str, Any]
 
 BATCHES = 8  # on which the gradients are compared
 HESSIAN_IMAGES, PROBES, DEPTH = 128, 4, 32
@@ -51,17 +50,19 @@ def base(sweep: Sweep) -> Base:
     constants = jnp.asarray(images[:count]), jnp.asarray(labels[:count])
     frozen = finetune.freeze(variables, folder.read_ranges(student.range_names), *constants, config)
     losses = landscape.losses(teacher, student, config.finetune)
-    students = [(0, variables["params"]), *_kept(folder.checkpoints("latest"), variables["params"], config.finetune)]
+    students = list(_students(folder, variables, config.finetune, student.range_names))
     return Base(losses, frozen, students, config)
 
 
-def _kept(path: Path, params: Any, settings: Any) -> Iterator[tuple[int, Any]]:
-    with Checkpoints(path, keep=2, writing=False) as checkpoints:
-        for step, state in checkpoints.restore_each(finetune.init(params, settings)):
+def _students(folder: RunFolder, variables: Variables, settings: Any, range_names: set[str]) -> Iterator[tuple[int, Any]]:
+    fresh = finetune.init(variables["params"], folder.read_ranges(range_names), settings)
+    yield 0, fresh.trained
+    with folder.open_checkpoints("latest", keep=2, writing=False) as checkpoints:
+        for step, state in checkpoints.restore_each(fresh):
             epoch = step // settings.steps_per_epoch
             whole = step % settings.steps_per_epoch == 0  # not where a run was stopped in between
             if whole and (epoch % settings.keep_every == 0 or epoch == settings.epochs):
-                yield epoch, state.params
+                yield epoch, state.trained
 
 
 def gradient_angles(sweep: Sweep) -> Section:
@@ -71,9 +72,9 @@ def gradient_angles(sweep: Sweep) -> Section:
     batches = max(1, min(BATCHES, len(labels) // batch))
     cosines = jax.jit(partial(landscape.gradient_cosines, found.losses))
     values: dict[str, list[list[float]]] = {"fa": [], "ce": []}
-    for _, params in found.students:
+    for _, trained in found.students:
         rows = (slice(i * batch, (i + 1) * batch) for i in range(batches))
-        each = [cosines(params, found.frozen, images[r], labels[r]) for r in rows]
+        each = [cosines(trained, found.frozen, images[r], labels[r]) for r in rows]
         for loss, by_epoch in values.items():
             by_epoch.append([float(one[loss]) for one in each])
     epochs = [epoch for epoch, _ in found.students]
@@ -100,13 +101,13 @@ def angle_findings(epochs: list[int], values: dict[str, list[list[float]]]) -> t
 def hessian_spectra(sweep: Sweep) -> Section:
     """Figure 2b: eigenvalue densities at the end of fine-tuning, without the losses' constant weights alpha and lambda."""
     found = base(sweep)
-    params, settings = found.students[-1][1], found.config.finetune
+    trained, settings = found.students[-1][1], found.config.finetune
     constants = (found.frozen, found.frozen.images[:HESSIAN_IMAGES], found.frozen.labels[:HESSIAN_IMAGES])
     key = jax.random.fold_in(jax.random.key(found.config.seed), 5)
     probes = {}
     for loss, factor in {"ce": 1.0, "kl": 1 / settings.alpha, "fa": 1 / settings.lam}.items():
         one = lambda *arguments, loss=loss, factor=factor: factor * found.losses(*arguments)[loss]
-        probes[loss] = landscape.hessian_spectrum(one, params, constants, key, PROBES, DEPTH)
+        probes[loss] = landscape.hessian_spectrum(one, trained, constants, key, PROBES, DEPTH)
     width = 1e-4 * max(float(np.abs(one.nodes).max()) for each in probes.values() for one in each)
     curves = {_LABELS[loss]: _density(landscape.average(each), width) for loss, each in probes.items()}
     figures.spectra(curves, width, sweep.workdir / "figure2b")

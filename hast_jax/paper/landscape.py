@@ -1,6 +1,6 @@
 """What the losses look like around a student: angles between their gradients, eigenvalues of their Hessians.
 
-Supplement, Figure 2. Derivatives are with respect to the student's parameters, on clean images, and pass the quantizers
+Supplement, Figure 2. Derivatives are with respect to what is trained of the student, on clean images, and pass the quantizers
 straight through.
 """
 
@@ -31,7 +31,7 @@ class Quadrature(NamedTuple):
 
 
 def losses(teacher: Network, student: Network, settings: ConfigDict) -> LossFunctions:
-    """(params, frozen, images, labels) -> {"ce", "kl", "fa"}: the losses with the method's factors; that of CE is 1.
+    """(trained, frozen, images, labels) -> {"ce", "kl", "fa"}: the losses with the method's factors; that of CE is 1.
 
     settings: `config.finetune`. Raises UserError where L_FA weighs nothing.
     """
@@ -40,18 +40,18 @@ def losses(teacher: Network, student: Network, settings: ConfigDict) -> LossFunc
     settings = settings.copy_and_resolve_references()
     settings.ce = 1.0
 
-    def of(params: Any, frozen: finetune.Frozen, images: Array, labels: Array) -> dict[str, Array]:
+    def of(trained: Any, frozen: finetune.Frozen, images: Array, labels: Array) -> dict[str, Array]:
         frozen = frozen._replace(strengths=frozen.strengths._replace(ce=jnp.ones(())))
-        return finetune.distances(teacher, student, frozen, labels, settings)(params, images)
+        return finetune.distances(teacher, student, frozen, labels, settings)(trained, images)
 
     return of
 
 
 def gradient_cosines(
-    losses: LossFunctions, params: Any, frozen: finetune.Frozen, images: Array, labels: Array
+    losses: LossFunctions, trained: Any, frozen: finetune.Frozen, images: Array, labels: Array
 ) -> dict[str, Array]:
     """Cosine similarity of the gradients of CE and KL, and of FA and KL, on one batch (Figure 2a); scalars."""
-    values, pull_back = jax.vjp(lambda p: losses(p, frozen, images, labels), params)
+    values, pull_back = jax.vjp(lambda t: losses(t, frozen, images, labels), trained)
 
     def gradient(name: str) -> Array:
         one_hot = {n: jnp.asarray(n == name, value.dtype) for n, value in values.items()}
@@ -66,14 +66,14 @@ def _cosine(a: Array, b: Array) -> Array:
 
 
 def hessian_spectrum(
-    loss: Callable[..., Array], params: Any, constants: tuple[Any, ...], key: Array, probes: int, depth: int
+    loss: Callable[..., Array], trained: Any, constants: tuple[Any, ...], key: Array, probes: int, depth: int
 ) -> list[Quadrature]:
-    """Spectrum of the Hessian of `loss(params, *constants)`, by stochastic Lanczos quadrature (Figure 2b).
+    """Spectrum of the Hessian of `loss(trained, *constants)`, by stochastic Lanczos quadrature (Figure 2b).
 
     Each of `probes` random unit vectors gives at most `depth` nodes; the average of all is the spectrum. depth: at most the
-    number of parameters.
+    number of trained values.
     """
-    flat, unravel = ravel_pytree(params)
+    flat, unravel = ravel_pytree(trained)
 
     @jax.jit
     def hessian_vector(vector: Array, point: Array, *constants: Any) -> Array:

@@ -99,21 +99,21 @@ class RunFolder:
         write_json(self.teacher, {**read_json(self.teacher), "accuracy": accuracy})
 
     def write_ranges(self, ranges: Tree) -> None:
-        """Write the activation ranges as {"layer/low": number, "layer/high": number, ...}."""
+        """Write the ranges as {"layer/low": number, "layer/high": number, ...}; of a kernel, an array of numbers."""
         flat = flatten_dict(jax.device_get(ranges), sep="/")
-        write_json(self.ranges, {name: float(value) for name, value in flat.items()})
+        write_json(self.ranges, {name: np.asarray(value).tolist() for name, value in flat.items()})
 
     def has_ranges(self) -> bool:
         """Whether this run is calibrated."""
         return self.ranges.exists()
 
     def read_ranges(self, names: set[str]) -> Tree:
-        """The activation ranges. names: those that there must be. Raises UserError where they are damaged."""
+        """The ranges. names: those that there must be. Raises UserError where they are damaged."""
         try:
-            flat = {name: float(value) for name, value in json.loads(self.ranges.read_text()).items()}
-            if flat.keys() != names or not np.isfinite(list(flat.values())).all():
-                raise ValueError("not one finite number for each end of a range")
-            return unflatten_dict({name: jnp.float32(value) for name, value in flat.items()}, sep="/")
+            flat = {name: np.asarray(value, np.float32) for name, value in json.loads(self.ranges.read_text()).items()}
+            if flat.keys() != names or not all(np.isfinite(value).all() for value in flat.values()):
+                raise ValueError("not finite numbers for each end of a range")
+            return unflatten_dict({name: jnp.asarray(value) for name, value in flat.items()}, sep="/")
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{self.ranges} is damaged ({error}): delete it to calibrate again.") from error
 

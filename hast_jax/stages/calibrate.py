@@ -59,7 +59,6 @@ def run(job: Job, images: np.ndarray) -> State:
                 preemption.leave()  # calibration is short: it begins anew
             if done % job.config.log_every == 0:
                 stage.update(done)
-    bad = [name for name in jax.tree.leaves(jax.device_get(ranges)) if not np.isfinite(name)]
-    if bad:
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(ranges))):
         raise UserError("calibration found activations that are not finite: the images or the weights are not usable.")
     return ranges

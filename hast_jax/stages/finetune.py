@@ -1,45 +1,50 @@
 """Stage 3, fine-tuning: the quantized student follows the teacher on clean and on promoted images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from hast_jax import networks
-from hast_jax.method import losses
+from hast_jax.method import learned, losses
 from hast_jax.method.promotion import Distances, promote
-from hast_jax.method.schedules import learning_rate, optimizer
+from hast_jax.method.schedules import learning_rate, student_optimizer
 from hast_jax.networks import Network
+from hast_jax.networks.network import ENDS
 from hast_jax.runs import parallel, preemption
 from hast_jax.runs.loop import call_length, drive
 from hast_jax.stages.batches import Frozen, Images, Strengths, draw, freeze, inputs
 from hast_jax.stages.job import Job
 
 Array = jax.Array
+Variables = Mapping[str, Any]
 
 
 class State(NamedTuple):
-    """What fine-tuning changes: the student's `params`, the optimizer's state, the number of steps done (scalar)."""
+    """What fine-tuning changes: the trained collections, the optimizer's state, the number of steps done (scalar).
 
-    params: Any
+    trained: the student's `params`, and its `ranges` where they are learned.
+    """
+
+    trained: Variables
     opt_state: Any
     step: Array
 
 
 def distances(teacher: Network, student: Network, frozen: Frozen, labels: Array, settings: ConfigDict) -> Distances:
-    """(params, images) -> {"kl": L_KL, "fa": L_FA} between the teacher and the student with these `params`.
+    """(trained, images) -> {"kl": L_KL, "fa": L_FA} between the teacher and the student with these trained collections.
 
     With `settings.ce` above zero also "ce": the weighted cross-entropy of the student with `labels` [batch], for comparison
     with methods that train on labels.
     """
 
-    def between(params: Any, images: Array) -> dict[str, Array]:
+    def between(trained: Variables, images: Array) -> dict[str, Array]:
         target, teacher_taps = networks.apply(teacher, frozen.teacher, images)
-        variables = {**frozen.teacher, "params": params, "ranges": frozen.ranges}
-        logits, taps = networks.apply(student, variables, images)
+        logits, taps = networks.apply(student, {**frozen.teacher, "ranges": frozen.ranges, **trained}, images)
         kl = losses.distillation(target, logits, settings.temperature, settings.alpha)
         fa = frozen.strengths.lam * losses.ALIGNMENTS[settings.alignment](teacher_taps.branches, taps.branches)
         if settings.ce == 0:
@@ -50,22 +55,22 @@ def distances(teacher: Network, student: Network, frozen: Frozen, labels: Array,
 
 
 def loss_and_gradient(
-    between: Distances, params: Any, images: Array, strengths: Strengths, settings: ConfigDict
+    between: Distances, trained: Variables, images: Array, strengths: Strengths, settings: ConfigDict
 ) -> tuple[dict[str, Array], Any]:
     """L = a * [L_KL(x) + L_FA(x)] + b * [L_KL(x') + L_FA(x')] on images x and promoted images x', with its gradient.
 
     Where `between` gives a cross-entropy too, it is part of both brackets.
     """
-    clean, clean_gradient, hard_images = promote(between, params, images, strengths.eps, settings.direction)
+    clean, clean_gradient, hard_images = promote(between, trained, images, strengths.eps, settings.direction)
     loss, gradient = strengths.a * sum(clean.values()), jax.tree.map(lambda g: strengths.a * g, clean_gradient)
     metrics = clean
     if settings.b > 0:
 
-        def hard_loss(p: Any) -> tuple[Array, dict[str, Array]]:
-            parts = between(p, hard_images)
+        def hard_loss(t: Variables) -> tuple[Array, dict[str, Array]]:
+            parts = between(t, hard_images)
             return strengths.b * sum(parts.values(), jnp.zeros(())), parts
 
-        (hard_value, hard), hard_gradient = jax.value_and_grad(hard_loss, has_aux=True)(params)
+        (hard_value, hard), hard_gradient = jax.value_and_grad(hard_loss, has_aux=True)(trained)
         metrics |= {f"{name}_promoted": value for name, value in hard.items()}
         loss, gradient = loss + hard_value, jax.tree.map(jnp.add, gradient, hard_gradient)
     return metrics | {"loss": loss}, gradient
@@ -75,31 +80,40 @@ def make_step(
     teacher: Network, student: Network, settings: ConfigDict
 ) -> Callable[[State, Frozen], tuple[State, dict[str, Array]]]:
     """One step of fine-tuning for `parallel.pmap_steps`. settings: `config.finetune`."""
-    schedule = learning_rate(settings)
-    transform = optimizer(schedule, settings.momentum, settings.weight_decay)
+    schedule, transform = learning_rate(settings), student_optimizer(settings)
 
     def step(state: State, frozen: Frozen) -> tuple[State, dict[str, Array]]:
         images, labels = draw(frozen, state.step, settings)
         between = distances(teacher, student, frozen, labels, settings)
-        metrics, gradient = loss_and_gradient(between, state.params, images, frozen.strengths, settings)
+        metrics, gradient = loss_and_gradient(between, state.trained, images, frozen.strengths, settings)
         metrics, gradient = parallel.mean((metrics, gradient))
-        updates, opt_state = transform.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = transform.update(gradient, state.opt_state, state.trained)
+        trained = _with_proper_ranges(optax.apply_updates(state.trained, updates))
         metrics |= {
             "lr": jnp.asarray(schedule(state.step)),
-            "gradient_norm": optax.tree.norm(gradient),
-            "params_norm": optax.tree.norm(params),
-            "update_norm": optax.tree.norm(updates),
+            "gradient_norm": optax.tree.norm(gradient["params"]),
+            "params_norm": optax.tree.norm(trained["params"]),
+            "update_norm": optax.tree.norm(updates["params"]),
         }
-        return State(params, opt_state, state.step + 1), metrics
+        return State(trained, opt_state, state.step + 1), metrics
 
     return step
 
 
-def init(params: Any, settings: ConfigDict) -> State:
-    """The state before the first step: the student starts from the teacher's `params`. settings: `config.finetune`."""
-    transform = optimizer(learning_rate(settings), settings.momentum, settings.weight_decay)
-    return State(params, transform.init(params), jnp.zeros((), jnp.int32))
+def init(params: Any, ranges: Any, settings: ConfigDict) -> State:
+    """The state before the first step: the teacher's `params` and the calibrated `ranges`. settings: `config.finetune`."""
+    trained = {"params": params, "ranges": ranges} if settings.ranges == "learned" else {"params": params}
+    return State(trained, student_optimizer(settings).init(trained), jnp.zeros((), jnp.int32))
+
+
+def _with_proper_ranges(trained: Variables) -> Variables:
+    """`trained`, with zero in every range."""
+    if "ranges" not in trained:
+        return trained
+    flat = flatten_dict(trained["ranges"])
+    names = {path[:-1] for path in flat}
+    ranges = {name: learned.proper(*(flat[*name, end] for end in ENDS)) for name in names}
+    return {**trained, "ranges": unflatten_dict({(*name, end): ranges[name][i] for name in names for i, end in enumerate(ENDS)})}
 
 
 def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callable[[Any], float] | None) -> tuple[State, Any]:
@@ -115,7 +129,7 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
     def judge(state: State) -> None:
         epoch = int(state.step) // every
         if evaluate is not None:
-            evaluations[epoch] = evaluate({**job.variables, "params": state.params, "ranges": ranges})
+            evaluations[epoch] = evaluate({**job.variables, "ranges": ranges, **state.trained})
         if best_epoch(evaluations) == epoch:
             best.save(int(state.step), state)
         # Last, so that a run that is killed before evaluates this epoch again.
@@ -125,7 +139,7 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
         job.storage.open_checkpoints("latest", keep=2, keep_every=settings.keep_every * every) as latest,
         job.storage.open_checkpoints("best", keep=1) as best,
     ):
-        state, evaluations = _resume(job, latest)
+        state, evaluations = _resume(job, ranges, latest)
         start = int(state.step)
         calls = call_length(parallel.steps_per_call(config.steps_per_call), config.log_every, every, start)
         due = lambda step: step % every == 0 and (step // every % config.eval.every == 0 or step == stop)
@@ -159,9 +173,9 @@ def best_epoch(evaluations: dict[int, float]) -> int | None:
     return max((epoch for epoch in evaluations if epoch > 0), key=lambda epoch: evaluations[epoch], default=None)
 
 
-def _resume(job: Job, latest: Any) -> tuple[State, dict[int, float]]:
+def _resume(job: Job, ranges: Variables, latest: Any) -> tuple[State, dict[int, float]]:
     """The newest saved state and the accuracies up to it; else a fresh state and none."""
-    fresh = init(job.variables["params"], job.config.finetune)
+    fresh = init(job.variables["params"], ranges, job.config.finetune)
     saved = latest.restore(fresh)
     parallel.agree({"newest checkpoint": 0 if saved is None else int(saved.step)})
     if saved is None:

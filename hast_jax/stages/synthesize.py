@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from hast_jax import networks
 from hast_jax.method import augmentation, losses
-from hast_jax.method.schedules import Plateau, plateau_update
+from hast_jax.method.schedules import Plateau, image_rate, plateau_update
 from hast_jax.networks import Network
 from hast_jax.runs import parallel, preemption
 from hast_jax.runs.files import crc32
@@ -110,7 +110,8 @@ def step(
 
     gradient, metrics = jax.grad(loss_fn, has_aux=True)(state.images)
     update, adam = optax.scale_by_adam().update(gradient, state.adam)
-    images = state.images - state.plateau.lr * update
+    rate = image_rate(state.plateau, state.iteration, settings)
+    images = state.images - rate * update
     plateau = plateau_update(state.plateau, metrics["loss"], settings)
     best = state.best
     if best is not None:
@@ -118,12 +119,14 @@ def step(
         best = choose(metrics["loss"] < best.loss, Best(metrics["loss"], state.images), best)
         again = best.images, optax.scale_by_adam().init(best.images)
         images, adam = choose(plateau.lr < state.plateau.lr, again, (images, adam))
-    metrics = {**metrics, "lr": state.plateau.lr}
+    metrics = {**metrics, "lr": rate}
     return State(images, state.labels, adam, plateau, state.batch, state.iteration + 1, best), metrics
 
 
 def _see_through_crop(images: Array, key: Array, settings: ConfigDict) -> Array:
     crop_key, choice_key = jax.random.split(key)
+    if settings.crop == "image":
+        crop_key = jax.vmap(partial(jax.random.fold_in, crop_key))(jnp.arange(len(images)))
     cropped = augmentation.random_resized_crop_and_flip(crop_key, images, (settings.crop_scale, 1.0))
     return jnp.where(jax.random.bernoulli(choice_key, settings.crop_probability), cropped, images)
 

@@ -1,0 +1,106 @@
+"""Quantization with ranges that are learned (LSQ, Esser et al. 2020; with an offset as in LSQ+, Bhalgat et al. 2020).
+
+    S = (2^k - 1) / (high - low)      z = round(S * low)      n = round(clip(S * x, z, z + 2^k - 1))      x_hat = n / S
+
+This is the grid of `quantizer`, with n = q + Z. The gradients differ. Rounding passes gradients unchanged; clipping does not:
+
+    d x_hat / d x       1 inside the range, 0 outside
+    d x_hat / d low     (x - x_hat) / (high - low)                   inside
+                        1 - (x_hat - low) / (high - low)             outside
+    d x_hat / d high    (x_hat - x) / (high - low)                   inside
+                        (x_hat - low) / (high - low)                 outside
+
+Every range holds zero, so zero is on the grid. The integers of a weight stay within -127 ... 127: an int8 with zero point 0
+holds them.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from hast_jax.method import quantizer
+
+Array = jax.Array
+
+LARGEST_INTEGER = 127  # of a weight
+NARROWEST = 1e-8  # width of a range, as in `quantizer`
+
+
+@jax.custom_jvp
+def round_straight_through(x: Array) -> Array:
+    """The nearest whole number, half to even; its derivative is 1."""
+    return jnp.round(x)
+
+
+@round_straight_through.defjvp
+def _round_jvp(values: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return round_straight_through(*values), tangents[0]
+
+
+def scale_gradient(x: Array, factor: float) -> Array:
+    """`x`, whose gradient is multiplied by `factor`."""
+
+    @jax.custom_jvp
+    def same(x: Array) -> Array:
+        return x
+
+    same.defjvp(lambda values, tangents: (same(*values), factor * tangents[0]))
+    return same(x)
+
+
+def grid(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
+    """S and z: the number of steps in one unit, and the integer of the smallest value; both differentiable."""
+    scale = (2**bits - 1) / jnp.maximum(high - low, NARROWEST)
+    return scale, round_straight_through(scale * low)
+
+
+def integers(x: Array, scale: Array, z: Array, bits: int, largest: int | None = None) -> Array:
+    """n: whole numbers from z to z + 2^bits - 1, in the dtype of `x`; with `largest`, none is beyond +-largest."""
+    lowest, highest = z, z + 2**bits - 1
+    if largest is not None:
+        lowest, highest = jnp.maximum(lowest, -largest), jnp.minimum(highest, largest)
+    return round_straight_through(jnp.clip(scale * x, lowest, highest))
+
+
+def fake_quantize_weight(kernel: Array, low: Array, high: Array, bits: int) -> Array:
+    """`kernel` on the grids of its output channels. low, high: broadcast against `kernel`, of size one on the summed axes.
+
+    The gradient of a range is multiplied by 1 / sqrt(values that share it * 2^(bits-1)), as in LSQ.
+    """
+    factor = 1 / math.sqrt(kernel.size / low.size * 2 ** (bits - 1))
+    scale, z = grid(scale_gradient(low, factor), scale_gradient(high, factor), bits)
+    return integers(kernel, scale, z, bits, LARGEST_INTEGER) / scale
+
+
+def fake_quantize_activation(x: Array, low: Array, high: Array, bits: int) -> Array:
+    """Activations [batch, ...] on the grid of one range of scalars.
+
+    A range that begins at zero keeps its zero: after a ReLU there is no offset to learn. The gradient of a range is
+    multiplied by 1 / sqrt(values of one image * (2^bits - 1)).
+    """
+    factor = 1 / math.sqrt(x.size / x.shape[0] * (2**bits - 1))
+    low = jnp.where(low == 0, 0.0, scale_gradient(low, factor))
+    scale, z = grid(low, scale_gradient(high, factor), bits)
+    return integers(x, scale, z, bits) / scale
+
+
+def proper(low: Array, high: Array) -> tuple[Array, Array]:
+    """The range with zero in it, and not empty."""
+    low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+    return low, jnp.maximum(high, low + NARROWEST)
+
+
+def weight_range(kernel: Array, bits: int, axes: tuple[int, ...], rule: quantizer.RangeRule) -> tuple[Array, Array]:
+    """The range to start from for each output channel; of size one on `axes`, those that one output channel sums over.
+
+    rule: one of `quantizer.RANGE_RULES`. With eight bits the range is symmetric, as -128 ... 127 is all there is.
+    """
+    moved = jnp.moveaxis(kernel, axes, range(len(axes)))
+    channels = moved.reshape(math.prod(moved.shape[: len(axes)]), -1)
+    low, high = proper(*jax.vmap(lambda channel: rule(channel, bits), 1)(channels))
+    if bits == quantizer.MAX_BITS:
+        high = jnp.maximum(-low, high)
+        low = -high
+    shape = [1 if axis in axes else size for axis, size in enumerate(kernel.shape)]
+    return low.reshape(shape), high.reshape(shape)
