@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
 
-
 VARIANTS = {
     "best": {**config_lib.BEST, "finetune.epochs": 8},
     "small": {"synthesis.images": 256, "synthesis.iterations": 100, "finetune.epochs": 2},

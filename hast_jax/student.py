@@ -19,8 +19,8 @@ from hast_jax.data.datasets import normalise
 from hast_jax.errors import InputError, UserError
 from hast_jax.method import learned, quantizer
 from hast_jax.networks import Network, weights
-from hast_jax.networks.network import ENDS
 from hast_jax.networks import rules as rules_lib
+from hast_jax.networks.network import ENDS
 from hast_jax.networks.rules import Rules
 from hast_jax.runs.files import crc32, write_bytes, write_json
 

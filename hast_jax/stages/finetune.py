@@ -113,7 +113,10 @@ def _with_proper_ranges(trained: Variables) -> Variables:
     flat = flatten_dict(trained["ranges"])
     names = {path[:-1] for path in flat}
     ranges = {name: learned.proper(*(flat[*name, end] for end in ENDS)) for name in names}
-    return {**trained, "ranges": unflatten_dict({(*name, end): ranges[name][i] for name in names for i, end in enumerate(ENDS)})}
+    return {
+        **trained,
+        "ranges": unflatten_dict({(*name, end): ranges[name][i] for name in names for i, end in enumerate(ENDS)}),
+    }
 
 
 def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callable[[Any], float] | None) -> tuple[State, Any]:
