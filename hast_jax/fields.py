@@ -238,6 +238,13 @@ FIELDS: dict[str, Field] = {
         free=True,
         own=True,
     ),
+    "eval.held_out": Field(
+        "",
+        "Folder of a synthetic set that the student is not trained on, such as one of another seed. The student's agreement with "
+        "the teacher is measured on it.",
+        free=True,
+        own=True,
+    ),
     "eval.crop": Field(
         224 / 256,
         "Share of a file's shorter side that is kept. Torchvision's newer weights take 224 / 232.",

@@ -25,7 +25,7 @@ from hast_jax.runs.memory import MemoryRun
 from hast_jax.runs.progress import Progress, Recorder, Update, silent
 from hast_jax.runs.run_folder import RunFolder
 from hast_jax.stages import calibrate, finetune, synthesize
-from hast_jax.stages.evaluate import evaluator
+from hast_jax.stages.evaluate import agreement, evaluator
 from hast_jax.stages.job import Job
 from hast_jax.student import Student
 
@@ -60,8 +60,9 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
         state, evaluations = finetune.run(job, images, labels, ranges, evaluate)
         _end_segment(job, segment)
         finished = job.storage.read_result()
-        result = finished or _summary(job, len(images), evaluations)
-        student = _student(job, {**job.variables, "ranges": ranges, **state.trained}, result)
+        variables = {**job.variables, "ranges": ranges, **state.trained}
+        result = finished or {**_summary(job, len(images), evaluations), "held_out": _held_out(job, variables)}
+        student = _student(job, variables, result)
         if finished is None:
             if isinstance(job.storage, RunFolder):
                 folder = job.storage.student
@@ -98,6 +99,7 @@ def _prepare(
         raise UserError("the network has no batch norms whose outputs could be aligned: set finetune.lam to 0.")
     if given is not None:
         _check_enough(config, len(given[0]))
+    _held_out_images(config)
     recorder = Recorder(workdir, progress, writing=parallel.is_main())
     job = lambda storage: Job(config, devices, storage, recorder, teacher, student, variables)
     if workdir is None:
@@ -186,6 +188,9 @@ def _training_images(job: Job, given: Given | None) -> Given:
         images, labels = given
         if parallel.process_count() > 1:
             parallel.agree({"images": crc32((images, labels))})
+    held_out = _held_out_images(job.config)
+    if held_out is not None and crc32(held_out) == crc32(images):
+        raise UserError("config.eval.held_out holds the images that the student is trained on: give others, of another seed.")
     parallel.on_main(lambda: job.storage.check_images(images, labels))
     if isinstance(job.storage, RunFolder):
         picture, teacher = job.storage.picture, job.config.teacher
@@ -202,6 +207,24 @@ def _activation_ranges(job: Job, images: np.ndarray) -> weights.Variables:
 
     parallel.on_main(calibrated)
     return job.storage.read_ranges(job.student.range_names)
+
+
+def _held_out_images(config: ConfigDict) -> np.ndarray | None:
+    """The images of `config.eval.held_out`, memory-mapped; None where it names none. Raises UserError for a missing set."""
+    if not config.eval.held_out:
+        return None
+    return synthetic_set.load(Path(config.eval.held_out).expanduser(), tuple(config.teacher.image))[0]
+
+
+def _held_out(job: Job, variables: weights.Variables) -> dict[str, Any] | None:
+    """How far the student agrees with its teacher on images that it has not seen."""
+    images = _held_out_images(job.config)
+    if images is None:
+        return None
+    logits = lambda network: lambda v, x: networks.apply(network, v, x)[0]
+    teacher, student = logits(job.teacher), logits(job.student)
+    found = agreement(teacher, student, (job.variables, variables), images, job.config.eval.batch)
+    return {"images": len(images), "agreement": found.top1, "kl": found.kl}
 
 
 def _student(job: Job, variables: weights.Variables, result: dict[str, Any]) -> Student:

@@ -1,7 +1,8 @@
-"""Every table and figure of the paper's supplement, and the baselines.
+"""Every table and figure of the paper's supplement, the baselines, and the parts of the recipe `best`.
 
     python -m hast_jax.reproduce table2 --config=configs/cifar10.py:w3a3 --workdir=runs/table2
-    python -m hast_jax.reproduce all --config=configs/digits.py        # in runs/reproduction
+    python -m hast_jax.reproduce all --config=configs/digits.py        # the supplement, in runs/reproduction
+    python -m hast_jax.reproduce recipe --config=configs/cifar100.py:w3a3,best,small --workdir=runs/recipe
     python -m hast_jax.reproduce table2 table4 --skip="a=1, b=4" --skip="a=1, b=2" --config=...
 
 The same command goes on where a killed sweep was; a cell that failed is tried again. WORKDIR then holds NAME.md and
@@ -31,6 +32,7 @@ from hast_jax.runs.files import write_json, write_text
 
 FIGURES = {"figure2a": figure2.gradient_angles, "figure2b": figure2.hessian_spectra}
 NAMES = [*EXPERIMENTS, *FIGURES]
+SUPPLEMENT = [name for name in NAMES if name != "recipe"]
 
 
 def define_flags() -> None:
@@ -91,7 +93,7 @@ def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
 def main(arguments: list[str]) -> None:
     """Run what the arguments name; exit status 1 where a cell failed."""
     with cli.user_errors():
-        names = NAMES if arguments[1:] == ["all"] else arguments[1:]
+        names = SUPPLEMENT if arguments[1:] == ["all"] else arguments[1:]
         if not names or not set(names) <= set(NAMES):
             raise UserError(f"name one or several experiments of: {', '.join(NAMES)}; or all.")
         cli.join(together=False)

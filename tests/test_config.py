@@ -29,7 +29,7 @@ def get_config(path: Path, argument: str = ""):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-@pytest.mark.parametrize("argument", ["", "w4a4", "w3a3,small", "w2a8"])
+@pytest.mark.parametrize("argument", ["", "w4a4", "w3a3,small", "w2a8", "w3a3,best", "w4a4,small,best"])
 def test_every_config_and_variant_is_valid(path: Path, argument: str) -> None:
     config = get_config(path, argument)
     config_lib.validate(config)
@@ -114,8 +114,16 @@ def test_neither_loss_weighing_anything_is_refused() -> None:
 
 
 def test_an_unknown_variant_names_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"'tiny': choose from w4a4 .any bits., small, tuned"):
+    with pytest.raises(UserError, match=r"'tiny': choose from w4a4 .any bits., best, small"):
         config_lib.variant(config_lib.default(), "w4a4,tiny")
+
+
+def test_the_order_of_variants_does_not_matter_and_best_has_a_small_budget_of_its_own() -> None:
+    one, other = (config_lib.variant(config_lib.default(), text) for text in ("w4a4,best,small", "small,best,w4a4"))
+    assert config_lib.to_dict(one) == config_lib.to_dict(other)
+    paper = config_lib.variant(config_lib.default(), "w4a4,small")
+    assert one.synthesis.images < paper.synthesis.images and one.finetune.optimizer == "adam"
+    assert paper.finetune.optimizer == "sgd" and paper.finetune.ranges == "fixed"
 
 
 def test_two_numbers_of_bits_are_refused() -> None:

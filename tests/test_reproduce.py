@@ -191,12 +191,12 @@ def test_all_experiments_make_one_page_though_a_cell_fails(tmp_path: Path, monke
     monkeypatch.setattr(pipeline, "run", run)
     monkeypatch.setattr(pipeline, "run_synthesis", run_synthesis)
     small = sweep(tmp_path, finetune__epochs=1)
-    page = reproduce.run(reproduce.NAMES, small)
+    page = reproduce.run(reproduce.SUPPLEMENT, small)
     assert page == (tmp_path / "reproduction.md").read_text() and small.failed == ["alignment=dfa-seed0"]
     assert "RFA) beats direct (DFA): not measured, a cell failed or was left out" in page
     assert "promotion helps: **holds** (HAST +" in page
     assert "MemoryError" in (tmp_path / "cells" / "alignment=dfa-seed0" / "error.txt").read_text()
-    for name in reproduce.NAMES:
+    for name in reproduce.SUPPLEMENT:
         assert (tmp_path / f"{name}.md").exists() and (tmp_path / f"{name}.json").exists()
     assert page.count("](figure") == 3 == len(list(tmp_path.glob("figure*.png")))
     part = reproduce.run(["table2", "table4"], small, skip=["a=1, b=4"])

@@ -147,6 +147,39 @@ def figure1(config: ConfigDict) -> Experiment:
     return Experiment("Figure 1: sensitivity to gamma, eps and lambda", cells, {}, note)
 
 
+def recipe(config: ConfigDict) -> Experiment:
+    """One change at a time, around a config of the recipe `best`: what each of its parts gives."""
+    finetune, synthesis = config.finetune, config.synthesis
+    sgd = {"finetune.optimizer": "sgd", "finetune.lr": 1e-5, "finetune.temperature": 20.0, "finetune.alpha": 20.0}
+    cells = [
+        Cell("the config as it is", {}),
+        Cell("SGD at 1e-5, T = alpha = 20", sgd),
+        *(Cell(f"rate {rate:g}", {"finetune.lr": rate}) for rate in (1e-4, 3e-4, 1e-3)),
+        Cell("fixed ranges", {"finetune.ranges": "fixed", "finetune.straight_through": "clipped"}),
+        *(Cell(f"rate of the ranges {rate:g}", {"finetune.ranges_lr": rate}) for rate in (1e-4, 1e-3, 1e-2)),
+        *(Cell(f"temperature {t:g}", {"finetune.temperature": t}) for t in (1.0, 2.0, 4.0, 10.0, 20.0)),
+        Cell("no promotion", {"finetune.b": 0.0}),
+        Cell("no promotion, twice the steps", {"finetune.b": 0.0, "finetune.epochs": 2 * finetune.epochs}),
+        *(Cell(f"eps = {eps:g}", {"finetune.eps": eps}) for eps in (0.01, 0.02, 0.05)),
+        *(Cell(f"relaxed alignment, lambda = {lam:g}", {"finetune.lam": lam}) for lam in (100.0, 1000.0)),
+        Cell("twice the steps", {"finetune.epochs": 2 * finetune.epochs}),
+        *(Cell(f"augmentation keeps {share:g} of the image", {"finetune.crop_scale": share}) for share in (0.5, 0.8)),
+        Cell("no augmentation", {"finetune.augment": False}),
+        Cell("no crops while images are made", {"synthesis.crop_probability": 0.0}),
+        Cell("one crop for a whole batch", {"synthesis.crop": "batch"}),
+        *(Cell(f"beta = {beta:g}", {"synthesis.beta": beta}) for beta in (0.0, 1.0, 10.0)),
+        Cell("gamma = 2", {"synthesis.gamma": 2.0}),
+        *(Cell(f"first rate of the images {rate:g}", {"synthesis.lr": rate}) for rate in (0.1, 0.2, 0.5)),
+        Cell("plateau instead of cosine", {"synthesis.schedule": "plateau", "synthesis.return_to_best": True}),
+        *(Cell(f"{n} iterations", {"synthesis.iterations": n}) for n in (synthesis.iterations // 2, 2 * synthesis.iterations)),
+        *(Cell(f"{n} images", {"synthesis.images": n}) for n in (synthesis.images // 2, 2 * synthesis.images)),
+        Cell("noise images (lower bound)", {"synthesis.iterations": 0}),
+        Cell(f"{synthesis.images} real images (upper bound)", {"synthesis.real_split": "train"}),
+        Cell("all real images (upper bound)", {"synthesis.real_split": "train", "synthesis.images": 10**7}),
+    ]
+    return Experiment("The recipe, one change at a time", cells, {})
+
+
 EXPERIMENTS: dict[str, Callable[[ConfigDict], Experiment]] = {
     "baselines": baselines,
     "table1": table1,
@@ -154,6 +187,7 @@ EXPERIMENTS: dict[str, Callable[[ConfigDict], Experiment]] = {
     "table3": table3,
     "table4": table4,
     "figure1": figure1,
+    "recipe": recipe,
 }
 
 

@@ -80,6 +80,8 @@ class Sweep:
         of its seed too: the cells' seeds then change calibration and fine-tuning alone.
         """
         own = {k: v for k, v in changes.items() if k.startswith("synthesis.") and k not in SAME_IMAGES}
+        if changes.get("synthesis.images", 0) > self.config.synthesis.images:
+            own["synthesis.images"] = changes["synthesis.images"]
         if not own and self.config.synthesis.source:
             source = Path(self.config.synthesis.source)
             RunFolder(source.parent).check_teacher(self.teacher, remember=False)

@@ -62,17 +62,23 @@ def _row(label: str, results: list[Result], epoch: str) -> Row:
         mean = statistics.mean(accuracies)
         row |= {"top1": accuracies, "mean": mean, "teacher": teacher, "drop": teacher - mean}
         row["std"] = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+        held_out = [r["held_out"] for r in good if r.get("held_out")]
+        if held_out and epoch == "last":
+            row |= {name: statistics.mean(each[name] for each in held_out) for name in ("agreement", "kl")}
     return row
 
 
 def markdown(rows: list[Row]) -> str:
-    """A table of the rows; the paper's columns only where it has a number."""
-    compared = any("paper" in row for row in rows)
+    """A table of the rows; the paper's columns only where it has a number, agreement only where it was measured."""
+    compared, judged = (any(name in row for row in rows) for name in ("paper", "agreement"))
     header = ["", "top-1", "drop"]
+    header += ["agreement, held-out synthetic", "KL"] if judged else []
     header += ["paper: top-1", "paper: drop", "drop, ours - paper's"] if compared else []
     lines = [_line(header), _line(["---"] * len(header))]
     for row in rows:
         cells = [row["label"], *_accuracy(row)]
+        if judged:
+            cells += [f"{row[name]:{form}}" if name in row else "" for name, form in _AGREEMENT_COLUMNS]
         if compared:
             cells += [f"{row[name]:{form}}" if name in row else "" for name, form in _PAPER_COLUMNS]
         lines.append(_line(cells))
@@ -80,6 +86,7 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines + (["", "Failed:", "", *failures] if failures else []))
 
 
+_AGREEMENT_COLUMNS = (("agreement", ".2f"), ("kl", ".3f"))
 _PAPER_COLUMNS = (("paper", ".2f"), ("paper_drop", ".2f"), ("difference", "+.2f"))
 
 

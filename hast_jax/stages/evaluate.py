@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hast_jax.data.datasets import Dataset, normalise
+from hast_jax.method import losses
 from hast_jax.networks.weights import Variables
 from hast_jax.runs import parallel, preemption
 from hast_jax.runs.loop import drive
@@ -85,3 +86,27 @@ def evaluator(
         return Accuracy(*(100 * int(correct) / len(dataset.labels) for correct in parallel.total(own)))
 
     return evaluate
+
+
+class Agreement(NamedTuple):
+    """Of a student with its teacher: images in per cent with the same largest logit, and KL(teacher || student) in nats."""
+
+    top1: float
+    kl: float
+
+
+def agreement(teacher: Logits, student: Logits, variables: tuple[Variables, Variables], images: Any, batch: int) -> Agreement:
+    """Agreement on normalised images [n, height, width, channels], which may be synthetic: no label is needed.
+
+    variables: of the teacher and of the student. batch: images that are judged together, on one device.
+    """
+
+    @jax.jit
+    def step(variables: tuple[Variables, Variables], images: Array) -> Array:
+        target, logits = teacher(variables[0], images), student(variables[1], images)
+        same = jnp.sum(jnp.argmax(target, 1) == jnp.argmax(logits, 1))
+        return jnp.stack([same.astype(jnp.float32), len(images) * losses.distillation(target, logits, 1.0, 1.0)])
+
+    parts = [np.asarray(step(variables, jnp.asarray(images[i : i + batch]))) for i in range(0, len(images), batch)]
+    same, kl = np.sum(np.stack(parts), 0, dtype=np.float64).tolist()
+    return Agreement(100 * same / len(images), kl / len(images))
