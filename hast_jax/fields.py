@@ -172,7 +172,9 @@ FIELDS: dict[str, Field] = {
     "finetune.steps_per_epoch": Field(200, "Steps in an epoch of fine-tuning.", count),
     "finetune.batch": Field(256, "Images in a step of fine-tuning, over all devices.", count),
     "finetune.optimizer": Field(
-        "sgd", "sgd: the paper's, with Nesterov momentum. adam: with decoupled weight decay.", choices=OPTIMIZERS
+        "sgd",
+        "Optimizer of the weights. sgd: the paper's, with Nesterov momentum. adam: Adam with decoupled weight decay.",
+        choices=OPTIMIZERS,
     ),
     "finetune.ranges": Field(
         "fixed",
@@ -240,8 +242,8 @@ FIELDS: dict[str, Field] = {
     ),
     "eval.held_out": Field(
         "",
-        "Folder of a synthetic set that the student is not trained on, such as one of another seed. The student's agreement with "
-        "the teacher is measured on it.",
+        "Folder of a synthetic set that the student is not trained on, such as one of another seed. The student's agreement "
+        "with the teacher is measured on it.",
         free=True,
         own=True,
     ),

@@ -9,6 +9,7 @@ import tiny
 from PIL import Image
 
 import hast_jax
+from hast_jax import from_config, networks, pipeline
 from hast_jax.errors import UserError
 
 
@@ -125,3 +126,28 @@ def test_a_run_that_began_with_other_images_refuses_these(copy: Path, tmp_path: 
     np.save(tmp_path / "labels.npy", np.load(copy / "synthetic" / "labels.npy"))
     with pytest.raises(UserError, match="began with other images"):
         tiny.run(copy, synthesis__source=str(tmp_path))
+
+
+def test_a_student_is_judged_by_synthetic_images_that_it_has_not_seen(finished: Path, tmp_path: Path) -> None:
+    source = f"--config.synthesis.source={finished / 'synthetic'}"
+    others = tmp_path / "others"
+    pipeline.run_synthesis(tiny.config(seed=9), others)
+    again = tmp_path / "again"
+    done = tiny.call(tiny.command(again, source, f"--config.eval.held_out={others / 'synthetic'}"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((again / "result.json").read_text())
+    assert result["held_out"]["images"] == 96 and result["last"] == json.loads((finished / "result.json").read_text())["last"]
+
+    images = np.load(others / "synthetic" / "images.npy")
+    student = hast_jax.load(again / "student")
+    config = tiny.config()
+    teacher, variables = from_config.teacher(config)
+    target = np.asarray(networks.apply(teacher, variables, images)[0], np.float64)
+    logits = np.asarray(student(images), np.float64)
+    log = lambda z: z - np.log(np.exp(z).sum(1, keepdims=True))
+    kl = np.mean(np.sum(np.exp(log(target)) * (log(target) - log(logits)), 1))
+    assert result["held_out"]["agreement"] == pytest.approx(100 * np.mean(target.argmax(1) == logits.argmax(1)))
+    assert result["held_out"]["kl"] == pytest.approx(kl, rel=1e-3)
+
+    same = tiny.call(tiny.command(tmp_path / "same", source, f"--config.eval.held_out={finished / 'synthetic'}"))
+    assert same.returncode == 1 and "the images that the student is trained on" in same.stderr

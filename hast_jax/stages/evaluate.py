@@ -108,5 +108,5 @@ def agreement(teacher: Logits, student: Logits, variables: tuple[Variables, Vari
         return jnp.stack([same.astype(jnp.float32), len(images) * losses.distillation(target, logits, 1.0, 1.0)])
 
     parts = [np.asarray(step(variables, jnp.asarray(images[i : i + batch]))) for i in range(0, len(images), batch)]
-    same, kl = np.sum(np.stack(parts), 0, dtype=np.float64).tolist()
-    return Agreement(100 * same / len(images), kl / len(images))
+    means = np.stack(parts).astype(np.float64).sum(0) / len(images)
+    return Agreement(100 * float(means[0]), float(means[1]))
