@@ -17,10 +17,11 @@ Settings: HAST, supplement and config file for ImageNet, for all networks. Paper
     configs/imagenet.py:w3a3              51.15        configs/imagenet.py:mobilenetv1,w5a5  68.52
                                                        configs/imagenet.py:mobilenetv2,w4a4  65.60
 
-None of these has been measured here yet. A full run (5,120 images x 1,000 iterations, 29,400 steps of 16) is meant for an
-accelerator: docs/performance.md says how much memory and time it takes. Less memory: `--config.synthesis.remat=True
---config.synthesis.micro_batch=32`. `small` (64 images x 20 iterations, 20 steps of 8) shows in minutes, on a CPU too, that
-weights and images are read and that every stage runs; its accuracies mean nothing.
+None of these has been measured here yet, nor has the recipe `best` (docs/recipe.md). A full run (5,120 images x 1,000
+iterations, 29,400 steps of 16, with `best` 4,000) is meant for an accelerator: docs/performance.md says how much memory and
+time it takes. Less memory: `--config.synthesis.remat=True --config.synthesis.micro_batch=32`. `small` (64 images x 20 iterations, 20
+steps of 8) shows in minutes, on a CPU too, that weights and images are read and that every stage runs; its accuracies mean
+nothing.
 """
 
 from ml_collections import ConfigDict
@@ -44,7 +45,7 @@ VARIANTS = {
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """argument: a network, bits such as w4a4, and `small`, joined by commas."""
+    """argument: a network, bits such as w4a4, `best` and `small`, joined by commas."""
     config = config_lib.default()
     config.teacher.network = "resnet18"
     config.teacher.weights = ""

@@ -1,16 +1,20 @@
 """A Markdown table of finished runs, from their `result.json` files: how that of docs/results.md is made.
 
 python -m hast_jax.results runs/c100-w3a3 runs/c100-w4a4
+python -m hast_jax.results runs/c100-w3a3 --over_time=over_time      # top-1 over the time of the whole job, and a figure
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+
 from hast_jax import cli
 from hast_jax.deliver.console import format_bits, format_images, format_seconds
 from hast_jax.errors import UserError
 from hast_jax.runs.files import read_json
+from hast_jax.runs.progress import read_metrics
 
 HEADER = (
     "| network, data | bits | settings | teacher | no fine-tuning | HAST, last epoch | drop | best epoch* "
@@ -55,8 +59,35 @@ def table(folders: list[Path]) -> str:
     return "\n".join([HEADER, "|" + "---|" * (HEADER.count("|") - 1), *rows, "", "\\* selected on test data.", *notes])
 
 
+def over_time(folder: Path) -> list[tuple[float, float]]:
+    """Seconds from the start of the job, synthesis included, and the top-1 that the student had then, of a finished run."""
+    settings = read_json(folder / "config.json")["finetune"]
+    evaluations = {int(epoch): top1 for epoch, top1 in read_json(folder / "evaluations.json").items()}
+    before, at = 0.0, {0: 0.0}
+    for line in read_metrics(folder / "metrics.jsonl"):
+        if line["stage"] == "finetune":
+            at.setdefault(line["step"], line["seconds"])
+    for stage, seconds in read_json(folder / "result.json")["seconds"].items():
+        before += seconds if stage != "finetune" else 0.0
+    return [(before + at[epoch * settings["steps_per_epoch"]], top1) for epoch, top1 in sorted(evaluations.items())]
+
+
+def over_time_table(folders: list[Path], picture: Path) -> str:
+    """Top-1 over time, of finished runs of one teacher; the figure is written to `picture`.png and .svg."""
+    from hast_jax.paper import figures
+
+    finished = [folder for folder in folders if (folder / "result.json").exists()]
+    curves = {folder.name: over_time(folder) for folder in finished if read_json(folder / "result.json")["teacher"] is not None}
+    if not curves:
+        raise UserError("none of these run folders is finished and has accuracies: there is nothing to draw.")
+    figures.over_time(curves, read_json(finished[0] / "result.json")["teacher"], picture)
+    rows = [f"| {name} | {format_seconds(seconds)} | {top1:.2f} |" for name, curve in curves.items() for seconds, top1 in curve]
+    return "\n".join(["| run | time of the whole job | top-1 |", "|---|---|---|", *rows])
+
+
 def define_flags() -> None:
-    """This command has none."""
+    """Define the flags of this command."""
+    flags.DEFINE_string("over_time", "", "Print top-1 over the time of the whole job, and draw it to this path, .png and .svg.")
 
 
 def main(arguments: list[str]) -> None:
@@ -64,7 +95,9 @@ def main(arguments: list[str]) -> None:
     with cli.user_errors():
         if len(arguments) < 2:
             raise UserError("give one or more run folders: python -m hast_jax.results runs/*.")
-        print(table([Path(argument) for argument in arguments[1:]]))
+        folders = [Path(argument) for argument in arguments[1:]]
+        picture = flags.FLAGS.over_time
+        print(over_time_table(folders, Path(picture)) if picture else table(folders))
 
 
 if __name__ == "__main__":

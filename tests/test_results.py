@@ -49,3 +49,17 @@ def test_a_damaged_result_is_named(tmp_path) -> None:
     (tmp_path / "result.json").write_text('{"half": ')
     with pytest.raises(UserError, match=r"result\.json is damaged"):
         results.table([tmp_path])
+
+
+def test_top1_is_shown_over_the_time_of_the_whole_job(finished, tmp_path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    points = results.over_time(finished)
+    assert [top1 for _, top1 in points] == list(json.loads((finished / "evaluations.json").read_text()).values())
+    seconds = [each for each, _ in points]
+    assert seconds == sorted(seconds) and seconds[0] >= result["seconds"]["synthesis"]
+    assert seconds[-1] <= sum(result["seconds"].values()) + 0.1
+    text = results.over_time_table([finished, tmp_path], tmp_path / "curve")
+    assert text.count(f"| {finished.name} |") == len(points)
+    assert (tmp_path / "curve.png").exists() and (tmp_path / "curve.svg").exists()
+    with pytest.raises(UserError, match="nothing to draw"):
+        results.over_time_table([tmp_path], tmp_path / "curve")

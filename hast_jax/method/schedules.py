@@ -1,11 +1,11 @@
 """Schedules and optimizers: PyTorch's plateau or a cosine for images, steps or a cosine with SGD or Adam for the student."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 Array = jax.Array
 
@@ -76,9 +76,11 @@ def scale_by_width() -> optax.GradientTransformation:
     """Multiply the update of each end of a range by high - low. The tree holds {"low": array, "high": array} at its ends."""
 
     def scale(updates: Any, ranges: Any) -> Any:
-        flat, ends = flatten_dict(updates), flatten_dict(ranges)
-        width = lambda path: ends[*path[:-1], "high"] - ends[*path[:-1], "low"]
-        masked = lambda update: isinstance(update, optax.MaskedNode)  # by `optax.partition`: not a range
-        return unflatten_dict({path: u if masked(u) else u * width(path) for path, u in flat.items()})
+        if isinstance(updates, optax.MaskedNode):  # by `optax.partition`: not a range
+            return updates
+        if ranges.keys() == {"low", "high"} and not isinstance(ranges["low"], Mapping):
+            width = ranges["high"] - ranges["low"]
+            return {end: update * width for end, update in updates.items()}
+        return {name: scale(updates[name], ranges[name]) for name in updates}
 
     return optax.stateless(scale)

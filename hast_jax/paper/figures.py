@@ -1,4 +1,4 @@
-"""The figures of the supplement, as PNG and SVG; readable when printed in grey."""
+"""The figures of the supplement, and accuracy over time, as PNG and SVG; readable when printed in grey."""
 
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,21 @@ def spectra(spectra: dict[str, tuple[np.ndarray, np.ndarray]], linear_width: flo
         axis.xaxis.set_major_locator(FixedLocator(ticks))
         axis.xaxis.set_minor_locator(NullLocator())
     figure.axes[0].set_ylabel("density")
+    save(figure, path)
+
+
+def over_time(curves: dict[str, list[tuple[float, float]]], teacher: float, path: Path) -> None:
+    """Top-1 over the time of the whole job. curves: label -> (seconds, top-1 in per cent)."""
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for number, (label, points) in enumerate(curves.items()):
+        seconds, top1 = zip(*points)
+        style, colour = STYLES[number % len(STYLES)], COLOURS[number % len(COLOURS)]
+        axis.plot([each / 60 for each in seconds], top1, color=colour, label=label, **style)
+    axis.axhline(teacher, color="grey", linewidth=0.8)
+    axis.annotate("teacher", (0, teacher), textcoords="offset points", xytext=(2, -10), color="grey")
+    axis.set(xlabel="minutes from the start of the job", ylabel="top-1, %", xlim=(0, None))
+    axis.legend()
     save(figure, path)
 
 
