@@ -6,8 +6,8 @@
 steps of 64, in some twenty minutes. RESULTS10
 
 Without `best` the settings are HAST's, from its supplement and its config file for CIFAR-10. Paper, from a teacher of 94.03 %:
-W4A4 92.36, W3A3 88.34. Without `small` the budget is the paper's, 5,120 images x 1,000 iterations and 29,400 steps of 256 (4,000
-with `best`), and meant for an accelerator.
+W4A4 92.36, W3A3 88.34. Without `small` the budget is the paper's, 5,120 images x 1,000 iterations and 29,400 steps of 256
+(4,000 with `best`), and meant for an accelerator.
 
 HAST's settings with `small` (1,536 images x 500 iterations, 4,000 steps of 64), seed 0: W4A4 gave 88.99, W3A3 85.11.
 """

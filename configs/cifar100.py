@@ -6,8 +6,8 @@
 steps of 64, in some twenty minutes. RESULTS100
 
 Without `best` the settings are HAST's, from its supplement and its config file for CIFAR-100. Paper, from a teacher of 70.33 %:
-W4A4 66.68, W3A3 55.67. Without `small` the budget is the paper's, 5,120 images x 1,000 iterations and 29,400 steps of 256 (4,000
-with `best`), and meant for an accelerator:
+W4A4 66.68, W3A3 55.67. Without `small` the budget is the paper's, 5,120 images x 1,000 iterations and 29,400 steps of 256
+(4,000 with `best`), and meant for an accelerator:
 
     python -m hast_jax.main --config=configs/cifar100.py:w3a3 --workdir=runs/c100-w3a3-paper
 

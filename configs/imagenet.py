@@ -19,9 +19,9 @@ Settings: HAST, supplement and config file for ImageNet, for all networks. Paper
 
 None of these has been measured here yet, nor has the recipe `best` (docs/recipe.md). A full run (5,120 images x 1,000
 iterations, 29,400 steps of 16, with `best` 4,000) is meant for an accelerator: docs/performance.md says how much memory and
-time it takes. Less memory: `--config.synthesis.remat=True --config.synthesis.micro_batch=32`. `small` (64 images x 20 iterations, 20
-steps of 8) shows in minutes, on a CPU too, that weights and images are read and that every stage runs; its accuracies mean
-nothing.
+time it takes. Less memory: `--config.synthesis.remat=True --config.synthesis.micro_batch=32`. `small` (64 images x 20
+iterations, 20 steps of 8) shows in minutes, on a CPU too, that weights and images are read and that every stage runs; its
+accuracies mean nothing.
 """
 
 from ml_collections import ConfigDict

@@ -168,6 +168,11 @@ FIELDS: dict[str, Field] = {
         "Range of a batch's activations. minmax: from the smallest to the largest. mse: the one that loses least.",
         choices=tuple(quantizer.RANGE_RULES),
     ),
+    "calibration.kernel_range": Field(
+        "minmax",
+        "Range of each output channel of a weight from which learning starts, where ranges are learned; by the same rules.",
+        choices=tuple(quantizer.RANGE_RULES),
+    ),
     "finetune.epochs": Field(147, "Epochs of fine-tuning.", count),
     "finetune.steps_per_epoch": Field(200, "Steps in an epoch of fine-tuning.", count),
     "finetune.batch": Field(256, "Images in a step of fine-tuning, over all devices.", count),

@@ -34,6 +34,7 @@ def student(config: ConfigDict, own: nn.Module | None = None) -> Network:
         rules=bit_rules(config),
         range_rule=quantizer.RANGE_RULES[config.calibration.range],
         learned_ranges=config.finetune.ranges == "learned",
+        kernel_range_rule=quantizer.RANGE_RULES[config.calibration.kernel_range],
         straight_through=config.finetune.straight_through,
     )
 

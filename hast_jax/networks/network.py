@@ -52,7 +52,8 @@ class Network:
     call: keyword arguments of its calls. kernels: bits of each quantized kernel, by layer. sites: of each call whose input (of
     a layer) or output (of an `Activation`) is quantized. range_rule: observes the range of a batch of activations.
     learned_ranges: kernels have ranges of their own in the collection `ranges`, and the gradient reaches all ranges; otherwise
-    the range of a kernel is its minimum and maximum. straight_through: one of `quantizer.STRAIGHT_THROUGH`, where ranges are
+    the range of a kernel is its minimum and maximum. kernel_range_rule: the range from which that of a kernel is learned.
+    straight_through: one of `quantizer.STRAIGHT_THROUGH`, where ranges are
     not learned. arithmetic: of convolutions and matrix products, one of `conv.ARITHMETIC`. fast_convolution: use
     `networks.conv` on a CPU.
 
@@ -67,6 +68,7 @@ class Network:
     sites: Mapping[Call, Site] = field(default_factory=dict)
     range_rule: quantizer.RangeRule = quantizer.minmax_range
     learned_ranges: bool = False
+    kernel_range_rule: quantizer.RangeRule = quantizer.minmax_range
     straight_through: str = "identity"
     arithmetic: str = "float32"
     fast_convolution: bool = True
@@ -148,10 +150,17 @@ def kernel_ranges(network: Network, params: Variables) -> Variables:
     """The `ranges` of the kernels from which learning starts; {} where ranges are not learned."""
     if not network.learned_ranges:
         return {}
-    flat, rule = flatten_dict(params), quantizer.minmax_range
-    return _ranges(
-        {each.kernel: learned.weight_range(flat[each.kernel], bits, each.axes, rule) for each, bits in network.kernels.items()}
-    )
+    flat, limits = flatten_dict(params), {}
+    for layer, bits in network.kernels.items():
+        limits[layer.kernel] = learned.weight_range(_wide(flat[layer.kernel]), bits, layer.axes, network.kernel_range_rule)
+    return _ranges(limits)
+
+
+def proper_ranges(ranges: Variables) -> Variables:
+    """`ranges`, each with zero in it."""
+    flat = flatten_dict(ranges)
+    names = dict.fromkeys(path[:-1] for path in flat)
+    return _ranges({name: learned.proper(flat[*name, "low"], flat[*name, "high"]) for name in names})
 
 
 def quantized_params(network: Network, params: Variables, ranges: Variables) -> Variables:
@@ -161,7 +170,7 @@ def quantized_params(network: Network, params: Variables, ranges: Variables) -> 
         kernel = flat[layer.kernel]
         if network.learned_ranges:
             low, high = (limits[*layer.kernel, end] for end in ENDS)
-            flat[layer.kernel] = learned.fake_quantize_weight(kernel, low, high, bits)
+            flat[layer.kernel] = learned.fake_quantize_weight(_wide(kernel), low, high, bits).astype(kernel.dtype)
         else:
             flat[layer.kernel] = quantizer.fake_quantize_weight(kernel, bits, layer.axes)
     return unflatten_dict(flat)

@@ -6,15 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from hast_jax import networks
-from hast_jax.method import learned, losses
+from hast_jax.method import losses
 from hast_jax.method.promotion import Distances, promote
 from hast_jax.method.schedules import learning_rate, student_optimizer
 from hast_jax.networks import Network
-from hast_jax.networks.network import ENDS
+from hast_jax.networks.network import proper_ranges
 from hast_jax.runs import parallel, preemption
 from hast_jax.runs.loop import call_length, drive
 from hast_jax.stages.batches import Frozen, Images, Strengths, draw, freeze, inputs
@@ -88,7 +87,9 @@ def make_step(
         metrics, gradient = loss_and_gradient(between, state.trained, images, frozen.strengths, settings)
         metrics, gradient = parallel.mean((metrics, gradient))
         updates, opt_state = transform.update(gradient, state.opt_state, state.trained)
-        trained = _with_proper_ranges(optax.apply_updates(state.trained, updates))
+        trained = optax.apply_updates(state.trained, updates)
+        if "ranges" in trained:
+            trained = {**trained, "ranges": proper_ranges(trained["ranges"])}
         metrics |= {
             "lr": jnp.asarray(schedule(state.step)),
             "gradient_norm": optax.tree.norm(gradient["params"]),
@@ -104,19 +105,6 @@ def init(params: Any, ranges: Any, settings: ConfigDict) -> State:
     """The state before the first step: the teacher's `params` and the calibrated `ranges`. settings: `config.finetune`."""
     trained = {"params": params, "ranges": ranges} if settings.ranges == "learned" else {"params": params}
     return State(trained, student_optimizer(settings).init(trained), jnp.zeros((), jnp.int32))
-
-
-def _with_proper_ranges(trained: Variables) -> Variables:
-    """`trained`, with zero in every range."""
-    if "ranges" not in trained:
-        return trained
-    flat = flatten_dict(trained["ranges"])
-    names = {path[:-1] for path in flat}
-    ranges = {name: learned.proper(*(flat[*name, end] for end in ENDS)) for name in names}
-    return {
-        **trained,
-        "ranges": unflatten_dict({(*name, end): ranges[name][i] for name in names for i, end in enumerate(ENDS)}),
-    }
 
 
 def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callable[[Any], float] | None) -> tuple[State, Any]:
