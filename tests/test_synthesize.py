@@ -3,10 +3,12 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tiny
 
 from hast_jax import from_config
+from hast_jax.method import schedules
 from hast_jax.stages import synthesize
 
 
@@ -32,6 +34,27 @@ def test_every_other_step_sees_a_crop_and_leaves_the_pixels_outside_it_alone() -
         still = np.asarray(after.images == state.images)
         assert (still.all(0) == still.any(0)).all() and 0.3 < 1 - still[0].mean() <= 1
     assert 10 <= cropped <= 30
+
+
+def test_with_a_crop_of_its_own_each_image_is_left_alone_elsewhere() -> None:
+    config = tiny.config(synthesis__crop_probability=1.0, synthesis__crop="image")
+    teacher, variables = from_config.teacher(config)
+    key, shape = jax.random.key(0), (8, *config.teacher.image)
+    state = synthesize.init(0, key, shape, config.teacher.classes, config.synthesis)
+    step = jax.jit(partial(synthesize.step, variables=variables, teacher=teacher, key=key, settings=config.synthesis))
+    after, _ = step(state)
+    still = [image.tobytes() for image in np.asarray(after.images == state.images)]
+    assert len(set(still)) > 4  # two images may have the same crop, or the whole image
+    for one in np.asarray(after.images == state.images)[..., 0]:
+        rows, columns = np.flatnonzero(~one.all(1)), np.flatnonzero(~one.all(0))
+        assert not one[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].any()
+
+
+def test_with_a_cosine_the_rate_of_the_images_falls_to_zero_whatever_the_loss_does() -> None:
+    settings = tiny.config(synthesis__schedule="cosine", synthesis__lr=0.2, synthesis__iterations=10).synthesis
+    state = synthesize.init(0, jax.random.key(0), (2, 8, 8, 1), 10, settings)
+    rates = [float(schedules.image_rate(state.plateau, jnp.int32(i), settings)) for i in range(11)]
+    np.testing.assert_allclose(rates, 0.1 * (1 + np.cos(np.pi * np.arange(11) / 10)), atol=1e-7)
 
 
 def test_a_batch_that_explodes_returns_to_its_best_images_with_a_lower_rate() -> None:
