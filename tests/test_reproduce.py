@@ -82,11 +82,22 @@ def test_cells_share_images_equal_cells_are_one_run_and_seeds_differ(tmp_path: P
     with monkeypatch.context() as patch:
         patch.setattr(calibrate, "run", lambda *_: pytest.fail("these ranges are known"))
         small.run(Cell("other fine-tuning", {"finetune.eps": 0.0}))
+    learned = small.run_one(Cell("learned", {"finetune.ranges": "learned"}), 0)
+    assert "failed" not in learned  # its ranges are others
+    more = small.images({"synthesis.images": 128, "synthesis.iterations": 0}, 0)
+    assert len(np.load(more / "images.npy")) == 128
     fewer, noise = small.run_one(Cell("fewer", {"synthesis.images": 32}), 0), small.images({"synthesis.iterations": 0}, 0)
     assert base == again and [r["seed"] for r in base] == [0, 1] and (base[0]["images"], fewer["images"]) == (96, 32)
     names = lambda folder: {path.name for path in (tmp_path / folder).iterdir()}
-    assert names("images") == {"base-seed0", "base-seed1", "iterations=0-seed0"}
-    assert names("cells") == {"base-seed0", "base-seed1", "eps=0-seed0", "eps=0-seed1", "images=32-seed0"}
+    assert names("images") == {"base-seed0", "base-seed1", "iterations=0-seed0", "images=128,iterations=0-seed0"}
+    assert names("cells") == {
+        "base-seed0",
+        "base-seed1",
+        "eps=0-seed0",
+        "eps=0-seed1",
+        "images=32-seed0",
+        "ranges=learned-seed0",
+    }
     images = {path.parent.name: np.load(path / "images.npy") for path in (tmp_path / "images").glob("*/synthetic")}
     assert np.abs(images["base-seed0"] - images["base-seed1"]).max() > 1
     np.testing.assert_allclose(np.load(noise / "images.npy").std(), 1, atol=0.05)

@@ -125,7 +125,8 @@ class Sweep:
         config.synthesis.source = "" if config.synthesis.real_split else str(self.images(changes, seed))
         base = RunFolder(self.path(Cell("", {}), seed))
         with run_folder.open_for_run(path, config).held():
-            if all(field.startswith("finetune.") for field in changes) and base.has_ranges() and not folder.has_ranges():
+            same_ranges = all(field.startswith("finetune.") and field != "finetune.ranges" for field in changes)
+            if same_ranges and base.has_ranges() and not folder.has_ranges():
                 write_text(folder.ranges, base.ranges.read_text())  # only fine-tuning differs
             return pipeline.run(config, path, self._progress)
 
