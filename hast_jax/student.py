@@ -170,7 +170,7 @@ def _codes(kernel: jax.Array, bits: int, axes: tuple[int, ...]) -> Codes:
 
 def _learned_codes(kernel: jax.Array, low: jax.Array, high: jax.Array, bits: int) -> Codes:
     scale, z = learned.grid(low, high, bits)
-    integers = learned.integers(kernel, scale, z, bits, learned.LARGEST_INTEGER)
+    integers = learned.integers(kernel, low, high, bits, learned.LARGEST_INTEGER)
     largest = int(jnp.max(jnp.abs(integers)))
     assert largest <= learned.LARGEST_INTEGER, largest
     zero_point = z + 2 ** (bits - 1)

@@ -15,6 +15,7 @@ holds them.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +28,45 @@ LARGEST_INTEGER = 127  # of a weight
 NARROWEST = 1e-8  # width of a range, as in `quantizer`
 
 
-@jax.custom_jvp
-def round_straight_through(x: Array) -> Array:
-    """The nearest whole number, half to even; its derivative is 1."""
-    return jnp.round(x)
+def grid(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
+    """S and z: the number of steps in one unit, and the integer of the smallest value."""
+    scale = (2**bits - 1) / jnp.maximum(high - low, NARROWEST)
+    return scale, jnp.round(scale * low)
 
 
-@round_straight_through.defjvp
-def _round_jvp(values: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return round_straight_through(*values), tangents[0]
+def integers(x: Array, low: Array, high: Array, bits: int, largest: int | None = None) -> Array:
+    """n: whole numbers from z to z + 2^bits - 1, in the dtype of `x`; with `largest`, none is beyond +-largest."""
+    scale, z = grid(low, high, bits)
+    return jnp.round(jnp.clip(scale * x, *_ends(z, bits, largest)))
+
+
+def _ends(z: Array, bits: int, largest: int | None) -> tuple[Array, Array]:
+    lowest, highest = z, z + 2**bits - 1
+    if largest is None:
+        return lowest, highest
+    return jnp.maximum(lowest, -largest), jnp.minimum(highest, largest)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def fake_quantize(x: Array, low: Array, high: Array, bits: int, largest: int | None = None) -> Array:
+    """`x` moved onto the grid of [low, high], which broadcast against it, with the derivatives above."""
+    return integers(x, low, high, bits, largest) / grid(low, high, bits)[0]
+
+
+@fake_quantize.defjvp
+def _jvp(bits: int, largest: int | None, values: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    x, low, high = values
+    y = fake_quantize(x, low, high, bits, largest)
+    scale, z = grid(low, high, bits)
+    lowest, highest = _ends(z, bits, largest)
+    position, width = scale * x, jnp.maximum(high - low, NARROWEST)
+    inside = (position >= lowest) & (position <= highest)
+    # Where `largest` cuts the grid, the integer stands still and only the step moves.
+    moves = jnp.where(position < lowest, lowest == z, highest == z + 2**bits - 1).astype(x.dtype)
+    by_high = jnp.where(inside, y - x, y - moves * low) / width
+    by_low = jnp.where(inside, 0.0, moves) - by_high
+    dx, dlow, dhigh = tangents
+    return y, jnp.where(inside, dx, 0.0) + by_low * dlow + by_high * dhigh
 
 
 def scale_gradient(x: Array, factor: float) -> Array:
@@ -49,28 +80,13 @@ def scale_gradient(x: Array, factor: float) -> Array:
     return same(x)
 
 
-def grid(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
-    """S and z: the number of steps in one unit, and the integer of the smallest value; both differentiable."""
-    scale = (2**bits - 1) / jnp.maximum(high - low, NARROWEST)
-    return scale, round_straight_through(scale * low)
-
-
-def integers(x: Array, scale: Array, z: Array, bits: int, largest: int | None = None) -> Array:
-    """n: whole numbers from z to z + 2^bits - 1, in the dtype of `x`; with `largest`, none is beyond +-largest."""
-    lowest, highest = z, z + 2**bits - 1
-    if largest is not None:
-        lowest, highest = jnp.maximum(lowest, -largest), jnp.minimum(highest, largest)
-    return round_straight_through(jnp.clip(scale * x, lowest, highest))
-
-
 def fake_quantize_weight(kernel: Array, low: Array, high: Array, bits: int) -> Array:
     """`kernel` on the grids of its output channels. low, high: broadcast against `kernel`, of size one on the summed axes.
 
     The gradient of a range is multiplied by 1 / sqrt(values that share it * 2^(bits-1)), as in LSQ.
     """
     factor = 1 / math.sqrt(kernel.size / low.size * 2 ** (bits - 1))
-    scale, z = grid(scale_gradient(low, factor), scale_gradient(high, factor), bits)
-    return integers(kernel, scale, z, bits, LARGEST_INTEGER) / scale
+    return fake_quantize(kernel, scale_gradient(low, factor), scale_gradient(high, factor), bits, LARGEST_INTEGER)
 
 
 def fake_quantize_activation(x: Array, low: Array, high: Array, bits: int) -> Array:
@@ -81,8 +97,7 @@ def fake_quantize_activation(x: Array, low: Array, high: Array, bits: int) -> Ar
     """
     factor = 1 / math.sqrt(x.size / x.shape[0] * (2**bits - 1))
     low = jnp.where(low == 0, 0.0, scale_gradient(low, factor))
-    scale, z = grid(low, scale_gradient(high, factor), bits)
-    return integers(x, scale, z, bits) / scale
+    return fake_quantize(x, low, scale_gradient(high, factor), bits)
 
 
 def proper(low: Array, high: Array) -> tuple[Array, Array]:
