@@ -81,6 +81,18 @@ def test_the_gradients_are_the_slopes_of_the_smooth_part() -> None:
         np.testing.assert_allclose(found[1], by_high, atol=1e-6)
 
 
+def test_where_127_cuts_the_grid_of_eight_bits_the_slopes_are_right_too() -> None:
+    """The integer stands still there, and only the step moves."""
+    with jax.enable_x64(True):
+        x, low, high, h = np.asarray([-1.4, -0.3, 0.9, 2.5]), -1.2, 1.31, 1e-6
+        last = lambda low, high: 127 * (high - low) / 255  # of the largest integer
+        found = jax.jacobian(lambda r: fake(x, r[0], r[1], 8, 127))((low, high))
+        assert fake(x, low, high, 8, 127)[-1] == pytest.approx(last(low, high))
+        assert found[0][-1] == pytest.approx((last(low + h, high) - last(low - h, high)) / (2 * h))
+        assert found[1][-1] == pytest.approx((last(low, high + h) - last(low, high - h)) / (2 * h))
+        assert found[0][0] + found[1][0] == pytest.approx(1)  # at the other end, which nothing cuts, the range moves as a whole
+
+
 def test_the_gradient_of_a_range_is_scaled_by_the_values_that_share_it() -> None:
     kernel, x = jax.random.normal(jax.random.key(0), (3, 3, 4, 5)), jax.random.normal(jax.random.key(1), (2, 6, 6, 3))
     low, high = learned.weight_range(kernel, 4, (0, 1, 2), quantizer.minmax_range)
