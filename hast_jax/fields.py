@@ -116,7 +116,7 @@ FIELDS: dict[str, Field] = {
     "synthesis.batch": Field(256, "Images made together. Their batch-norm statistics are those of this batch.", count),
     "synthesis.micro_batch": Field(
         0,
-        "Images of a batch that pass the network together. Fewer need less memory. 0: all, or 32 on a CPU.",
+        "Images of a batch that pass the network together. Fewer need less memory. 0: all, or some 32 on a CPU.",
         count_or_zero,
         free=True,
     ),

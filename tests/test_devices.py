@@ -181,3 +181,9 @@ def test_devices_that_are_not_there_are_refused() -> None:
 
 def test_by_default_the_devices_divide_the_batch() -> None:
     assert 1 <= parallel.setup(0, 7) <= 4 and 7 % parallel.setup(0, 7) == 0
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(256, 8), (64, 2), (32, 1), (67, 1), (97, 1), (48, 2), (254, 2), (1, 1)])
+def test_a_cpu_sees_a_batch_in_parts_of_some_32_images_whatever_its_size(batch: int, parts: int) -> None:
+    assert batch // parallel.micro_batch(0, batch) == parts
+    assert parallel.micro_batch(1, batch) == 1

@@ -59,7 +59,7 @@ def test_top1_is_shown_over_the_time_of_the_whole_job(finished, tmp_path) -> Non
     assert seconds == sorted(seconds) and seconds[0] >= result["seconds"]["synthesis"]
     assert seconds[-1] <= sum(result["seconds"].values()) + 0.1
     text = results.over_time_table([finished, tmp_path], tmp_path / "curve")
-    assert text.count(f"| {finished.name} |") == len(points)
+    assert text.count(f"\n| {finished.name} |") == len(points)
     assert (tmp_path / "curve.png").exists() and (tmp_path / "curve.svg").exists()
     with pytest.raises(UserError, match="nothing to draw"):
         results.over_time_table([tmp_path], tmp_path / "curve")

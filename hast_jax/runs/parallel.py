@@ -210,12 +210,15 @@ def steps_per_call(requested: int) -> int:
 
 
 def micro_batch(requested: int, batch: int) -> int:
-    """How many images of a batch pass the network together: `requested`, or by default all, but at most 32 on a CPU.
+    """How many images of a batch pass the network together: `requested`, or by default all; on a CPU some 32.
 
-    A CPU's cache then holds what one layer leaves to the next. See docs/performance.md.
+    A CPU's cache then holds what one layer leaves to the next (docs/performance.md). It is the divisor of `batch` whose ratio to
+    32 is nearest to one: every part is a copy of the network in the program, and a batch of 67 must not become 67 copies.
     """
-    most = CPU_MICRO_BATCH if jax.default_backend() == "cpu" else batch
-    return requested or max(d for d in range(1, min(most, batch) + 1) if batch % d == 0)
+    if requested or jax.default_backend() != "cpu":
+        return requested or batch
+    divisors = (d for d in range(1, batch + 1) if batch % d == 0)
+    return min(divisors, key=lambda d: max(d / CPU_MICRO_BATCH, CPU_MICRO_BATCH / d))
 
 
 def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1, together: bool = False) -> Any:
