@@ -212,8 +212,8 @@ def steps_per_call(requested: int) -> int:
 def micro_batch(requested: int, batch: int) -> int:
     """How many images of a batch pass the network together: `requested`, or by default all; on a CPU some 32.
 
-    A CPU's cache then holds what one layer leaves to the next (docs/performance.md). It is the divisor of `batch` whose ratio to
-    32 is nearest to one: every part is a copy of the network in the program, and a batch of 67 must not become 67 copies.
+    A CPU's cache then holds what one layer leaves to the next (docs/performance.md). It is the divisor of `batch` whose ratio
+    to 32 is nearest to one: every part is a copy of the network in the program, and a batch of 67 must not become 67 copies.
     """
     if requested or jax.default_backend() != "cpu":
         return requested or batch
