@@ -62,7 +62,8 @@ def trajectory(devices: int, steps: int, **changes) -> list[dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
 def test_the_fine_tuning_trajectory_is_the_same_on_several_devices(devices: int) -> None:
     for one, several in zip(trajectory(1, 4), trajectory(devices, 4)):
         for name, value in one.items():
@@ -76,7 +77,8 @@ def test_learned_ranges_and_adam_are_the_same_on_several_devices() -> None:
             np.testing.assert_allclose(several[name], value, rtol=2e-2, err_msg=name)
 
 
-@pytest.mark.parametrize("direction", ["kl", pytest.param("fa", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["kl", "fa"])
 def test_the_other_directions_promote_other_images(direction: str) -> None:
     both, other = trajectory(1, 1)[0], trajectory(1, 1, finetune__direction=direction)[0]
     np.testing.assert_allclose(other["kl"], both["kl"], rtol=1e-5)

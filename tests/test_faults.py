@@ -21,7 +21,7 @@ def start(workdir: Path) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize(("stage", "step"), [("synthesis", 20), ("finetune", 5)])
+@pytest.mark.parametrize(("stage", "step"), [pytest.param("synthesis", 20, marks=pytest.mark.slow), ("finetune", 5)])
 def test_sigterm_saves_and_ends_the_run_with_status_0(finished: Path, tmp_path: Path, stage: str, step: int) -> None:
     workdir = tmp_path / "run"
     process = start(workdir)

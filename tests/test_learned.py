@@ -178,7 +178,12 @@ def test_a_run_folder_is_evaluated_with_the_ranges_that_were_learned(run: Path) 
     assert f"{json.loads((run / 'result.json').read_text())['last']:.2f}" in done.stdout
 
 
-SIGNED_BITS = ("w2a2", pytest.param("w8a8", marks=pytest.mark.slow), (None, 3), {"default": "w4a4", "Conv_0": "w8a8"})
+SIGNED_BITS = (
+    "w2a2",
+    pytest.param("w8a8", marks=pytest.mark.slow),
+    pytest.param((None, 3), marks=pytest.mark.slow),
+    {"default": "w4a4", "Conv_0": "w8a8"},
+)
 
 
 class Swish(nn.Module):

@@ -31,6 +31,7 @@ def test_the_result_reports_teacher_last_and_best(finished: Path) -> None:
     assert set(result["seconds"]) == {"synthesis", "calibrate", "finetune"} and "cpu" in result["hardware"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(finished: Path, tmp_path: Path) -> None:
     assert tiny.call(tiny.command(tmp_path / "again")).returncode == 0
     assert tiny.outcome(tmp_path / "again") == tiny.outcome(finished)
@@ -38,7 +39,12 @@ def test_the_same_seed_gives_the_same_run(finished: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("stage", "step"),
-    [("synthesis", 20), ("synthesis", 50), ("finetune", 5), ("finetune", 15)],
+    [
+        ("synthesis", 20),
+        pytest.param("synthesis", 50, marks=pytest.mark.slow),
+        pytest.param("finetune", 5, marks=pytest.mark.slow),
+        ("finetune", 15),
+    ],
 )
 def test_a_run_killed_at_any_moment_goes_on_and_ends_like_an_unbroken_one(
     finished: Path, tmp_path: Path, stage: str, step: int
@@ -72,6 +78,7 @@ def test_the_teachers_accuracy_is_told_before_any_image_is_made_and_measured_onc
     assert "teacher: top-1 99.00 %" in tiny.call(tiny.command(copy)).stdout
 
 
+@pytest.mark.slow
 def test_single_layers_have_other_bits(finished: Path, tmp_path: Path) -> None:
     """The league in which the first and the last layer have 8 bits, and with them the image."""
     source = f"--config.synthesis.source={finished / 'synthetic'}"
