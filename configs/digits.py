@@ -19,7 +19,7 @@ VARIANTS = {
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """argument: bits such as w4a4, `small` (half a minute, for trying things out), joined by commas."""
+    """argument: bits such as w4a4, `best`, `small` (half a minute, for trying things out), joined by commas."""
     config = config_lib.default()
     config.teacher.network = "resnet8"
     config.teacher.weights = "digits"
