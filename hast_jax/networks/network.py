@@ -137,13 +137,13 @@ def observe(network: Network, variables: Variables, ranges: Variables, images: A
     The range of the batch enters a running average; the first batch sets it. Where ranges are learned, those of the kernels
     are among them.
     """
-    kernels = kernel_ranges(network, variables["params"])
+    ranges = ranges or kernel_ranges(network, variables["params"])
     if not network.sites:
-        return kernels
-    _, left = _call(network, {**variables, "ranges": _joined(ranges, kernels)}, images, observing=True)
+        return ranges
+    _, left = _call(network, {**variables, "ranges": ranges}, images, observing=True)
     first = {site.name: call for call, site in reversed(list(network.sites.items()))}
     limits = {name: _quantized(left, call, "range") for name, call in first.items()}
-    return _joined(kernels, _ranges(limits))
+    return unflatten_dict({**flatten_dict(ranges), **flatten_dict(_ranges(limits))})
 
 
 def kernel_ranges(network: Network, params: Variables) -> Variables:
@@ -178,11 +178,6 @@ def quantized_params(network: Network, params: Variables, ranges: Variables) -> 
 
 def _ranges(limits: Mapping[Path, tuple[Array, Array]]) -> Variables:
     return unflatten_dict({(*name, end): limits[name][i] for name in limits for i, end in enumerate(ENDS)})
-
-
-def _joined(first: Variables, second: Variables) -> Variables:
-    """The leaves of both trees."""
-    return unflatten_dict({**flatten_dict(first), **flatten_dict(second)})
 
 
 def _call(network: Network, variables: Variables, images: Array, observing: bool) -> tuple[Array, Any]:
