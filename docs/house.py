@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "house.svg"
-WIDTH, HEIGHT, TOP, ROW, BOX, SPREAD = 960, 914, 20, 116, 62, 64
+WIDTH, HEIGHT, TOP, ROW, BOX, SPREAD = 960, 1030, 20, 116, 62, 64
 COLORS = {"down": "#5b6b80", "up": "#c0392b"}
 HEAD = (
     '<marker id="{}" markerWidth="9" markerHeight="9" refX="7" refY="4" orient="auto">'
@@ -44,16 +44,17 @@ ROOMS = {
         2,
         20,
         940,
-        "quantize, each stage as a function, Student",
-        ("from_config", "given", "library", "pipeline", "student"),
+        "quantize, each stage as a function",
+        ("from_config", "given", "library", "pipeline"),
     ),
     "stages": Room(3, 20, 470, "synthesize, calibrate, finetune, evaluate"),
-    "deliver": Room(3, 495, 940, "progress bars, tables, pictures"),
-    "runs": Room(4, 20, 940, "folders, checkpoints, devices, loop, progress"),
-    "config": Room(5, 20, 940, "every field, described once", ("config", "cross_checks", "fields")),
-    "networks": Room(6, 20, 625, "any Linen module, weights from files", ("models", "networks")),
-    "data": Room(6, 650, 940, "real images, to judge by"),
-    "method": Room(7, 20, 625, "the paper, as functions of arrays"),
+    "deliver": Room(3, 495, 940, "exports, progress bars, tables, pictures"),
+    "student": Room(4, 495, 940, "the quantized network, saved and loaded", ("student",)),
+    "runs": Room(5, 20, 940, "folders, checkpoints, devices, loop, progress"),
+    "config": Room(6, 20, 940, "every field, described once", ("config", "cross_checks", "fields")),
+    "networks": Room(7, 20, 625, "any Linen module, weights from files", ("models", "networks")),
+    "data": Room(7, 650, 940, "real images, to judge by"),
+    "method": Room(8, 20, 625, "the paper, as functions of arrays"),
 }
 COMMON = ("__init__", "errors", "kinds")  # of no room: what is known everywhere, and the list of public names
 
@@ -65,7 +66,8 @@ def imports() -> set[Edge]:
     for module, path in files.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hast_jax":
-                inside = [f"{node.module}.{name.name}".partition(".")[2] for name in node.names]
+                names = [name.name for name in node.names if name.name != "__version__"]
+                inside = [f"{node.module}.{name}".partition(".")[2] for name in names]
                 package = str(node.module).partition(".")[2]
                 found |= {(_room(module), _room(name if name in files else package or name)) for name in inside}
     return {(a, b) for a, b in found if a and b and a != b}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hast_jax.errors import AccuracyWarning, InputError, UserError
 
 if TYPE_CHECKING:
+    from hast_jax.deliver.exports import Exported, export
     from hast_jax.library import calibrate, evaluate, finetune, quantize, synthesize
     from hast_jax.runs.progress import Update
     from hast_jax.stages.evaluate import Accuracy
@@ -22,6 +23,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Accuracy",
     "AccuracyWarning",
+    "Exported",
     "InputError",
     "Student",
     "Update",
@@ -29,6 +31,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "evaluate",
+    "export",
     "finetune",
     "load",
     "quantize",
@@ -37,6 +40,8 @@ __all__ = [
 
 _PLACES = {
     **dict.fromkeys(("calibrate", "evaluate", "finetune", "quantize", "synthesize"), "hast_jax.library"),
+    "Exported": "hast_jax.deliver.exports",
+    "export": "hast_jax.deliver.exports",
     "Student": "hast_jax.student",
     "load": "hast_jax.student",
     "Accuracy": "hast_jax.stages.evaluate",

@@ -26,6 +26,7 @@ from hast_jax.runs import parallel
 COMMANDS = {
     "quantize": "main",
     "evaluate": "evaluate",
+    "export": "export",
     "reproduce": "reproduce",
     "benchmark": "benchmark",
     "results": "results",

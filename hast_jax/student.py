@@ -17,19 +17,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hast_jax import networks
 from hast_jax.data.datasets import normalise
 from hast_jax.errors import InputError, UserError
-from hast_jax.method import learned, quantizer
-from hast_jax.networks import Network, weights
+from hast_jax.networks import Codes, Network, weights
 from hast_jax.networks import rules as rules_lib
-from hast_jax.networks.network import ENDS
 from hast_jax.networks.rules import Rules
 from hast_jax.runs.files import crc32, write_bytes, write_json
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "student.safetensors", "student.json"
-
-
-class Codes(dict):
-    """The integer form of one kernel: `codes` (int8), `scale` and `zero_point` of each output channel; (codes + Z) / S."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,20 +70,12 @@ class Student:
         return networks.quantized_params(self.network, self.variables["params"], self.variables["ranges"])
 
     def codes(self) -> dict[str, Codes]:
-        """The integer form of each quantized kernel, by its path: {"codes", "scale", "zero_point", "bits"}.
+        """The integer form of each quantized kernel, by its path: {"codes", "scale", "zero_point", "bits", "axes"}.
 
         codes: int8, the shape of the kernel. scale, zero_point: one for each output channel; a weight is (codes + Z) / S.
+        axes: of the kernel, those that one output channel sums over.
         """
-        flat, ranges = flatten_dict(self.variables["params"]), flatten_dict(self.variables["ranges"])
-        found = {}
-        for layer, bits in self.network.kernels.items():
-            kernel = flat[layer.kernel]
-            if self.network.learned_ranges:
-                low, high = (ranges[*layer.kernel, end] for end in ENDS)
-                found["/".join(layer.kernel)] = _learned_codes(kernel, low, high, bits)
-            else:
-                found["/".join(layer.kernel)] = _codes(kernel, bits, layer.axes)
-        return found
+        return networks.kernel_codes(self.network, self.variables["params"], self.variables["ranges"])
 
     def save(self, folder: str | Path) -> None:
         """Write the student to a folder, as student.safetensors and student.json.
@@ -160,24 +146,3 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
             f"{path} holds a student of another network than {type(model).__name__}: its ranges are of other layers."
         )
     return Student(network, {**variables, **checked}, rules, image, mean, std, record)
-
-
-def _codes(kernel: jax.Array, bits: int, axes: tuple[int, ...]) -> Codes:
-    low, high = jnp.min(kernel, axes, keepdims=True), jnp.max(kernel, axes, keepdims=True)
-    scale, zero_point = quantizer.scale_and_zero_point(low, high, bits)
-    return _as_codes(quantizer.quantize(kernel, scale, zero_point, bits), scale, zero_point, bits)
-
-
-def _learned_codes(kernel: jax.Array, low: jax.Array, high: jax.Array, bits: int) -> Codes:
-    scale, z = learned.grid(low, high, bits)
-    integers = learned.integers(kernel, low, high, bits, learned.LARGEST_INTEGER)
-    largest = int(jnp.max(jnp.abs(integers)))
-    assert largest <= learned.LARGEST_INTEGER, largest
-    zero_point = z + 2 ** (bits - 1)
-    return _as_codes(integers - zero_point, scale, zero_point, bits)
-
-
-def _as_codes(codes: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> Codes:
-    return Codes(
-        codes=np.asarray(codes, np.int8), scale=np.asarray(scale).ravel(), zero_point=np.asarray(zero_point).ravel(), bits=bits
-    )

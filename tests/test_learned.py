@@ -47,8 +47,8 @@ def test_the_gradients_are_the_written_formulas(x, below, above, k) -> None:
         y = np.asarray(fake(x, low, high, k))
         each = lambda v, a, b: fake(v, a, b, k)
         dx, dlow, dhigh = (np.asarray(jax.vmap(jax.grad(each, argnum), (0, None, None))(x, low, high)) for argnum in range(3))
-        scale, z = (np.asarray(leaf) for leaf in learned.grid(jnp.asarray(low), jnp.asarray(high), k))
-        width, position = high - low, x * scale
+        step, z = (np.asarray(leaf) for leaf in learned.grid(jnp.asarray(low), jnp.asarray(high), k))
+        width, position = high - low, x / step
         inside = (position > z) & (position < z + 2**k - 1)
         clear = np.abs(position - z) > 1e-9  # at the very end both sides are right
         clear &= np.abs(position - z - 2**k + 1) > 1e-9
@@ -70,9 +70,9 @@ def test_the_gradients_are_the_slopes_of_the_smooth_part() -> None:
             scale = (2**k - 1) / (high - low)
             return (np.clip(x * scale, low * scale + z_off, low * scale + z_off + 2**k - 1) + n_off) / scale
 
-        scale, z = (np.asarray(leaf) for leaf in learned.grid(jnp.asarray(low), jnp.asarray(high), k))
-        z_off = z - low * scale
-        clipped = np.clip(x * scale, z, z + 2**k - 1)
+        step, z = (np.asarray(leaf) for leaf in learned.grid(jnp.asarray(low), jnp.asarray(high), k))
+        z_off = z - low / step
+        clipped = np.clip(x / step, z, z + 2**k - 1)
         n_off = np.round(clipped) - clipped
         by_low = (smooth(low + h, high) - smooth(low - h, high)) / (2 * h)
         by_high = (smooth(low, high + h) - smooth(low, high - h)) / (2 * h)

@@ -1,8 +1,9 @@
 """Quantization with ranges that are learned (LSQ, Esser et al. 2020; with an offset as in LSQ+, Bhalgat et al. 2020).
 
-    S = (2^k - 1) / (high - low)      z = round(S * low)      n = round(clip(S * x, z, z + 2^k - 1))      x_hat = n / S
+    s = (high - low) / (2^k - 1)      z = round(low / s)      n = round(clip(x / s, z, z + 2^k - 1))      x_hat = n s
 
-This is the grid of `quantizer`, with n = q + Z. The gradients differ. Rounding passes gradients unchanged; clipping does not:
+This is the grid of `quantizer`, with n = q + Z and s = 1 / S. It divides by the step, as integer runtimes do. The gradients
+differ. Rounding passes gradients unchanged; clipping does not:
 
     d x_hat / d x       1 inside the range, 0 outside
     d x_hat / d low     (x - x_hat) / (high - low)                   inside
@@ -29,15 +30,15 @@ NARROWEST = 1e-8  # width of a range, as in `quantizer`
 
 
 def grid(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
-    """S and z: the number of steps in one unit, and the integer of the smallest value."""
-    scale = (2**bits - 1) / jnp.maximum(high - low, NARROWEST)
-    return scale, jnp.round(scale * low)
+    """s and z: the step, and the integer of the smallest value."""
+    step = jnp.maximum(high - low, NARROWEST) / (2**bits - 1)
+    return step, jnp.round(low / step)
 
 
 def integers(x: Array, low: Array, high: Array, bits: int, largest: int | None = None) -> Array:
     """n: whole numbers from z to z + 2^bits - 1, in the dtype of `x`; with `largest`, none is beyond +-largest."""
-    scale, z = grid(low, high, bits)
-    return jnp.round(jnp.clip(scale * x, *_ends(z, bits, largest)))
+    step, z = grid(low, high, bits)
+    return jnp.round(jnp.clip(x / step, *_ends(z, bits, largest)))
 
 
 def _ends(z: Array, bits: int, largest: int | None) -> tuple[Array, Array]:
@@ -50,16 +51,16 @@ def _ends(z: Array, bits: int, largest: int | None) -> tuple[Array, Array]:
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def fake_quantize(x: Array, low: Array, high: Array, bits: int, largest: int | None = None) -> Array:
     """`x` moved onto the grid of [low, high], which broadcast against it, with the derivatives above."""
-    return integers(x, low, high, bits, largest) / grid(low, high, bits)[0]
+    return integers(x, low, high, bits, largest) * grid(low, high, bits)[0]
 
 
 @fake_quantize.defjvp
 def _jvp(bits: int, largest: int | None, values: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     x, low, high = values
     y = fake_quantize(x, low, high, bits, largest)
-    scale, z = grid(low, high, bits)
+    step, z = grid(low, high, bits)
     lowest, highest = _ends(z, bits, largest)
-    position, width = scale * x, jnp.maximum(high - low, NARROWEST)
+    position, width = x / step, jnp.maximum(high - low, NARROWEST)
     inside = (position >= lowest) & (position <= highest)
     # Where `largest` cuts the grid, the integer stands still and only the step moves.
     moves = jnp.where(position < lowest, lowest == z, highest == z + 2**bits - 1).astype(x.dtype)
@@ -95,7 +96,7 @@ def fake_quantize_activation(x: Array, low: Array, high: Array, bits: int) -> Ar
     A range that begins at zero keeps its zero: after a ReLU there is no offset to learn. The gradient of a range is
     multiplied by 1 / sqrt(values of one image * (2^bits - 1)).
     """
-    factor = 1 / math.sqrt(x.size / x.shape[0] * (2**bits - 1))
+    factor = 1 / math.sqrt(math.prod(x.shape[1:]) * (2**bits - 1))
     low = jnp.where(low == 0, 0.0, scale_gradient(low, factor))
     return fake_quantize(x, low, scale_gradient(high, factor), bits)
 

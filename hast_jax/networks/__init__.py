@@ -8,6 +8,7 @@ import flax.linen as nn
 from hast_jax.errors import InputError
 from hast_jax.method.losses import BatchNormTap
 from hast_jax.networks import user_files
+from hast_jax.networks.codes import Codes, kernel_codes
 from hast_jax.networks.mobilenet import MobileNetV1, MobileNetV2
 from hast_jax.networks.network import Network, Taps, apply, create, observe, quantized_params
 from hast_jax.networks.resnet import ResNet
@@ -38,11 +39,13 @@ def module(name: str, classes: int, **arguments: Any) -> nn.Module:
 __all__ = [
     "ARCHITECTURES",
     "BatchNormTap",
+    "Codes",
     "Network",
     "ResNet",
     "Taps",
     "apply",
     "create",
+    "kernel_codes",
     "module",
     "observe",
     "quantized_params",

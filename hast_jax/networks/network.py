@@ -7,7 +7,7 @@ those of the module's own `apply`.
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -53,9 +53,9 @@ class Network:
     a layer) or output (of an `Activation`) is quantized. range_rule: observes the range of a batch of activations.
     learned_ranges: kernels have ranges of their own in the collection `ranges`, and the gradient reaches all ranges; otherwise
     the range of a kernel is its minimum and maximum. kernel_range_rule: the range from which that of a kernel is learned.
-    straight_through: one of `quantizer.STRAIGHT_THROUGH`, where ranges are
-    not learned. arithmetic: of convolutions and matrix products, one of `conv.ARITHMETIC`. fast_convolution: use
-    `networks.conv` on a CPU.
+    straight_through: one of `quantizer.STRAIGHT_THROUGH`, where ranges are not learned. quantize_activation: a function of
+    (x, low, high, site) that is called instead of the fake quantization of activations; an export marks their places with it.
+    arithmetic: of convolutions and matrix products, one of `conv.ARITHMETIC`. fast_convolution: use `networks.conv` on a CPU.
 
     A network without bits is in full precision: a teacher.
     """
@@ -70,6 +70,7 @@ class Network:
     learned_ranges: bool = False
     kernel_range_rule: quantizer.RangeRule = quantizer.minmax_range
     straight_through: str = "identity"
+    quantize_activation: Callable[[Array, Array, Array, Site], Array] | None = None
     arithmetic: str = "float32"
     fast_convolution: bool = True
 
@@ -241,7 +242,9 @@ class _Interceptor:
                 low, high = learned.proper(low, high)
         if low is None or high is None:
             raise InputError(f"the activations {'/'.join(site.name)} have no range yet: calibrate first.")
-        if self._network.learned_ranges:
+        if self._network.quantize_activation is not None:
+            y = self._network.quantize_activation(wide, low, high, site)
+        elif self._network.learned_ranges:
             y = learned.fake_quantize_activation(wide, low, high, site.bits)
         else:
             y = quantizer.fake_quantize_activation(wide, low, high, site.bits, self._network.straight_through)

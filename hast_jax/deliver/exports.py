@@ -1,0 +1,288 @@
+"""Export a student to a file of one of `FORMATS`, and check the file by running it beside the student."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax import export as jax_export
+
+from hast_jax import networks
+from hast_jax.data.datasets import normalise
+from hast_jax.deliver import integers
+from hast_jax.errors import InputError, UserError
+from hast_jax.networks.marks import activation_grid
+from hast_jax.runs.files import write_bytes
+from hast_jax.student import Student
+
+MOST_DIFFERENT = 1 / 1000  # of the images of a set: the share that a good file may judge otherwise than the student
+BATCH = 256
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What can be chosen of a file.
+
+    weights: "int8"; "int4" (onnx: the smallest file); "packed" (safetensors: as many bits as the student has).
+    operators: of onnx. "float": they compute with dequantized integers, which every runtime can. "integer": ConvInteger and
+    MatMulInteger. layout: of onnx images, "nhwc" or "nchw". normalised: images are float32 in the network's normalised space;
+    otherwise uint8, and the file normalises them.
+    """
+
+    weights: str = "int8"
+    operators: str = "float"
+    layout: str = "nhwc"
+    normalised: bool = False
+
+
+class Judged(NamedTuple):
+    """Images uint8 [n, height, width, channels] to compare on, what they are, and labels where they have some."""
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray | None = None
+
+
+class Comparison(NamedTuple):
+    """File and student on the images of one set. top1, student_top1: in per cent, None without labels."""
+
+    name: str
+    images: int
+    different: int
+    largest_difference: float
+    top1: float | None
+    student_top1: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What an export wrote and found.
+
+    path, bytes: of the file. float_bytes: of the network in float32, in the same format.
+    comparisons: one for each set of images; empty where nothing runs the format.
+    layers: the share of the integers of each quantized activation that differ, in the order of execution.
+    operators: (type, "integer", "between" or "float", number).
+    milliseconds, float_milliseconds: one image on one thread, with the file and with the network in float32, in turns.
+    """
+
+    path: Path
+    bytes: int
+    float_bytes: int
+    comparisons: tuple[Comparison, ...] = ()
+    layers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    operators: tuple[tuple[str, str, int], ...] = ()
+    milliseconds: float | None = None
+    float_milliseconds: float | None = None
+
+
+class Format(NamedTuple):
+    """suffix: of its files. options: the values of each option that it knows, its default first. write: see `_onnx`."""
+
+    suffix: str
+    options: Mapping[str, tuple[Any, ...]]
+    write: Callable[[Student, Options, Sequence[Judged]], tuple[bytes, dict[str, Any]]]
+
+
+def export(
+    student: Student,
+    path: str | Path,
+    format: str = "onnx",
+    *,
+    images: Any = None,
+    test: tuple[Any, Any] | None = None,
+    **options: Any,
+) -> Exported:
+    """Write `student` to the file `path`, checked.
+
+    Args:
+      student: the quantized network.
+      path: of the file, which is replaced. Nothing is written where the check fails.
+      format: "onnx"; "safetensors", its integers for other programs; or "stablehlo", the program for other users of JAX.
+      images: to compare file and student on: uint8 [n, height, width, channels], or float ones that are normalised. By default
+        random ones, which say less.
+      test: real images uint8 and labels, to compare the accuracies on.
+      options: other values of `Options`.
+
+    Raises InputError for impossible arguments and for a network that the format cannot hold; UserError where a package is
+    missing, and where the file judges more than one image in a thousand otherwise than the student.
+    """
+    if format not in FORMATS:
+        raise InputError(f"the format {format!r} is unknown: choose from {', '.join(FORMATS)}.")
+    chosen = _options(format, options)
+    sets = [_judged(student, images), *([Judged("test images", *map(np.asarray, test))] if test is not None else [])]
+    content, found = FORMATS[format].write(student, chosen, sets)
+    _refuse_difference(found.get("comparisons", ()), found.get("layers", {}))
+    path = Path(path).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; choose another path.") from error
+    return Exported(path, len(content), **found)
+
+
+def to_pixels(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised images [n, height, width, channels] as the nearest uint8 ones."""
+    pixels = (np.asarray(images, np.float32) * np.asarray(std, np.float32) + np.asarray(mean, np.float32)) * 255
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+
+def _options(format: str, given: Mapping[str, Any]) -> Options:
+    known = FORMATS[format].options
+    for name, value in given.items():
+        if name not in Options.__dataclass_fields__ or (name not in known and value != getattr(Options, name)):
+            raise InputError(f"{format} has no option {name!r}: it knows {', '.join(known) or 'none'}.")
+        if name in known and value not in known[name]:
+            raise InputError(f"{name} is {value!r}: of {format}, choose from {', '.join(map(str, known[name]))}.")
+    return Options(**given)
+
+
+def _judged(student: Student, images: Any) -> Judged:
+    if images is None:
+        key = jax.random.key(0)
+        return Judged("random images", np.asarray(jax.random.bits(key, (BATCH, *student.image), np.uint8)))
+    images = np.asarray(images)
+    if images.shape[1:] != tuple(student.image) or not len(images):
+        wanted = ", ".join(map(str, student.image))
+        raise InputError(f"the images have the shape {images.shape}: the student takes [n, {wanted}].")
+    return Judged("synthetic images", images if images.dtype == np.uint8 else to_pixels(images, student.mean, student.std))
+
+
+def _refuse_difference(comparisons: Sequence[Comparison], layers: Mapping[str, float]) -> None:
+    for each in comparisons:
+        if each.different > max(1, MOST_DIFFERENT * each.images):
+            first = next((f"; the first layer that differs is {name}" for name, share in layers.items() if share > 0), "")
+            share = f"{each.different} of {each.images} {each.name}"
+            raise UserError(f"the file judges {share} otherwise than the student{first}: it is not written.")
+
+
+def _compare(student: Student, run: Callable[[np.ndarray], np.ndarray], sets: Sequence[Judged]) -> tuple[Comparison, ...]:
+    """`run`: logits of uint8 images, of the file."""
+    found = []
+    for name, images, labels in sets:
+        logits = np.concatenate([run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+        wanted = np.concatenate([np.asarray(student(images[i : i + BATCH])) for i in range(0, len(images), BATCH)])
+        judged, right = logits.argmax(-1), wanted.argmax(-1)
+        different, largest = int(np.sum(judged != right)), float(np.abs(logits - wanted).max())
+        accuracies = (_accuracy(judged, labels), _accuracy(right, labels))
+        found.append(Comparison(name, len(images), different, largest, *accuracies))
+    return tuple(found)
+
+
+def _accuracy(classes: np.ndarray, labels: np.ndarray | None) -> float | None:
+    return None if labels is None else 100 * float(np.mean(classes == labels))
+
+
+def _prepared(student: Student, options: Options) -> Callable[[np.ndarray], np.ndarray]:
+    """What turns uint8 images into the input of a file."""
+
+    def prepare(images: np.ndarray) -> np.ndarray:
+        if options.normalised:
+            images = np.asarray(normalise(jnp.asarray(images), student.mean, student.std))
+        return images.transpose(0, 3, 1, 2) if options.layout == "nchw" else images
+
+    return prepare
+
+
+def _onnx(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
+    """The content of an ONNX file, and the fields of `Exported` that its check found."""
+    _need("onnx", "onnxruntime", extra="onnx")
+    from hast_jax.deliver import onnx_check, onnx_export
+
+    shape: dict[str, Any] = {"layout": options.layout, "normalised": options.normalised}
+    integer, int4 = options.operators == "integer", options.weights == "int4"
+    if integer and int4:
+        raise InputError("integer operators take int8 weights: leave out weights or operators.")
+    model, activations = onnx_export.build(student, **shape, integer=integer, int4=int4)
+    plain = dataclasses.replace(student.network, kernels={}, sites={}, learned_ranges=False)
+    float_model, _ = onnx_export.build(dataclasses.replace(student, network=plain), **shape)
+    prepare = _prepared(student, options)
+    run = onnx_check.session(model)
+    few = sets[0].images[: 64 if student.image[0] <= 64 else 8]
+    found = onnx_check.integers(model, activations, prepare(few))
+    timed = onnx_check.milliseconds([run, onnx_check.session(float_model)], prepare(sets[0].images[:1]))
+    return model.SerializeToString(), {
+        "float_bytes": float_model.ByteSize(),
+        "comparisons": _compare(student, lambda images: run(prepare(images)), sets),
+        "layers": _different_integers(student, few, found, options.layout),
+        "operators": onnx_check.operators(model),
+        "milliseconds": timed[0],
+        "float_milliseconds": timed[1],
+    }
+
+
+def _different_integers(student: Student, images: np.ndarray, found: Mapping[str, Any], layout: str) -> dict[str, float]:
+    """The share of the integers of each activation that are not the student's."""
+    ranges = flatten_dict(student.variables["ranges"])
+    _, taps = networks.apply(student.network, student.variables, normalise(jnp.asarray(images), student.mean, student.std))
+    shares = {}
+    for site in student.network.sites.values():
+        name = "/".join(site.name)
+        if name not in found:
+            continue
+        step, lowest = activation_grid(student.network, ranges[*site.name, "low"], ranges[*site.name, "high"], site.bits)
+        own = np.rint(np.asarray(taps.activations[site.name], np.float64) / step) + max(0, -lowest)
+        other = np.asarray(found[name], np.float64)
+        other = np.moveaxis(other, 1, -1) if other.ndim == 4 and other.shape != own.shape else other
+        shares[name] = float(np.mean(own != other))
+    return {name: shares[name] for name in found if name in shares}
+
+
+def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
+    """The content of a StableHLO file, which `jax_export.deserialize` reads, and the fields of `Exported`."""
+    network = dataclasses.replace(student.network, fast_convolution=False)
+    (batch,) = jax_export.symbolic_shape("n")
+    given = jax.ShapeDtypeStruct((batch, *student.image), np.float32 if options.normalised else np.uint8)
+
+    def written(network: networks.Network) -> bytes:
+        def logits(images: jax.Array) -> jax.Array:
+            images = images if options.normalised else normalise(images, student.mean, student.std)
+            return networks.apply(network, student.variables, images)[0]
+
+        return bytes(jax_export.export(jax.jit(logits), platforms=PLATFORMS)(given).serialize())
+
+    content = written(network)
+    program = jax_export.deserialize(bytearray(content))
+    prepare = _prepared(student, options)
+    compared = _compare(student, lambda images: np.asarray(program.call(prepare(images))), sets)
+    plain = dataclasses.replace(network, kernels={}, sites={}, learned_ranges=False)
+    return content, {"float_bytes": len(written(plain)), "comparisons": compared}
+
+
+def _safetensors(student: Student, options: Options, _: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
+    """The content of a file of integers, whose kernels are compared with the student's, and the fields of `Exported`."""
+    content = integers.build(student, packed=options.weights == "packed")
+    for (*path,), kernel in flatten_dict(student.params).items():
+        name = "/".join(path)
+        if name in student.codes() and not np.allclose(integers.kernel(content, name), kernel, rtol=1e-6, atol=0):
+            raise UserError(f"the integers of {name} are not those of the student: the file is not written.")
+    sizes = [leaf.size for leaf in jax.tree.leaves({**student.variables, "ranges": {}})]
+    return content, {"float_bytes": 4 * sum(sizes)}
+
+
+def _need(*packages: str, extra: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"this format needs {' and '.join(missing)}: pip install 'hast_jax[{extra}]'.")
+
+
+FORMATS = {
+    "onnx": Format(
+        ".onnx",
+        {
+            "weights": ("int8", "int4"),
+            "operators": ("float", "integer"),
+            "layout": ("nhwc", "nchw"),
+            "normalised": (False, True),
+        },
+        _onnx,
+    ),
+    "safetensors": Format(".safetensors", {"weights": ("int8", "packed")}, _safetensors),
+    "stablehlo": Format(".stablehlo", {"normalised": (False, True)}, _stablehlo),
+}

@@ -1,0 +1,65 @@
+"""Run an ONNX model with onnxruntime, on the CPU."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+from hast_jax.deliver.onnx_export import INPUT
+
+Run = Callable[[np.ndarray], np.ndarray]
+ERRORS_ALONE = 3  # of onnxruntime's log
+INTEGERS = {TensorProto.UINT8, TensorProto.INT8, TensorProto.INT32, TensorProto.INT4, TensorProto.INT64}
+
+
+def session(model: onnx.ModelProto) -> Run:
+    """What computes the logits of a batch with `model`, on one thread."""
+    computing = _session(model)
+    return lambda images: computing.run(None, {INPUT: images})[0]
+
+
+def integers(model: onnx.ModelProto, activations: Mapping[str, str], images: np.ndarray) -> dict[str, np.ndarray]:
+    """The uint8 tensors `activations` of a batch, by their keys."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    computed = {output for node in copy.graph.node for output in node.output}
+    names = {key: name for key, name in activations.items() if name in computed}
+    copy.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in names.values())
+    _, *found = _session(copy).run(None, {INPUT: images})
+    return dict(zip(names, found))
+
+
+def milliseconds(runs: Sequence[Run], images: np.ndarray, rounds: int = 20) -> list[float]:
+    """The shortest time of each of `runs` for `images`, which take turns."""
+    best = [float("inf")] * len(runs)
+    for _ in range(rounds):
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            run(images)
+            best[i] = min(best[i], 1000 * (time.perf_counter() - start))
+    return best
+
+
+def operators(model: onnx.ModelProto) -> tuple[tuple[str, str, int], ...]:
+    """(type, kind, number) of the nodes: those of integers, of floats, and between both."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    kinds = {each.name: each.data_type for each in graph.initializer}
+    for each in (*graph.input, *graph.value_info, *graph.output):
+        kinds[each.name] = each.type.tensor_type.elem_type
+    counted: Counter[tuple[str, str]] = Counter()
+    for node in graph.node:
+        ends = {kinds.get(name) in INTEGERS for name in (node.input[0], node.output[0])}
+        counted[node.op_type, "between" if len(ends) == 2 else "integer" if ends == {True} else "float"] += 1
+    return tuple((name, kind, number) for (name, kind), number in sorted(counted.items(), key=lambda item: -item[1]))
+
+
+def _session(model: onnx.ModelProto) -> Any:
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = settings.inter_op_num_threads = 1
+    settings.log_severity_level = ERRORS_ALONE
+    return onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])

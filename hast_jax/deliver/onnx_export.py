@@ -1,0 +1,149 @@
+"""A student as an ONNX model: its trace, operation by operation.
+
+Weights are integers with one scale for each output channel and zero point 0. Activations are uint8 with one scale and one zero
+point. Batch norms are one multiplication and one addition of each channel, in float32, as they cannot be folded into integers
+exactly. What is quantized nowhere stays float32.
+"""
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+from jax import export as jax_export
+from jax.extend.core import Literal
+from onnx import TensorProto, helper
+
+from hast_jax import __version__, networks
+from hast_jax.data.datasets import normalise
+from hast_jax.deliver.onnx_graph import Graph, Grid, Value, cannot_write, constant
+from hast_jax.deliver.onnx_operators import ELEMENTWISE, OPERATORS
+from hast_jax.networks.marks import MARK, marked
+from hast_jax.student import Student
+
+INPUT, OUTPUT = "images", "logits"
+OPSET, INT4_OPSET = 13, 21  # the oldest that hold a scale for each channel, and INT4
+LOOPS = ("scan", "while", "cond")
+LAYOUTS = {"nhwc": (0, 1, 2, 3), "nchw": (0, 3, 1, 2)}
+
+
+class Onnx(NamedTuple):
+    """A model, and its uint8 tensor of each quantized activation by the name of its range, in the order of execution."""
+
+    model: onnx.ModelProto
+    activations: dict[str, str]
+
+
+def build(
+    student: Student, *, layout: str = "nhwc", normalised: bool = False, integer: bool = False, int4: bool = False
+) -> Onnx:
+    """`student` as an ONNX model.
+
+    Its input is `images` uint8 [n, height, width, channels], or [n, channels, height, width] with layout "nchw"; with
+    `normalised` float32 images in the network's normalised space. Its output is `logits` float32 [n, classes].
+    integer: convolutions and products of integers are ConvInteger and MatMulInteger; otherwise float operators of dequantized
+    integers, the form that every runtime knows. int4: weights are INT4 where they fit.
+
+    Raises InputError for a network with an operation that has no form in ONNX here.
+    """
+    graph = Graph(integer_operators=integer, int4=int4)
+    kind = np.float32 if normalised else np.uint8
+    (batch,) = jax_export.symbolic_shape("n")
+    network, ranges = marked(student.network), student.variables["ranges"]
+    variables = {name: tree for name, tree in student.variables.items() if name != "ranges"}
+
+    def logits(variables: Any, images: Any) -> Any:
+        images = images if normalised else normalise(images, student.mean, student.std)
+        return networks.apply(network, {**variables, "ranges": ranges}, images)[0]
+
+    traced = jax.make_jaxpr(logits)(variables, jax.ShapeDtypeStruct((batch, *student.image), kind))
+    kernels, order = _kernels(student), LAYOUTS[layout]
+    leaves = [
+        kernels.get("/".join(key.key for key in path[1:])) or constant(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+    ]
+    images = Value((batch, *student.image), INPUT, order)
+    (found,) = _walk(graph, traced.jaxpr, [constant(each) for each in traced.consts], [*leaves, images])
+    graph.nodes.append(helper.make_node("Identity", [graph.tensor(found, (0, 1))], [OUTPUT], OUTPUT))
+    sizes: list[Any] = [("n", *student.image)[axis] for axis in order]
+    taken = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT if normalised else TensorProto.UINT8, sizes)
+    made = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["n", student.network.classes])
+    return Onnx(graph.model(taken, made, INT4_OPSET if int4 else OPSET, _metadata(student)), graph.activations)
+
+
+def _kernels(student: Student) -> dict[str, Value]:
+    """The quantized kernels by their paths. Where channels lie on one axis their integers go along."""
+    found = {}
+    for path, codes in student.codes().items():
+        integers = codes.integers
+        array = integers.astype(np.float32) * codes.spread("step")
+        grid = Grid(integers, codes.step) if len(codes["axes"]) == integers.ndim - 1 else None
+        found[path] = Value(array.shape, array=array, grid=grid)
+    return found
+
+
+def _metadata(student: Student) -> dict[str, str]:
+    record = student.record
+    bits = record.get("bits") or {}
+    config = record.get("config")
+    return {
+        "hast_jax": __version__,
+        "network": str(record.get("network")),
+        "bits": f"W{bits.get('weights')}A{bits.get('activations')}",
+        "rules": json.dumps(student.rules),
+        "classes": str(student.network.classes),
+        "config_crc32": str(zlib.crc32(json.dumps(config, sort_keys=True).encode())) if config else "",
+    }
+
+
+def _walk(graph: Graph, jaxpr: Any, constants: Sequence[Value], arguments: Sequence[Value]) -> list[Value]:
+    """The outputs of a traced function, whose operations become nodes; of constants alone they are computed."""
+    values: dict[Any, Value] = dict(zip(jaxpr.constvars, constants)) | dict(zip(jaxpr.invars, arguments))
+    read = lambda atom: constant(atom.val) if isinstance(atom, Literal) else values[atom]
+    for equation in jaxpr.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        values.update(zip(equation.outvars, _results(graph, equation, operands)))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _results(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
+    name, given = equation.primitive.name, equation.params
+    inner = next((given[key] for key in ("jaxpr", "call_jaxpr") if key in given), None)
+    if inner is not None and name not in LOOPS:
+        closed = (inner.jaxpr, inner.consts) if hasattr(inner, "jaxpr") else (inner, ())
+        return _walk(graph, closed[0], [constant(each) for each in closed[1]], operands)
+    shape = tuple(equation.outvars[0].aval.shape)
+    if all(each.array is not None for each in operands) and name not in (MARK, "broadcast_in_dim"):
+        return _computed(equation, operands)
+    if name not in OPERATORS or len(equation.outvars) > 1:
+        raise cannot_write(f"it has the operation {name!r}")
+    if name in ELEMENTWISE:
+        stretched = all(each.stretched or each.array is not None for each in operands)
+        return [replace(OPERATORS[name](graph, given, operands, shape), stretched=stretched)]
+    return [OPERATORS[name](graph, given, [_whole(graph, each) for each in operands], shape)]
+
+
+def _computed(equation: Any, operands: list[Value]) -> list[Value]:
+    """The results of an operation on constants."""
+    try:
+        arrays = [np.broadcast_to(np.asarray(each.array), each.shape) for each in operands]
+    except TypeError as error:
+        raise cannot_write(f"the operation {equation.primitive.name!r} has a constant for each image of a batch") from error
+    found = equation.primitive.bind(*map(jnp.asarray, arrays), **equation.params)
+    return [constant(each) for each in (found if equation.primitive.multiple_results else [found])]
+
+
+def _whole(graph: Graph, value: Value) -> Value:
+    """`value` with its axes of size one stretched to its shape."""
+    if not value.stretched:
+        return value
+    if not all(isinstance(size, int) for size in value.shape[1:]):
+        raise cannot_write("it stretches an axis to the size of the batch")
+    plain = graph.plain(value)
+    sizes = [value.shape[axis] if isinstance(value.shape[axis], int) else 1 for axis in plain.order]
+    return replace(plain, name=graph.node("Expand", plain.name, graph.constant(np.asarray(sizes, np.int64))), stretched=False)

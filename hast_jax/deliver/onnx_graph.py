@@ -1,0 +1,144 @@
+"""ONNX nodes and constants, and values of a network on their way into them.
+
+A value knows its shape as the network wrote it. It may be stored with its axes in another order, as ONNX has channels first
+where Flax has them last. It may carry a multiplication and an addition that no node does yet, so that a batch norm after a
+convolution becomes one of each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from hast_jax.errors import InputError
+
+Array = Any  # an array or a scalar of numpy
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Integers behind a value: x = scale * (integers - zero point).
+
+    integers: of an activation the name of its uint8 tensor, of a weight the whole numbers themselves. scale: float32, one
+    number, or one for each output channel, which is the last axis of a weight. zero_point: of an activation; a weight has none.
+    """
+
+    integers: Any
+    scale: Array
+    zero_point: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A constant `array`, or the tensor `name`, whose stored axis i is the network's axis order[i].
+
+    shape: as the network wrote it; a symbolic batch size is in it as such. A constant may have size 1 where the shape has more.
+    scale, shift: still to be done, x * scale + shift; None where there is nothing to do. grid: of a quantized value.
+    stretched: a tensor may have size 1 where the shape has more.
+    """
+
+    shape: tuple[Any, ...]
+    name: str = ""
+    order: tuple[int, ...] = ()
+    array: Array | None = None
+    scale: Array | None = None
+    shift: Array | None = None
+    grid: Grid | None = None
+    stretched: bool = False
+
+
+def constant(array: Any, shape: Sequence[Any] | None = None) -> Value:
+    """A constant; floats become float32, as ONNX runtimes know few others."""
+    array = np.asarray(array)
+    if array.dtype.kind not in "iub":
+        array = array.astype(np.float32)
+    return Value(tuple(array.shape if shape is None else shape), array=array)
+
+
+@dataclass
+class Graph:
+    """The nodes of a model and their constants, in the order in which they were written.
+
+    integer_operators, int4: see `onnx_export.model`. activations: the uint8 tensor of each
+    quantized activation, by the name of its range, in the order of execution.
+    """
+
+    integer_operators: bool = True
+    int4: bool = False
+    activations: dict[str, str] = field(default_factory=dict)
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    _names: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+    def node(self, operator: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node; returns the name of its output. The same node of the same inputs is added once."""
+        key = (operator, inputs, repr(sorted(attributes.items())))
+        if key not in self._names:
+            self._names[key] = name = f"{operator.lower()}_{len(self.nodes)}"
+            self.nodes.append(helper.make_node(operator, list(inputs), [name], name, **attributes))
+        return self._names[key]
+
+    def constant(self, array: Array, kind: int | None = None) -> str:
+        """The name of a constant, stored once. kind: its ONNX type, where numpy has none such."""
+        key = (array.dtype.str, array.shape, array.tobytes(), kind)
+        if key not in self._names:
+            self._names[key] = name = f"constant_{len(self.constants)}"
+            if kind is None:
+                self.constants[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
+            else:
+                self.constants[name] = helper.make_tensor(name, kind, array.shape, array.ravel())
+        return self._names[key]
+
+    def tensor(self, value: Value, order: tuple[int, ...] | None = None) -> str:
+        """The name of the tensor that holds `value`, with nothing left to do. order: of its axes; by default as stored."""
+        rank = len(value.shape)
+        if value.array is not None:
+            order = order or tuple(range(rank))
+            return self.constant(as_stored(value.array, order))
+        plain = self.plain(value)
+        if order is None or order == plain.order:
+            return plain.name
+        return self.node("Transpose", plain.name, perm=[plain.order.index(axis) for axis in order])
+
+    def plain(self, value: Value) -> Value:
+        """`value` with its multiplication and addition done, and dequantized."""
+        if value.array is not None:
+            return value
+        name = value.name
+        if value.grid is not None:
+            zero_point = self.constant(np.uint8(value.grid.zero_point))
+            name = self.node("DequantizeLinear", value.grid.integers, self.constant(value.grid.scale), zero_point)
+        for operator, operand in (("Mul", value.scale), ("Add", value.shift)):
+            if operand is not None:
+                stored = as_stored(np.asarray(operand, np.float32), value.order)
+                name = self.node(operator, name, self.constant(stored))
+        return replace(value, name=name, scale=None, shift=None, grid=None)
+
+    def model(self, inputs: Any, output: Any, opset: int, metadata: dict[str, str]) -> onnx.ModelProto:
+        """The model of all nodes that `output` needs."""
+        needed, nodes = {output.name}, []
+        for node in reversed(self.nodes):
+            if node.output[0] in needed:
+                needed.update(node.input)
+                nodes.append(node)
+        constants = [tensor for name, tensor in self.constants.items() if name in needed]
+        graph = helper.make_graph(nodes[::-1], "hast_jax", [inputs], [output], constants)
+        versions = [helper.make_opsetid("", opset)]
+        model = helper.make_model(graph, opset_imports=versions, ir_version=helper.find_min_ir_version_for(versions))
+        model.producer_name = "hast_jax"
+        helper.set_model_props(model, metadata)
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+
+def as_stored(array: Array, order: tuple[int, ...]) -> Array:
+    """A constant of full rank, or a scalar, with its axes in the order of a stored tensor."""
+    return array.transpose(order) if array.ndim else array
+
+
+def cannot_write(what: str) -> InputError:
+    """The refusal of an operation that has no form in ONNX here."""
+    return InputError(f"the network cannot be written as ONNX: {what}; choose format=stablehlo, which can hold any network.")

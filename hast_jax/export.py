@@ -1,0 +1,140 @@
+"""Write the student of a run folder to a file that other programs run, and check the file by running it.
+
+python -m hast_jax.export --workdir=runs/c100-w3a3 --format=onnx
+"""
+
+import math
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from hast_jax import cli, networks, student
+from hast_jax.data import datasets
+from hast_jax.deliver.exports import FORMATS, Exported, Options, export
+from hast_jax.errors import Notice, UserError
+from hast_jax.networks import user_files
+from hast_jax.runs import parallel, run_folder, synthetic_set
+
+MOST_SYNTHETIC = 1024  # images to compare on
+MOST_BYTES = 2**30  # of real images: some 7,000 of ImageNet's, and all of CIFAR's
+
+
+def define_flags() -> None:
+    """Define the flags of this command."""
+    default = Options()
+    flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
+    flags.DEFINE_enum("format", "onnx", list(FORMATS), "Of the file.")
+    flags.DEFINE_string("output", None, "The file; by default student.FORMAT in the run's folder.")
+    flags.DEFINE_enum("weights", default.weights, ["int8", "int4", "packed"], "int4: onnx. packed: safetensors.")
+    flags.DEFINE_enum("operators", default.operators, ["float", "integer"], "Of onnx: on dequantized integers, or on integers.")
+    flags.DEFINE_enum("layout", default.layout, ["nhwc", "nchw"], "Of the images that an onnx file takes.")
+    flags.DEFINE_bool("normalised", default.normalised, "The file takes float32 images that are normalised already.")
+    flags.DEFINE_string("data_dir", None, "Folder of real images (eval.data_dir), where it is not the run's.")
+    flags.DEFINE_string("network", None, "FILE.py:CLASS of a network of your own, whose code is run.")
+
+
+def run(
+    workdir: Path,
+    format: str = "onnx",
+    output: Path | None = None,
+    *,
+    data_dir: str | None = None,
+    network: str | None = None,
+    **options: Any,
+) -> Exported:
+    """Export the student of a finished run. Raises UserError.
+
+    A network of one's own must be named by `network`: code that a run folder names is never run, as it may be a stranger's.
+    """
+    folder, config = run_folder.open_for_reading(workdir)
+    if folder.read_result() is None:
+        raise UserError(f"the run in {workdir} has not finished: give it the same command again, and export it then.")
+    named = config.teacher.network
+    if network is None and user_files.is_own(named):
+        raise UserError(f"{workdir} names {named}, code of its maker's own: if you trust its code, add --network={named}.")
+    module = networks.module(network, config.teacher.classes) if network is not None else None
+    found = student.load(folder.student, module)
+    if data_dir is not None:
+        config.eval.data_dir = data_dir
+    path = output or workdir / f"student{FORMATS[format].suffix}"
+    return export(found, path, format, images=_synthetic(folder, config), test=_real(config), **options)
+
+
+def _synthetic(folder: run_folder.RunFolder, config: ConfigDict) -> np.ndarray | None:
+    """Images that the student learned from; None where they are gone."""
+    source = Path(config.synthesis.source).expanduser() if config.synthesis.source else folder.synthetic
+    try:
+        return np.asarray(synthetic_set.load(source, tuple(config.teacher.image))[0][:MOST_SYNTHETIC])
+    except UserError as error:
+        warnings.warn(f"the file is checked on random images, as there are no synthetic ones ({error})", Notice, stacklevel=1)
+        return None
+
+
+def _real(config: ConfigDict) -> tuple[Any, Any] | None:
+    """The run's real images and labels; None where there are none here."""
+    try:
+        dataset = datasets.load(config, config.eval.split)
+    except UserError as error:
+        warnings.warn(f"the file is not checked on real images: {error}", Notice, stacklevel=1)
+        return None
+    if dataset is None:
+        return None
+    count = min(len(dataset.labels), MOST_BYTES // math.prod(dataset.shape))
+    rows = np.linspace(0, len(dataset.labels) - 1, count).astype(int)  # of all classes, where they are in order
+    return dataset.read(rows), dataset.labels[rows]
+
+
+def table(found: Exported, title: str) -> Table:
+    """What an export found, for the console."""
+    made = Table("", "the file", "float32", title=title, title_justify="left")
+    made.add_row("size", f"{found.bytes:,} bytes", f"{found.float_bytes:,} ({found.float_bytes / found.bytes:.1f} times)")
+    if found.milliseconds is not None and found.float_milliseconds is not None:
+        made.add_row("one image, one thread", f"{found.milliseconds:.2f} ms", f"{found.float_milliseconds:.2f} ms")
+    for each in found.comparisons:
+        made.add_row(f"judged otherwise than by the student, {each.name}", f"{each.different} of {each.images}", "")
+        made.add_row("largest difference of a logit", f"{each.largest_difference:.2g}", "")
+        if each.top1 is not None:
+            made.add_row("top-1 of the file, and of the student", f"{each.top1:.2f} and {each.student_top1:.2f} %", "")
+    if found.layers:
+        worst = max(found.layers, key=lambda name: found.layers[name])
+        share = found.layers[worst]
+        made.add_row("activations with other integers, at most", f"{1e6 * share:.3g} of a million" if share else "none", "")
+    for kind in ("integer", "between", "float"):
+        names = ", ".join(f"{number} {name}" for name, of, number in found.operators if of == kind)
+        if names:
+            made.add_row(f"operators, {kind}", names, "")
+    return made
+
+
+def main(_: list[str]) -> None:
+    """Export a run folder."""
+    with cli.user_errors():
+        cli.join(together=False)
+        given = flags.FLAGS
+        parallel.setup(1)
+        workdir = Path(given.workdir).expanduser()
+        output = Path(given.output).expanduser() if given.output else None
+        options = {name: given[name].value for name in Options.__dataclass_fields__}
+        found = run(workdir, given.format, output, data_dir=given.data_dir, network=given.network, **options)
+        Console().print(table(found, f"{found.path}"))
+
+
+class _Command(ModuleType):
+    """`hast_jax.export` is the library's function too, whether or not this command was imported."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Exported:
+        return export(*arguments, **named)
+
+
+sys.modules[__name__].__class__ = _Command
+
+if __name__ == "__main__":
+    cli.run(sys.modules["__main__"])
