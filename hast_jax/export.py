@@ -95,18 +95,18 @@ def _real(config: ConfigDict) -> tuple[Any, Any] | None:
 def table(found: Exported, title: str) -> Table:
     """What an export found, for the console."""
     made = Table("", "the file", "float32", title=title, title_justify="left")
-    made.add_row("size", f"{found.bytes:,} bytes", f"{found.float_bytes:,} ({found.float_bytes / found.bytes:.1f} times)")
+    made.add_row("size", f"{found.bytes:,} bytes", f"{found.float_bytes:,} bytes")
     if found.milliseconds is not None and found.float_milliseconds is not None:
-        made.add_row("one image, one thread", f"{found.milliseconds:.2f} ms", f"{found.float_milliseconds:.2f} ms")
+        made.add_row("an image on one thread", f"{found.milliseconds:.2f} ms", f"{found.float_milliseconds:.2f} ms")
     for each in found.comparisons:
-        made.add_row(f"judged otherwise than by the student, {each.name}", f"{each.different} of {each.images}", "")
+        made.add_row("judged otherwise than the student", f"{each.different} of {each.images} {each.name}", "")
         made.add_row("largest difference of a logit", f"{each.largest_difference:.2g}", "")
         if each.top1 is not None:
-            made.add_row("top-1 of the file, and of the student", f"{each.top1:.2f} and {each.student_top1:.2f} %", "")
+            made.add_row("top-1 of file and student", f"{each.top1:.2f} and {each.student_top1:.2f} %", "")
     if found.layers:
         worst = max(found.layers, key=lambda name: found.layers[name])
         share = found.layers[worst]
-        made.add_row("activations with other integers, at most", f"{1e6 * share:.3g} of a million" if share else "none", "")
+        made.add_row("other integers in a layer", f"at most {1e6 * share:.3g} of a million ({worst})" if share else "none", "")
     for kind in ("integer", "between", "float"):
         names = ", ".join(f"{number} {name}" for name, of, number in found.operators if of == kind)
         if names:

@@ -199,25 +199,26 @@ def _onnx(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[b
     integer, int4 = options.operators == "integer", options.weights == "int4"
     if integer and int4:
         raise InputError("integer operators take int8 weights: leave out weights or operators.")
-    model, activations = onnx_export.build(student, **shape, integer=integer, int4=int4)
+    built = onnx_export.build(student, **shape, integer=integer, int4=int4)
+    model = built.model
     plain = dataclasses.replace(student.network, kernels={}, sites={}, learned_ranges=False)
     float_model, _ = onnx_export.build(dataclasses.replace(student, network=plain), **shape)
     prepare = _prepared(student, options)
     run = onnx_check.session(model)
     few = sets[0].images[: 64 if student.image[0] <= 64 else 8]
-    found = onnx_check.integers(model, activations, prepare(few))
+    found = onnx_check.integers(built, prepare(few))
     timed = onnx_check.milliseconds([run, onnx_check.session(float_model)], prepare(sets[0].images[:1]))
     return model.SerializeToString(), {
         "float_bytes": float_model.ByteSize(),
         "comparisons": _compare(student, lambda images: run(prepare(images)), sets),
-        "layers": _different_integers(student, few, found, options.layout),
+        "layers": _different_integers(student, few, found),
         "operators": onnx_check.operators(model),
         "milliseconds": timed[0],
         "float_milliseconds": timed[1],
     }
 
 
-def _different_integers(student: Student, images: np.ndarray, found: Mapping[str, Any], layout: str) -> dict[str, float]:
+def _different_integers(student: Student, images: np.ndarray, found: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The share of the integers of each activation that are not the student's."""
     ranges = flatten_dict(student.variables["ranges"])
     _, taps = networks.apply(student.network, student.variables, normalise(jnp.asarray(images), student.mean, student.std))
@@ -228,9 +229,7 @@ def _different_integers(student: Student, images: np.ndarray, found: Mapping[str
             continue
         step, lowest = activation_grid(student.network, ranges[*site.name, "low"], ranges[*site.name, "high"], site.bits)
         own = np.rint(np.asarray(taps.activations[site.name], np.float64) / step) + max(0, -lowest)
-        other = np.asarray(found[name], np.float64)
-        other = np.moveaxis(other, 1, -1) if other.ndim == 4 and other.shape != own.shape else other
-        shares[name] = float(np.mean(own != other))
+        shares[name] = float(np.mean(own != found[name]))
     return {name: shares[name] for name in found if name in shares}
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
-from hast_jax.deliver.onnx_export import INPUT
+from hast_jax.deliver.onnx_export import INPUT, Onnx
 
 Run = Callable[[np.ndarray], np.ndarray]
 ERRORS_ALONE = 3  # of onnxruntime's log
@@ -23,15 +23,16 @@ def session(model: onnx.ModelProto) -> Run:
     return lambda images: computing.run(None, {INPUT: images})[0]
 
 
-def integers(model: onnx.ModelProto, activations: Mapping[str, str], images: np.ndarray) -> dict[str, np.ndarray]:
-    """The uint8 tensors `activations` of a batch, by their keys."""
+def integers(model: Onnx, images: np.ndarray) -> dict[str, np.ndarray]:
+    """The uint8 integers of each quantized activation of a batch, with the network's axes, by the name of its range."""
     copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy.CopyFrom(model.model)
     computed = {output for node in copy.graph.node for output in node.output}
-    names = {key: name for key, name in activations.items() if name in computed}
-    copy.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in names.values())
-    _, *found = _session(copy).run(None, {INPUT: images})
-    return dict(zip(names, found))
+    tensors = {key: tensor for key, tensor in model.activations.items() if tensor[0] in computed}
+    names = dict.fromkeys(name for name, _ in tensors.values())
+    copy.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in names)
+    found = dict(zip(names, _session(copy).run(list(names), {INPUT: images})))
+    return {key: found[name].transpose(np.argsort(order)) for key, (name, order) in tensors.items()}
 
 
 def milliseconds(runs: Sequence[Run], images: np.ndarray, rounds: int = 20) -> list[float]:

@@ -33,10 +33,13 @@ LAYOUTS = {"nhwc": (0, 1, 2, 3), "nchw": (0, 3, 1, 2)}
 
 
 class Onnx(NamedTuple):
-    """A model, and its uint8 tensor of each quantized activation by the name of its range, in the order of execution."""
+    """A model, and its uint8 tensor of each quantized activation by the name of its range, in the order of execution.
+
+    The stored axis i of a tensor is the network's axis order[i].
+    """
 
     model: onnx.ModelProto
-    activations: dict[str, str]
+    activations: dict[str, tuple[str, tuple[int, ...]]]
 
 
 def build(
@@ -82,7 +85,8 @@ def _kernels(student: Student) -> dict[str, Value]:
     for path, codes in student.codes().items():
         integers = codes.integers
         array = integers.astype(np.float32) * codes.spread("step")
-        grid = Grid(integers, codes.step) if len(codes["axes"]) == integers.ndim - 1 else None
+        channels = [axis for axis in range(integers.ndim) if axis not in codes["axes"]]
+        grid = Grid(integers, codes.step, axis=channels[0]) if len(channels) == 1 else None
         found[path] = Value(array.shape, array=array, grid=grid)
     return found
 

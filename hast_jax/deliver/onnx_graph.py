@@ -22,13 +22,14 @@ Array = Any  # an array or a scalar of numpy
 class Grid:
     """Integers behind a value: x = scale * (integers - zero point).
 
-    integers: of an activation the name of its uint8 tensor, of a weight the whole numbers themselves. scale: float32, one
-    number, or one for each output channel, which is the last axis of a weight. zero_point: of an activation; a weight has none.
+    integers: of an activation the name of its uint8 tensor, of a weight the whole numbers themselves. scale: float32, of an
+    activation one number, of a weight one for each output channel, which lie on `axis`. zero_point: of an activation.
     """
 
     integers: Any
     scale: Array
     zero_point: int = 0
+    axis: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +64,12 @@ class Graph:
     """The nodes of a model and their constants, in the order in which they were written.
 
     integer_operators, int4: see `onnx_export.model`. activations: the uint8 tensor of each
-    quantized activation, by the name of its range, in the order of execution.
+    quantized activation and the order of its axes, by the name of its range, in the order of execution.
     """
 
     integer_operators: bool = True
     int4: bool = False
-    activations: dict[str, str] = field(default_factory=dict)
+    activations: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     _names: dict[tuple[Any, ...], str] = field(default_factory=dict)

@@ -239,7 +239,7 @@ def _convolution(graph: Graph, given: dict[str, Any], operands: list[Value], sha
     x, kernel = operands
     numbers = given["dimension_numbers"]
     if set(given["lhs_dilation"]) != {1} or given["batch_group_count"] != 1:
-        raise cannot_write("it has a transposed convolution")
+        raise cannot_write("it has a transposed convolution ('conv_general_dilated' with a dilated input)")
     if kernel.array is None:
         raise cannot_write("it computes the kernel of a convolution from its input")
     named = {
@@ -250,10 +250,10 @@ def _convolution(graph: Graph, given: dict[str, Any], operands: list[Value], sha
     }
     order, channel = tuple(numbers.lhs_spec), numbers.out_spec[1]
     out = lambda name, scale=None: Value(shape, name, tuple(numbers.out_spec), scale=scale)
-    integers = _integers(graph, x, kernel, order, tuple(numbers.rhs_spec))
+    axes = tuple(numbers.rhs_spec)
+    integers = _integers(graph, x, kernel, order, axes, axes[0])
     if integers is None:
-        name = graph.tensor(x, order)
-        return out(graph.node("Conv", name, _kernel(graph, kernel, tuple(numbers.rhs_spec), 0), **named))
+        return out(graph.node("Conv", graph.tensor(x, order), _kernel(graph, kernel, axes), **named))
     u, zero_point, w, scale = integers
     name = graph.node("Cast", graph.node("ConvInteger", u, w, zero_point, **named), to=TensorProto.FLOAT)
     return out(name, scale.reshape([-1 if axis == channel else 1 for axis in range(len(shape))]))
@@ -263,25 +263,49 @@ def _product(graph: Graph, given: dict[str, Any], operands: list[Value], shape: 
     x, kernel = operands
     (left, right), (batch, _) = given["dimension_numbers"]
     if batch or len(left) != 1 or kernel.array is None or len(kernel.shape) != 2:
-        raise cannot_write("it multiplies computed matrices")
-    rank = len(x.shape)
-    order = (*(axis for axis in range(rank) if axis != left[0]), left[0])
+        return _einsum(graph, given, operands, shape)
+    order = (*(axis for axis in range(len(x.shape)) if axis != left[0]), left[0])
     axes = (right[0], 1 - right[0])
-    integers = _integers(graph, x, kernel, order, axes) if axes == (0, 1) else None
+    plain = tuple(range(len(shape)))
+    integers = _integers(graph, x, kernel, order, axes, axes[1])
     if integers is None:
-        name = graph.node("MatMul", graph.tensor(x, order), _kernel(graph, kernel, axes, 1))
-        return Value(shape, name, tuple(range(len(shape))))
+        return Value(shape, graph.node("MatMul", graph.tensor(x, order), _kernel(graph, kernel, axes)), plain)
     u, zero_point, w, scale = integers
     name = graph.node("Cast", graph.node("MatMulInteger", u, w, zero_point), to=TensorProto.FLOAT)
-    return Value(shape, name, tuple(range(len(shape))), scale=scale.reshape([1] * (len(shape) - 1) + [-1]))
+    return Value(shape, name, plain, scale=scale.reshape([1] * (len(shape) - 1) + [-1]))
 
 
-def _integers(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axes: tuple[int, ...]) -> Any:
+def _einsum(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
+    """A product over any axes. Its own axes are those of the batch, then what is left of the first operand and the second."""
+    contracted, batch = given["dimension_numbers"]
+    letters = [[""] * len(each.shape) for each in operands]
+    unused = iter("abcdefghijklmnopqrstuvwxyz")
+    shared = []
+    for axes in (batch, contracted):
+        for a, b in zip(*axes):
+            letters[0][a] = letters[1][b] = letter = next(unused)
+            shared.append(letter)
+    for each in letters:
+        each[:] = [letter or next(unused) for letter in each]
+    left = [letter for each in letters for letter in each if letter not in shared]
+    out = "".join([*shared[: len(batch[0])], *left])
+    names, terms = [], []
+    for operand, its in zip(operands, letters):
+        plain = graph.plain(operand)
+        order = plain.order if plain.array is None else tuple(range(len(plain.shape)))
+        names.append(graph.tensor(plain) if plain.array is None else _kernel(graph, plain, order))
+        terms.append("".join(its[axis] for axis in order))
+    name = graph.node("Einsum", *names, equation=f"{terms[0]},{terms[1]}->{out}")
+    return Value(shape, name, tuple(range(len(shape))))
+
+
+def _integers(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axes: tuple[int, ...], channel: int) -> Any:
     """Names of the integers of `x`, of their zero point and of those of `kernel`, and the scale of their products.
 
-    None where one of them has none that fit an integer operator, or where the graph is to hold float ones.
+    order, axes: in which an operator takes the axes of both. channel: the axis of `kernel` that is the output's. None where
+    one of them has none that fit an integer operator, or where the graph is to hold float ones.
     """
-    if not graph.integer_operators or x.grid is None or kernel.grid is None:
+    if not graph.integer_operators or x.grid is None or kernel.grid is None or kernel.grid.axis != channel:
         return None
     if np.abs(kernel.grid.integers).max() > 127:
         return None
@@ -292,18 +316,29 @@ def _integers(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axe
     return u, graph.constant(np.uint8(x.grid.zero_point)), w, kernel.grid.scale.astype(np.float64) * x.grid.scale
 
 
-def _kernel(graph: Graph, kernel: Value, axes: tuple[int, ...], channel: int) -> str:
-    """The name of a kernel with its axes in this order; a quantized one is dequantized from the smallest integers that fit."""
+def _kernel(graph: Graph, kernel: Value, axes: tuple[int, ...]) -> str:
+    """The name of a kernel with its axes in this order; a quantized one is dequantized from the smallest integers that fit.
+
+    A zero point for each channel is the exception, as not every runtime computes with it: for INT4, and for eight bits with a
+    range that is not symmetric.
+    """
     assert kernel.array is not None
     if kernel.grid is None:
         return graph.constant(as_stored(kernel.array, axes))
-    integers = kernel.grid.integers.transpose(axes)
-    low, high = integers.min(), integers.max()
-    if graph.int4 and low >= -8 and high <= 7:
-        stored = graph.constant(integers.astype(np.int8), TensorProto.INT4)
-    else:
-        stored = graph.constant(integers.astype(np.int8 if low >= -128 and high <= 127 else np.int32))
-    return graph.node("DequantizeLinear", stored, graph.constant(kernel.grid.scale), axis=channel)
+    integers, axis = kernel.grid.integers.transpose(axes), axes.index(kernel.grid.axis)
+    others = tuple(other for other in range(integers.ndim) if other != axis)
+    step = graph.constant(kernel.grid.scale)
+    for kind, bits in ((TensorProto.INT4, 4),) * graph.int4 + ((None, 8),):
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        for zero_point in (np.zeros(1, int), low - np.minimum(integers.min(others, keepdims=True), 0)):
+            stored = integers + zero_point
+            if min(stored.min(), zero_point.min()) < low or max(stored.max(), zero_point.max()) > high:
+                continue
+            names = [graph.constant(stored.astype(np.int8), kind), step]
+            if zero_point.any():
+                names.append(graph.constant(zero_point.ravel().astype(np.int8), kind))
+            return graph.node("DequantizeLinear", *names, axis=axis)
+    return graph.node("DequantizeLinear", graph.constant(integers.astype(np.int32)), step, axis=axis)
 
 
 def _quantized(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
@@ -319,7 +354,7 @@ def _quantized(graph: Graph, given: dict[str, Any], operands: list[Value], shape
     low, high = lowest + zero_point, highest + zero_point
     if (low, high) != (0, 255):
         u = graph.node("Clip", u, graph.constant(np.uint8(low)), graph.constant(np.uint8(high)))
-    graph.activations.setdefault(given["name"], u)
+    graph.activations.setdefault(given["name"], (u, x.order))
     return Value(shape, order=x.order, grid=Grid(u, np.float32(given["step"]), zero_point))
 
 

@@ -1,0 +1,69 @@
+"""Run a ResNet from its integers, with numpy alone: python docs/run_integers.py student.safetensors images.npy logits.npy
+
+student.safetensors: what `python -m hast_jax.export --format=safetensors` wrote of a ResNet for small images (resnet8,
+resnet20). images.npy: uint8 [n, height, width, channels]. docs/export.md describes the layout of the file.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def read(path):
+    """The arrays of a safetensors file by name, and what hast_jax says of them."""
+    content = Path(path).read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    said = json.loads(header.pop("__metadata__")["hast_jax"])
+    kinds = {"F32": np.float32, "I8": np.int8, "I32": np.int32, "U8": np.uint8}
+    arrays = {}
+    for name, each in header.items():
+        first, last = (start + offset for offset in each["data_offsets"])
+        arrays[name] = np.frombuffer(content[first:last], kinds[each["dtype"]]).reshape(each["shape"])
+    return arrays, said
+
+
+ARRAYS, SAID = read(sys.argv[1])
+
+
+def kernel(name):
+    """The weights of a layer: integers times the step of their output channel."""
+    integers, said = ARRAYS[name], SAID["kernels"][name]
+    if said["packed"]:  # `bits` bits each, the lowest bit first
+        bits = np.unpackbits(integers, count=said["bits"] * int(np.prod(said["shape"])), bitorder="little")
+        integers = (bits.reshape(-1, said["bits"]).astype(int) << np.arange(said["bits"])).sum(1).reshape(said["shape"])
+        integers = integers + ARRAYS[f"{name}/lowest"]
+    return integers * ARRAYS[f"{name}/step"]
+
+
+def convolution(x, name, stride):
+    """3 x 3 or 1 x 1, padded by half its size."""
+    w = kernel(f"{name}/conv/kernel")
+    x = np.pad(x, ((0, 0), (len(w) // 2,) * 2, (len(w) // 2,) * 2, (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(x, w.shape[:2], (1, 2))[:, ::stride, ::stride]
+    y = np.einsum("nhwcij,ijcd->nhwd", windows, w, optimize=True)
+    mean, var, scale, bias = (ARRAYS[f"{name}/bn/{each}"] for each in ("mean", "var", "scale", "bias"))
+    return (y - mean) * (scale / np.sqrt(var + 1e-5)) + bias
+
+
+def activation(x, name):
+    """ReLU, and the nearest integer of its grid times its step."""
+    grid = SAID["activations"][name]
+    highest = grid["lowest"] + 2 ** grid["bits"] - 1
+    integers = np.clip(np.rint(np.maximum(x, 0) / np.float32(grid["step"])), grid["lowest"], highest)
+    return (integers * grid["step"]).astype(np.float32)
+
+
+x = ((np.load(sys.argv[2]) / 255 - SAID["mean"]) / SAID["std"]).astype(np.float32)
+x = activation(convolution(x, "init_block", 1), "init_activ")
+for stage in range(1, 4):
+    for unit in range(1, 1 + sum(name.endswith("conv1/conv/kernel") for name in ARRAYS if f"stage{stage}_" in name)):
+        name = f"stage{stage}_unit{unit}"
+        stride = 2 if stage > 1 and unit == 1 else 1
+        y = activation(convolution(x, f"{name}/conv1", stride), f"{name}/activ1")
+        y = convolution(y, f"{name}/conv2", 1)
+        shortcut = f"{name}/identity_conv"
+        x = activation(y + (convolution(x, shortcut, stride) if f"{shortcut}/conv/kernel" in ARRAYS else x), f"{name}/activ")
+np.save(sys.argv[3], x.mean((1, 2)) @ kernel("output/kernel") + ARRAYS["output/bias"])

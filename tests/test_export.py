@@ -1,0 +1,271 @@
+"""An exported file judges images as the student does, whatever the network."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax.traverse_util import flatten_dict
+from hypothesis import given as with_values
+from hypothesis import strategies as st
+from test_any_network import NETWORKS, given
+
+import hast_jax
+from hast_jax import networks
+from hast_jax.data.datasets import normalise
+from hast_jax.deliver import exports, integers
+from hast_jax.errors import InputError, UserError
+from hast_jax.networks import rules as rules_lib
+from hast_jax.student import Student
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+TRANSPOSED = "unusual"  # it has a transposed convolution
+
+
+def student(name: str, bits="w4a4", learned: bool = True) -> Student:
+    """A network with random weights, quantized, with ranges of random images."""
+    its = given(name)
+    rules = rules_lib.normalise(bits)
+    network = networks.create(its.module, its.image, rules=rules, learned_ranges=learned)
+    ranges = {}
+    for seed in range(2):
+        images = jax.random.uniform(jax.random.key(seed), (16, *its.image), minval=-2, maxval=2)
+        ranges = networks.observe(network, its.variables, ranges, images)
+    channels = its.image[-1]
+    return Student(network, {**its.variables, "ranges": ranges}, rules, its.image, (0.5,) * channels, (0.25,) * channels, {})
+
+
+def random_images(its: Student, count: int = 4) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, *its.image), np.uint8)
+
+
+def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
+    """As a stranger would run the file."""
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images})[0]
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != TRANSPOSED])
+def test_the_onnx_file_of_any_network_judges_as_the_student_does(name: str, tmp_path: Path) -> None:
+    its = student(name)
+    found = hast_jax.export(its, tmp_path / "student.onnx")
+    (compared,) = found.comparisons
+    assert compared.images == 256 and compared.different <= 1
+    assert found.layers and np.median(list(found.layers.values())) < 0.03  # bfloat16 rounds otherwise; others are far below
+    images = random_images(its, 3)
+    close = np.isclose(onnx_logits(tmp_path / "student.onnx", images), its(images), atol=1e-4).all(1)
+    assert name in ("bfloat16", "sequential") or close.mean() > 0.5
+
+
+@pytest.mark.parametrize("bits", ["w2a2", "w8a8", {"default": "w3a3", "Conv_0": (8, 8), "Dense_0": None}])
+@pytest.mark.parametrize("operators", ["float", "integer"])
+@pytest.mark.parametrize("learned", [True, False])
+def test_all_bits_all_rules_and_both_kinds_of_ranges_are_exported(bits, operators: str, learned: bool, tmp_path: Path) -> None:
+    its = student("remat" if bits in ("w2a2", "w8a8") else "vgg", bits, learned)
+    found = hast_jax.export(its, tmp_path / "student.onnx", operators=operators)
+    assert found.comparisons[0].different <= 1 and max(found.layers.values()) < 1e-3
+    kinds = {name: kind for name, kind, _ in found.operators}
+    fits = learned or bits != "w8a8"  # the paper's ranges of eight bits need not be symmetric
+    assert ("ConvInteger" in kinds) == (operators == "integer" and fits)
+    assert kinds.get("ConvInteger", "integer") == "integer" and kinds["QuantizeLinear"] == "between"
+
+
+def test_the_weights_of_the_file_are_the_students_integers_with_zero_point_zero(tmp_path: Path) -> None:
+    its = student("resnet", "w3a3")
+    hast_jax.export(its, tmp_path / "student.onnx")
+    model = onnx.load(tmp_path / "student.onnx")
+    stored = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored:
+            assert len(node.input) == 2 or not stored[node.input[2]].any()
+            found.append((stored[node.input[0]], stored[node.input[1]]))
+    codes = its.codes().values()
+    assert len(found) == len(codes)
+    for kernel in codes:
+        order = (3, 2, 0, 1) if kernel["codes"].ndim == 4 else (0, 1)
+        wanted = kernel.integers.transpose(order)
+        assert any(w.dtype == np.int8 and np.array_equal(w, wanted) and np.array_equal(s, kernel.step) for w, s in found)
+    assert model.opset_import[0].version == 13 and model.ir_version == 7
+    said = {each.key: each.value for each in model.metadata_props}
+    assert (
+        said["hast_jax"] == hast_jax.__version__ and said["classes"] == "10" and json.loads(said["rules"]) == [[".*", [3, 3]]]
+    )
+
+
+def test_activations_are_clipped_after_they_are_quantized(tmp_path: Path) -> None:
+    its = student("resnet", "w3a3")
+    hast_jax.export(its, tmp_path / "student.onnx")
+    model = onnx.load(tmp_path / "student.onnx")
+    stored = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    quantized = {node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    clips = [node for node in model.graph.node if node.op_type == "Clip"]
+    assert len(clips) == len(quantized) == len(set(its.network.sites.values()))
+    for node in clips:
+        low, high = (stored[name] for name in node.input[1:])
+        assert node.input[0] in quantized and high.dtype == np.uint8 and high - low == 7
+
+
+def test_int4_makes_the_smallest_onnx_file_and_computes_the_same(tmp_path: Path) -> None:
+    its = student("resnet", "w4a4")
+    wide = hast_jax.export(its, tmp_path / "wide.onnx")
+    small = hast_jax.export(its, tmp_path / "small.onnx", weights="int4")
+    assert small.bytes < wide.bytes < small.float_bytes
+    kinds = {each.data_type for each in onnx.load(tmp_path / "small.onnx").graph.initializer}
+    assert onnx.TensorProto.INT4 in kinds
+    images = random_images(its)
+    np.testing.assert_allclose(onnx_logits(small.path, images), onnx_logits(wide.path, images), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_file_takes_pixels_or_normalised_images_in_either_layout(layout: str, normalised: bool, tmp_path: Path) -> None:
+    its = student("vgg")
+    hast_jax.export(its, tmp_path / "student.onnx", layout=layout, normalised=normalised)
+    pixels = random_images(its, 5)  # of a number other than the one that was traced
+    images = np.asarray(normalise(jnp.asarray(pixels), its.mean, its.std)) if normalised else pixels
+    images = images.transpose(0, 3, 1, 2) if layout == "nchw" else images
+    np.testing.assert_allclose(onnx_logits(tmp_path / "student.onnx", images), its(pixels), atol=1e-4)
+
+
+def test_what_cannot_be_written_as_onnx_is_refused_by_name_and_stablehlo_holds_it(tmp_path: Path) -> None:
+    its = student(TRANSPOSED)
+    with pytest.raises(InputError, match=r"transposed convolution.*choose format=stablehlo"):
+        hast_jax.export(its, tmp_path / "student.onnx")
+    assert not any(tmp_path.iterdir())
+    hast_jax.export(its, tmp_path / "student.stablehlo", "stablehlo")
+    program = jax.export.deserialize(bytearray((tmp_path / "student.stablehlo").read_bytes()))
+    images = random_images(its, 7)
+    np.testing.assert_allclose(program.call(images), its(images), atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["int8", "packed"])
+def test_numpy_alone_reads_the_integers_of_a_file(weights: str, tmp_path: Path) -> None:
+    its = student("resnet", {"default": "w3a3", "Dense_0": (8, 8)})
+    found = hast_jax.export(its, tmp_path / "student.safetensors", "safetensors", weights=weights)
+    content = found.path.read_bytes()
+    for path, kernel in flatten_dict(its.params).items():
+        if path[-1] == "kernel":
+            np.testing.assert_allclose(integers.kernel(content, "/".join(path)), kernel, rtol=1e-6)
+    assert found.bytes < found.float_bytes
+
+
+@with_values(st.integers(2, 8), st.lists(st.integers(0, 255), min_size=1, max_size=40))
+def test_packed_integers_come_back(bits: int, numbers: list[int]) -> None:
+    numbers = np.asarray(numbers) % 2**bits
+    packed = integers.pack(numbers, bits)
+    assert packed.nbytes == -(-len(numbers) * bits // 8)
+    assert np.array_equal(integers.unpack(packed, bits, numbers.shape), numbers)
+
+
+def test_a_file_that_judges_otherwise_than_the_student_is_not_written(tmp_path: Path, monkeypatch) -> None:
+    its = student("vgg")
+    flat = flatten_dict(its.variables["ranges"])
+    name = ("Conv_2", "input", "high")
+    true = exports._onnx
+
+    def wrong(student, options, sets):
+        """Writes the file of a student with one range that is not the student's."""
+        other = {**flat, name: flat[name] / 9}
+        changed = dataclasses.replace(student, variables={**student.variables, "ranges": flax_tree(other)})
+        from hast_jax.deliver import onnx_export
+
+        build = onnx_export.build
+        with monkeypatch.context() as patch:
+            patch.setattr(onnx_export, "build", lambda _, **options: build(changed, **options))
+            return true(student, options, sets)
+
+    monkeypatch.setitem(exports.FORMATS, "onnx", exports.FORMATS["onnx"]._replace(write=wrong))
+    words = "of 256 random images otherwise than the student; the first layer that differs is Conv_2/input"
+    with pytest.raises(UserError, match=words):
+        hast_jax.export(its, tmp_path / "student.onnx")
+    assert not any(tmp_path.iterdir())
+
+
+def flax_tree(flat: dict) -> dict:
+    from flax.traverse_util import unflatten_dict
+
+    return unflatten_dict(flat)
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "words"),
+    [
+        ("tflite", {}, "the format 'tflite' is unknown: choose from onnx, safetensors, stablehlo"),
+        ("onnx", {"weights": "int2"}, "weights is 'int2': of onnx, choose from int8, int4"),
+        ("onnx", {"weights": "int4", "operators": "integer"}, "integer operators take int8 weights"),
+        ("stablehlo", {"weights": "int4"}, "stablehlo has no option 'weights'"),
+        ("safetensors", {"layout": "nchw"}, "safetensors has no option 'layout'"),
+        ("onnx", {"quality": 1}, "onnx has no option 'quality'"),
+        ("onnx", {"images": np.zeros((2, 9, 9, 3), np.uint8)}, "the images have the shape"),
+    ],
+)
+def test_an_impossible_export_ends_in_one_sentence(format: str, options: dict, words: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        hast_jax.export(student("vgg"), tmp_path / "student", format, **options)
+    assert not any(tmp_path.iterdir())
+
+
+# --- Run folders ---
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("export") / "run"
+    tiny.run(workdir, finetune__ranges="learned", finetune__optimizer="adam")
+    return workdir
+
+
+def test_the_command_exports_the_student_of_a_run_and_tells_what_it_found(run: Path) -> None:
+    said = tiny.call([*tiny.module("export"), f"--workdir={run}", "--format=onnx"])
+    assert said.returncode == 0, said.stderr
+    for words in ("student.onnx", "0 of 96 synthetic images", "0 of 719 test images", "top-1 of file and student", "9 Conv"):
+        assert words in " ".join(said.stdout.split()), words
+    its = hast_jax.load(run / "student")
+    images = random_images(its)
+    np.testing.assert_allclose(onnx_logits(run / "student.onnx", images), its(images), atol=1e-3)
+
+
+def test_a_run_that_has_not_finished_is_not_exported(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    said = tiny.call([*tiny.module("export"), f"--workdir={tmp_path}"])
+    assert said.returncode == 1 and "has not finished" in said.stderr and said.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("*.onnx"))
+
+
+def test_a_hostile_run_folder_gets_nothing_written_but_the_file_and_none_of_its_code_run(run: Path, tmp_path: Path) -> None:
+    from shutil import copytree
+
+    folder = copytree(run, tmp_path / "run")
+    said = json.loads((folder / "student" / "student.json").read_text())
+    said["record"]["network"] = "../../evil.py:Net"
+    (folder / "student" / "student.json").write_text(json.dumps(said))
+    config = json.loads((folder / "config.json").read_text())
+    config["teacher"]["network"] = f"{tmp_path}/evil.py:Net"
+    (folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    files = lambda: sorted(path for path in tmp_path.rglob("*") if path.name != ".lock")
+    before = files()
+    ended = tiny.call([*tiny.module("export"), f"--workdir={folder}", f"--output={tmp_path}/out.onnx"])
+    assert ended.returncode == 1 and "code of its maker's own" in ended.stderr
+    assert files() == before
+
+
+def test_a_program_of_numpy_alone_runs_the_network_from_its_integers(run: Path, tmp_path: Path) -> None:
+    its = hast_jax.load(run / "student")
+    hast_jax.export(its, tmp_path / "student.safetensors", "safetensors", weights="packed")
+    images = random_images(its, 6)
+    np.save(tmp_path / "images.npy", images)
+    program = tiny.ROOT / "docs" / "run_integers.py"
+    imported = [line for line in program.read_text().splitlines() if line.startswith(("import", "from"))]
+    assert imported == ["import json", "import sys", "from pathlib import Path", "import numpy as np"]
+    command = [sys.executable, program, tmp_path / "student.safetensors", tmp_path / "images.npy", tmp_path / "logits.npy"]
+    subprocess.run(command, check=True, env=tiny.environment())
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), its(images), atol=1e-3)
