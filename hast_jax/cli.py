@@ -29,6 +29,7 @@ COMMANDS = {
     "export": "export",
     "reproduce": "reproduce",
     "benchmark": "benchmark",
+    "report": "report",
     "results": "results",
     "pretrain": "pretrain",
 }

@@ -18,7 +18,6 @@ from hast_jax.data import datasets
 from hast_jax.deliver.console import Bar, format_bits
 from hast_jax.errors import UserError
 from hast_jax.fields import GIVEN
-from hast_jax.networks import user_files
 from hast_jax.runs import parallel, run_folder
 from hast_jax.runs.progress import Progress, silent
 from hast_jax.stages.evaluate import Accuracy, evaluator
@@ -65,12 +64,7 @@ def run(
     folder, config = run_folder.open_for_reading(workdir)
     if config.teacher.network.endswith(GIVEN):
         raise UserError(f"the network of {workdir} was given in Python: load {folder.student} with hast_jax.load there.")
-    for field, given in {"network": network, "names": names}.items():
-        named = config.teacher[field]
-        if given is not None:
-            config.teacher[field] = given
-        elif user_files.is_own(named):
-            raise UserError(f"{workdir} names {named}, code of its maker's own: if you trust its code, add --{field}={named}.")
+    from_config.trust(config, workdir, network, names)
     chosen = {"dataset": dataset, "split": split, "data_dir": data_dir}
     config.eval.update({name: value for name, value in chosen.items() if value is not None})
     config_lib.validate(config)

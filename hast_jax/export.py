@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from hast_jax import cli, networks, student
+from hast_jax import cli, from_config, student
 from hast_jax.data import datasets
 from hast_jax.deliver.exports import FORMATS, Exported, Options, export
 from hast_jax.errors import Notice, UserError
-from hast_jax.networks import user_files
+from hast_jax.fields import GIVEN
 from hast_jax.runs import parallel, run_folder, synthetic_set
 
 MOST_SYNTHETIC = 1024  # images to compare on
@@ -57,11 +57,10 @@ def run(
     folder, config = run_folder.open_for_reading(workdir)
     if folder.read_result() is None:
         raise UserError(f"the run in {workdir} has not finished: give it the same command again, and export it then.")
-    named = config.teacher.network
-    if network is None and user_files.is_own(named):
-        raise UserError(f"{workdir} names {named}, code of its maker's own: if you trust its code, add --network={named}.")
-    module = networks.module(network, config.teacher.classes) if network is not None else None
-    found = student.load(folder.student, module)
+    if config.teacher.network.endswith(GIVEN):
+        raise UserError(f"the network of {workdir} was given in Python: load {folder.student} with hast_jax.load there.")
+    from_config.trust(config, workdir, network, config.teacher.names)  # weights are read from the student
+    found = student.load(folder.student, from_config.module(config))
     if data_dir is not None:
         config.eval.data_dir = data_dir
     path = output or workdir / f"student{FORMATS[format].suffix}"

@@ -51,6 +51,7 @@ FIELDS: dict[str, Field] = {
     "log_every": Field(
         50, "Steps between two log lines. Several processes also stop for SIGTERM at these steps.", count, free=True
     ),
+    "report": Field(True, "Write `report.html` and `README.md` into the run's folder at the end of the run.", free=True),
     "fast_convolution": Field(
         True,
         "Use the faster convolutions for CPUs. Without them a network computes exactly what its own `apply` does.",

@@ -1,6 +1,7 @@
 """The networks that a config names: the teacher with its weights, and the student."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,20 @@ def module(config: ConfigDict) -> nn.Module:
     """The Linen module that the config names, without variables."""
     arguments = json.loads(config.teacher.arguments or "{}")
     return networks.module(config.teacher.network, config.teacher.classes, **arguments)
+
+
+def trust(config: ConfigDict, workdir: Path, network: str | None = None, names: str | None = None) -> None:
+    """Put the code that the person names into the config of a run folder.
+
+    network: of `teacher.network`; names: of `teacher.names`. Raises UserError where the folder names code that the person does
+    not: it may be a stranger's, and is never run.
+    """
+    for field, given in {"network": network, "names": names}.items():
+        named = config.teacher[field]
+        if given is not None:
+            config.teacher[field] = given
+        elif user_files.is_own(named):
+            raise UserError(f"{workdir} names {named}, code of its maker's own: if you trust its code, add --{field}={named}.")
 
 
 def bare_teacher(config: ConfigDict, own: nn.Module | None = None) -> Network:

@@ -28,13 +28,16 @@ def main(_: list[str]) -> None:
     with cli.user_errors():
         cli.join()
         preemption.listen()
-        config = flags.FLAGS.config
+        config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
         config_lib.validate(config)
         parallel.setup(config.devices, config.finetune.batch)
         console = Console(quiet=not parallel.is_main())
         with Bar(console) as progress:
-            result = pipeline.run(config, Path(flags.FLAGS.workdir).expanduser(), progress)
+            result = pipeline.run(config, Path(workdir).expanduser(), progress)
         show_result(console, result)
+        if config.report:
+            console.print(f"report: {workdir}/report.html")
+        console.print(f"export: python -m hast_jax.export --workdir={workdir} --format=onnx", soft_wrap=True)
 
 
 if __name__ == "__main__":

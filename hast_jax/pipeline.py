@@ -3,6 +3,8 @@
 import contextlib
 import datetime
 import platform
+import shlex
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +15,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from hast_jax import __version__, from_config, networks
 from hast_jax import config as config_lib
-from hast_jax import from_config, networks
 from hast_jax.data import datasets
 from hast_jax.deliver.pictures import save_picture
-from hast_jax.errors import AccuracyWarning, UserError
+from hast_jax.errors import AccuracyWarning, Notice, UserError, sentence
 from hast_jax.networks import weights
 from hast_jax.runs import parallel, run_folder, synthetic_set
 from hast_jax.runs.files import crc32
@@ -67,8 +69,22 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
             if isinstance(job.storage, RunFolder):
                 folder = job.storage.student
                 parallel.on_main(lambda: student.save(folder))
-            parallel.on_main(lambda: job.storage.write_result(result))  # last: it says that all else is there
+            parallel.on_main(lambda: job.storage.write_result(result))  # it says that all before is there
+        parallel.on_main(lambda: _report(job, student, images))
     return student
+
+
+def _report(job: Job, student: Student, images: np.ndarray) -> None:
+    """Write the report of a finished run, where it is wanted and not there. A run does not fail for its report."""
+    if not job.config.report or not isinstance(job.storage, RunFolder) or job.storage.report.exists():
+        return
+    from hast_jax.deliver import report
+
+    try:
+        report.write(job.storage, student, (job.teacher, job.variables), images)
+    except Exception as error:
+        words = f"the report was not written ({sentence(error)}); all else of the run is there, and a report can be made by"
+        warnings.warn(f"{words} python -m hast_jax.report --workdir={job.storage}.", Notice, stacklevel=2)
 
 
 def run_synthesis(config: ConfigDict, workdir: Path, progress: Progress = silent) -> Path:
@@ -263,12 +279,20 @@ def _begin_segment(job: Job) -> dict[str, Any] | None:
     segment = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": _hardware(job),
+        "command": _command(),
+        "hast_jax": __version__,
         "jax": jax.__version__,
         "spent_before": {name: round(job.recorder.seconds(name), 1) for name in STAGES},
     }
     segments = [*(_ended(job, each) for each in job.storage.read_segments()), segment]
     parallel.on_main(lambda: job.storage.write_segments(segments))
     return segment
+
+
+def _command() -> str | None:
+    """The command that started this process; None where it is not one of ours."""
+    words = sys.orig_argv[1:]
+    return shlex.join(["python", *words]) if any("hast_jax" in word for word in words[:2]) else None
 
 
 def _end_segment(job: Job, segment: dict[str, Any] | None) -> None:

@@ -15,6 +15,7 @@ from hast_jax import pipeline
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {
+    "report": False,
     "log_every": 5,
     "devices": 2,
     "synthesis.images": 96,

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -100,7 +101,7 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def format_images(result: dict[str, Any]) -> str:
+def format_images(result: Mapping[str, Any]) -> str:
     """How many synthetic images, and how they came to be."""
     if result.get("real_split"):  # older results lack it
         return f"{result['images']} real images ({result['real_split']} split)"

@@ -11,6 +11,13 @@ def save_picture(path: Path, images: np.ndarray, mean: tuple[float, ...], std: t
     """A PNG of the first 64 normalised images [n, height, width, channels], eight to a row."""
     from matplotlib.image import imsave
 
+    pixels = grid(images, mean, std)
+    enlarge = max(1, 1024 // pixels.shape[1])
+    imsave(path, np.ascontiguousarray(np.repeat(np.repeat(pixels, enlarge, 0), enlarge, 1)))
+
+
+def grid(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """The first 64 normalised images side by side, as colours in [0, 1]: float [rows * height, 8 * width, 3], with margins."""
     pixels = np.clip(images[:PICTURE_IMAGES] * np.asarray(std) + np.asarray(mean), 0, 1)
     side = 8
     pixels = np.concatenate([pixels, np.ones((-len(pixels) % side, *pixels.shape[1:]))])
@@ -18,6 +25,5 @@ def save_picture(path: Path, images: np.ndarray, mean: tuple[float, ...], std: t
     if pixels.shape[-1] == 1:
         pixels = np.repeat(pixels, 3, -1)
     rows, size = len(pixels) // side, pixels.shape[1]
-    grid = pixels.reshape(rows, side, size, size, 3).transpose(0, 2, 1, 3, 4).reshape(rows * size, side * size, 3)
-    enlarge = max(1, 1024 // grid.shape[1])
-    imsave(path, np.ascontiguousarray(np.repeat(np.repeat(grid, enlarge, 0), enlarge, 1)))
+    joined = pixels.reshape(rows, side, size, size, 3).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(joined.reshape(rows * size, side * size, 3))

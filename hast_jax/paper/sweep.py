@@ -46,6 +46,8 @@ class Sweep:
             raise UserError("config.synthesis.real_split must be empty: a sweep has cells on real images of its own.")
         if config.synthesis.source:
             _check_source(config)
+        config = config.copy_and_resolve_references()
+        config.report = False  # a table of cells is the report
         run_folder.open_for_run(workdir, config)
         self.config, self.workdir, self._progress, self._say = config, workdir, progress, say
         self.seeds = range(config.seed, config.seed + seeds)

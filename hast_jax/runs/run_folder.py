@@ -30,7 +30,7 @@ class RunFolder:
     """What a run keeps, in a folder.
 
     config.json, teacher.json, synthetic/ (see synthetic_set.py), images.json, ranges.json, checkpoints/{synthesis,latest,best},
-    metrics.jsonl, tensorboard/, evaluations.json, segments.json, student/, result.json, synthetic.png.
+    metrics.jsonl, tensorboard/, evaluations.json, segments.json, student/, result.json, synthetic.png, report.html, README.md.
     """
 
     def __init__(self, path: Path):
@@ -45,6 +45,9 @@ class RunFolder:
         self.result = path / "result.json"
         self.picture = path / "synthetic.png"
         self.student = path / "student"
+        self.metrics = path / "metrics.jsonl"
+        self.report = path / "report.html"
+        self.card = path / "README.md"
 
     def __str__(self) -> str:
         return str(self._path)

@@ -1,0 +1,91 @@
+"""Small charts as inline SVG, in the colours of the page that they are on (its CSS classes line, bar, grid, cut)."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from hast_jax.deliver.measure import Histogram
+
+Points = Sequence[tuple[float, float]]
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 240, 56, 34, 12
+SMALL_WIDTH, SMALL_HEIGHT, SMALL_BOTTOM = 240, 90, 16
+MOST_LINES, MOST_POINTS = 20, 400  # of a grid; of a curve
+
+
+def curves(series: Mapping[str, Points], x: str, y: str) -> str:
+    """Curves over one pair of axes; `y` is logarithmic where its values span more than a factor of 30."""
+    points = [point for each in series.values() for point in each if math.isfinite(point[1])]
+    if len(points) < 2:
+        return ""
+    xs, ys = zip(*points)
+    low, high = min(ys), max(ys)
+    logarithmic = low > 0 and high / low > 30
+    scale = (lambda v: math.log10(v)) if logarithmic else float
+    ticks = _ticks(low, high, logarithmic)
+    bottom, top = scale(min(low, ticks[0])), scale(max(high, ticks[-1]))
+    right = max(xs)
+    place_x = lambda v: LEFT + (WIDTH - LEFT - 12) * (v / right if right else 0)
+    place_y = lambda v: HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * ((scale(v) - bottom) / ((top - bottom) or 1))
+    parts = []
+    for tick in ticks:
+        at = place_y(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 12}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
+    for tick in _ticks(0, right, False):
+        if tick <= right:
+            parts.append(f'<text x="{place_x(tick):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{_number(tick)}</text>')
+    for i, (name, each) in enumerate(series.items()):
+        thin = [each[j] for j in np.unique(np.linspace(0, len(each) - 1, min(len(each), MOST_POINTS)).astype(int))]
+        path = " ".join(f"{place_x(a):.1f},{place_y(b):.1f}" for a, b in thin if math.isfinite(b))
+        parts.append(f'<polyline class="line line{i}" points="{path}"><title>{_escaped(name)}</title></polyline>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 2}" text-anchor="middle">{_escaped(x)}</text>')
+    label = f"{y} over {x}: {', '.join(series)}"
+    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_escaped(label)}">'
+    return head + "".join(parts) + "</svg>"
+
+
+def histogram(values: Histogram) -> str:
+    """Bars of the values, and the integers of their grid as lines. The highest bar may be cut, so that others are seen."""
+    counts, edges = values.counts, values.edges
+    ordered = np.sort(counts)
+    top = max(1, min(ordered[-1], 2 * ordered[-2] if len(ordered) > 1 else ordered[-1]))
+    height = SMALL_HEIGHT - SMALL_BOTTOM
+    place = lambda step: SMALL_WIDTH * (step - edges[0]) / (edges[-1] - edges[0])
+    parts = []
+    if values.highest - values.lowest < MOST_LINES:
+        for step in np.arange(values.lowest, values.highest + 1):
+            parts.append(f'<line class="grid" x1="{place(step):.1f}" x2="{place(step):.1f}" y1="0" y2="{height}"/>')
+    bars = []
+    for i, count in enumerate(counts):
+        tall = height * min(count / top, 1)
+        if tall >= 0.05:
+            width = place(edges[i + 1]) - place(edges[i]) - 0.3
+            bars.append(f"M{place(edges[i]):.1f} {height}v{-tall:.1f}h{width:.1f}v{tall:.1f}z")
+    parts.append(f'<path class="bar" d="{"".join(bars)}"/>')
+    if ordered[-1] > top:
+        at = place((edges[counts.argmax()] + edges[counts.argmax() + 1]) / 2)
+        parts.append(f'<text class="cut" x="{min(max(at, 5), SMALL_WIDTH - 5):.1f}" y="9" text-anchor="middle">&#8593;</text>')
+    ends = ((values.lowest, "start"), (values.highest, "end"))
+    for step, anchor in ends:
+        parts.append(f'<text x="{place(step):.1f}" y="{SMALL_HEIGHT - 3}" text-anchor="{anchor}">{step:.0f}</text>')
+    head = f'<svg class="small" viewBox="0 0 {SMALL_WIDTH} {SMALL_HEIGHT}" role="img" aria-label="values against their grid">'
+    return head + "".join(parts) + "</svg>"
+
+
+def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
+    if logarithmic:
+        return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    rough = (high - low or abs(high) or 1) / 4
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(each * unit for each in (1, 2, 2.5, 5, 10) if each * unit >= rough * 0.999)
+    return [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")

@@ -1,0 +1,248 @@
+"""What a report tells of a student: its cost, how its values lie on their grids, and which layers cost it accuracy.
+
+Nothing here needs real images.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from hast_jax import networks
+from hast_jax.method import learned, losses, quantizer
+from hast_jax.networks import Network
+from hast_jax.networks.layers import Activation
+from hast_jax.networks.marks import activation_grid
+from hast_jax.networks.network import ENDS
+from hast_jax.networks.sites import Site
+from hast_jax.networks.structure import Call, argument, mutable
+
+Array = jax.Array
+Variables = Mapping[str, Any]
+
+FULL = 32  # bits of what is not quantized
+BINS_OF_A_STEP, MOST_BINS = 6, 120
+
+
+class Cost(NamedTuple):
+    """Of one layer: parameters of its kernel, multiplications for one image, bits of its weights and of what it reads."""
+
+    name: str
+    parameters: int
+    products: int
+    weights: int
+    activations: int
+
+    @property
+    def bit_operations(self) -> int:
+        """Multiplications times the bits of both factors, as qonnx counts them."""
+        return self.products * self.weights * self.activations
+
+
+class Histogram(NamedTuple):
+    """Values against their grid. edges: in steps, [bins + 1]. counts: [bins]. lowest, highest: integers of the grid.
+
+    used: the share of the grid's integers that are used (of a kernel: of each channel, on average). cut: the share of the
+    values that lie beyond the ends of the grid.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    lowest: float
+    highest: float
+    used: float
+    cut: float
+
+
+class Sensitivity(NamedTuple):
+    """Divergence from the teacher: where one part alone is quantized, and where one part alone is not.
+
+    name: of a layer, or of a range of activations. kind: "weights" or "activations". alone: of the teacher with this part
+    quantized. without: of the student with this part in full precision. Both are KL divergences in nats.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    alone: float
+    without: float
+
+
+def costs(network: Network, variables: Variables, image: tuple[int, ...]) -> list[Cost]:
+    """The cost of each layer, in the order of execution. variables: of the module. image: height, width, channels."""
+    layers = {layer.path: layer for layer in network.structure.layers}
+    inputs = {each.call: each for each in network.structure.inputs}
+    counts: Counter[Any] = Counter()
+    marks: list[tuple[Any, int]] = []  # what each mark gave, and its bits
+    found: dict[str, Cost] = {}
+
+    def count(function: Any, arguments: Any, named: Any, context: Any) -> Any:
+        module, y = context.module, function(*arguments, **named)
+        if context.method_name != "__call__" or not (module.path in layers or isinstance(module, Activation)):
+            return y
+        call = Call(module.path, counts[module.path])
+        counts[module.path] += 1
+        site = network.sites.get(call)
+        if isinstance(module, Activation):
+            marks.append((y, site.bits if site else FULL))
+            return y
+        x, layer, name = argument(arguments, named)[0], layers[module.path], "/".join(module.path)
+        if site is not None:
+            bits = site.bits
+        else:  # a mark before it, if any
+            bits = next((bits for made, bits in marks if made is x), FULL) if inputs[call].marked else FULL
+        shape = flat[layer.kernel].shape
+        products = y.size * math.prod(shape[axis] for axis in layer.axes)
+        before = found[name].products if name in found else 0  # a layer may be called again
+        found[name] = Cost(name, math.prod(shape), before + products, network.kernels.get(layer, FULL), bits)
+        return y
+
+    given = {name: tree for name, tree in variables.items() if name != "ranges"}
+    flat = flatten_dict(given["params"])
+    images = jax.ShapeDtypeStruct((1, *image), jnp.float32)
+    with nn.intercept_methods(count):
+        jax.eval_shape(lambda v, x: network.module.apply(v, x, mutable=mutable(), **network.call), given, images)
+    return list(found.values())
+
+
+def histograms(network: Network, variables: Variables, images: np.ndarray) -> dict[tuple[str, str], Histogram]:
+    """The values of each quantized kernel and activation against their grid, by (name, "weights" or "activations").
+
+    variables: the student's. images: normalised.
+    """
+    found = {}
+    flat = flatten_dict(variables["params"])
+    for path, codes in networks.kernel_codes(network, variables["params"], variables["ranges"]).items():
+        integers, channel = codes.integers, next(a for a in range(codes["codes"].ndim) if a not in codes["axes"])
+        lowest = codes.spread("zero_point") - 2 ** (codes["bits"] - 1)
+        # Each channel has a grid of its own: integers are counted from its lowest.
+        values = np.asarray(flat[tuple(path.split("/"))], np.float64) / codes.spread("step") - lowest
+        channels = np.moveaxis(integers - lowest, channel, 0).reshape(integers.shape[channel], -1)
+        used = np.mean([len(np.unique(each)) for each in channels]) / 2 ** codes["bits"]
+        found[path.removesuffix("/kernel"), "weights"] = _histogram(values, 0, 2 ** codes["bits"] - 1, float(used))
+    for name, (values, step, lowest, bits) in _activations(network, variables, images).items():
+        steps = np.asarray(values, np.float64) / step
+        integers = np.clip(np.rint(steps), lowest, lowest + 2**bits - 1)
+        found[name, "activations"] = _histogram(steps, lowest, lowest + 2**bits - 1, len(np.unique(integers)) / 2**bits)
+    return found
+
+
+def sensitivities(
+    teacher: Network, teacher_variables: Variables, student: Network, student_variables: Variables, images: np.ndarray
+) -> list[Sensitivity]:
+    """What each part of the student costs on normalised images [n, height, width, channels], the largest first."""
+    plain, batch = dataclasses.replace(student, kernels={}), jnp.asarray(images)
+
+    @jax.jit
+    def divergence(variables: Variables, ranges: Variables, switched: Mapping[str, Array], target: Array) -> Array:
+        def quantize(x: Array, low: Array, high: Array, site: Site) -> Array:
+            return jnp.where(switched["/".join(site.name)], fake_quantized(student, x, low, high, site.bits), x)
+
+        network = dataclasses.replace(plain, quantize_activation=quantize)
+        return losses.distillation(target, networks.apply(network, {**variables, "ranges": ranges}, batch)[0], 1.0, 1.0)
+
+    target = jax.jit(lambda v, x: networks.apply(teacher, v, x)[0])(teacher_variables, batch)
+    ranges = student_variables["ranges"]
+    names = {"/".join(site.name): site.bits for site in student.sites.values()}
+    switches = lambda on, *other: {name: jnp.asarray(on != (name in other)) for name in names}
+    rest = {name: tree for name, tree in teacher_variables.items() if name not in ("params", "ranges")}
+    start = flatten_dict(teacher_variables["params"])
+    rounded = flatten_dict(
+        networks.quantized_params(student, unflatten_dict(start), {**ranges, **_kernel_ranges(student, teacher_variables)})
+    )
+    trained = flatten_dict(student_variables["params"])
+    codes = flatten_dict(networks.quantized_params(student, student_variables["params"], ranges))
+    measure = lambda params, on: float(divergence({**rest, "params": unflatten_dict(params)}, ranges, on, target))
+    found = []
+    for layer, bits in student.kernels.items():
+        alone = measure({**start, layer.kernel: rounded[layer.kernel]}, switches(False))
+        without = measure({**codes, layer.kernel: trained[layer.kernel]}, switches(True))
+        found.append(Sensitivity("/".join(layer.path), "weights", bits, alone, without))
+    for name, bits in names.items():
+        alone, without = measure(start, switches(False, name)), measure(codes, switches(True, name))
+        found.append(Sensitivity(name, "activations", bits, alone, without))
+    return sorted(found, key=lambda each: -each.alone)
+
+
+def agreement(
+    teacher: Network, teacher_variables: Variables, student: Network, variables: Variables, images: np.ndarray
+) -> tuple[float, float]:
+    """Images in per cent of which both say the same class, and the KL divergence in nats. images: normalised, one batch."""
+
+    @jax.jit
+    def compare(teacher_variables: Variables, variables: Variables, images: Array) -> tuple[Array, Array]:
+        a, b = networks.apply(teacher, teacher_variables, images)[0], networks.apply(student, variables, images)[0]
+        return jnp.mean(jnp.argmax(a, -1) == jnp.argmax(b, -1)), losses.distillation(a, b, 1.0, 1.0)
+
+    same, divergence = compare(teacher_variables, variables, jnp.asarray(images))
+    return 100 * float(same), float(divergence)
+
+
+def suggested_bits(found: Sequence[Sensitivity], costs: Sequence[Cost], average: float) -> dict[str, int]:
+    """Bits of the weights of each layer, at most `average` bits a weight in all, that lose least.
+
+    One bit more divides the divergence of a layer by four, as it divides the squared error of rounding. Bits go where they take
+    most from the sum of the divergences for each bit of memory.
+    """
+    sizes = {each.name: each.parameters for each in costs}
+    loss = {each.name: each.alone * 4.0**each.bits for each in found if each.kind == "weights" and each.name in sizes}
+    bits = dict.fromkeys(loss, quantizer.MIN_BITS)
+    left = average * sum(sizes[name] for name in loss) - sum(sizes[name] * bits[name] for name in loss)
+    gain = lambda name: loss[name] * (4.0 ** -bits[name] - 4.0 ** -(bits[name] + 1)) / sizes[name]
+    while fitting := [name for name in loss if sizes[name] <= left and bits[name] < quantizer.MAX_BITS]:
+        best = max(fitting, key=gain)
+        bits[best] += 1
+        left -= sizes[best]
+    return bits
+
+
+def fake_quantized(network: Network, x: Array, low: Array, high: Array, bits: int) -> Array:
+    """What a student computes of activations `x`."""
+    if network.learned_ranges:
+        return learned.fake_quantize_activation(x, low, high, bits)
+    return quantizer.fake_quantize(x, low, high, bits)
+
+
+def _kernel_ranges(student: Network, teacher_variables: Variables) -> dict[str, Any]:
+    """The ranges of the teacher's kernels, from which learning starts."""
+    return dict(networks.kernel_ranges(student, teacher_variables["params"]))
+
+
+def _activations(network: Network, variables: Variables, images: np.ndarray) -> dict[str, tuple[Any, float, int, int]]:
+    """Each activation before it is quantized, the step and the lowest integer of its grid, and its bits."""
+
+    @jax.jit
+    def values(variables: Variables, images: Array) -> dict[str, Array]:
+        seen = {}
+
+        def keep(x: Array, low: Array, high: Array, site: Site) -> Array:
+            seen["/".join(site.name)] = x
+            return fake_quantized(network, x, low, high, site.bits)
+
+        networks.apply(dataclasses.replace(network, quantize_activation=keep), variables, images)
+        return seen
+
+    ranges, found = flatten_dict(variables["ranges"]), values(variables, jnp.asarray(images))
+    grids = {}
+    for site in network.sites.values():
+        low, high = (ranges[*site.name, end] for end in ENDS)
+        step, lowest = activation_grid(network, low, high, site.bits)
+        name = "/".join(site.name)
+        grids[name] = (np.asarray(found[name]), step, lowest, site.bits)
+    return grids
+
+
+def _histogram(steps: np.ndarray, lowest: float, highest: float, used: float) -> Histogram:
+    """Of values in steps of their grid, two steps beyond its ends; what lies further is counted at the edges."""
+    first, last = lowest - 1.5, highest + 1.5
+    bins = int(min(MOST_BINS, BINS_OF_A_STEP * (last - first)))
+    counts, edges = np.histogram(np.clip(steps, first, last), bins, (first, last))
+    cut = float(np.mean((steps < lowest - 0.5) | (steps > highest + 0.5)))
+    return Histogram(edges, counts, lowest, highest, used, cut)

@@ -1,0 +1,274 @@
+"""The report of a run, for somebody who did not run it: report.html, one file that needs nothing else, and a model card."""
+
+import base64
+import io
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jinja2
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from hast_jax import __version__
+from hast_jax import config as config_lib
+from hast_jax.deliver import charts, measure
+from hast_jax.deliver.console import format_bits, format_images, format_seconds
+from hast_jax.deliver.measure import Cost, Sensitivity
+from hast_jax.deliver.pictures import grid
+from hast_jax.kinds import shown
+from hast_jax.networks import Network
+from hast_jax.runs.files import write_text
+from hast_jax.runs.progress import read_metrics
+from hast_jax.runs.run_folder import RunFolder
+from hast_jax.student import Student
+
+Teacher = tuple[Network, Mapping[str, Any]]
+
+IMAGES, FEW_IMAGES = 128, 16  # to measure on; of images that are larger than SMALL
+SMALL = 64
+FULL = measure.FULL
+ESCAPES = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def write(folder: RunFolder, student: Student, teacher: Teacher, images: np.ndarray, average: float | None = None) -> None:
+    """Write report.html and README.md of a finished run.
+
+    teacher: the network in full precision and its variables. images: those that the student learned from, normalised.
+    average: bits of a weight, for the suggested bits by layer; by default as many as now.
+    """
+    facts = _facts(folder, student, teacher, images, average)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hast_jax.deliver", "."), autoescape=jinja2.select_autoescape(["html.j2"]), trim_blocks=True
+    )
+    for template, path in (("report.html.j2", folder.report), ("card.md.j2", folder.card)):
+        write_text(path, environment.get_template(template).render(facts))
+
+
+def interval(per_cent: float, images: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy of so many images, both in per cent (Wilson's score interval)."""
+    p, z = per_cent / 100, 1.96
+    middle = (p + z * z / (2 * images)) / (1 + z * z / images)
+    half = z / (1 + z * z / images) * np.sqrt(p * (1 - p) / images + z * z / (4 * images * images))
+    return 100 * float(max(0, middle - half)), 100 * float(min(1, middle + half))
+
+
+def _facts(folder: RunFolder, student: Student, teacher: Teacher, images: np.ndarray, average: float | None) -> dict[str, Any]:
+    """What the templates show."""
+    record = student.record
+    few = np.asarray(images[: IMAGES if student.image[0] <= SMALL else FEW_IMAGES])
+    costs = measure.costs(student.network, student.variables, student.image)
+    parts = measure.sensitivities(*teacher, student.network, student.variables, few)
+    agreed, divergence = measure.agreement(*teacher, student.network, student.variables, few)
+    bits = format_bits(record["bits"])
+    where = "" if record["dataset"] == "none" else f" for {record['dataset']}"
+    weights = _average(costs)
+    return {
+        "title": f"{record['network']}{where}, quantized to {bits}",
+        "summary": _summary(record, bits),
+        "tiles": _tiles(folder, record, costs, student, agreed),
+        "cost_rows": _cost_rows(folder, record, costs, student),
+        "cost_notes": _cost_notes(folder, record, agreed, len(few)),
+        "images_words": _images_words(record),
+        "picture": _picture(images, student),
+        "curves": _curves(folder, record),
+        "sensitivity_images": len(few),
+        "divergence": f"{divergence:.3g}",
+        "sensitivities": [_part(each, parts[0].alone) for each in parts],
+        "average": f"{average or weights:.3g}",
+        "same_average": average is None,
+        "suggestion": _rules(student, measure.suggested_bits(parts, costs, average or weights), record),
+        "histograms": _histograms(student, few),
+        "made": _made(record),
+        "config": json.dumps(record["config"], indent=2),
+    }
+
+
+def _summary(record: Mapping[str, Any], bits: str) -> str:
+    learned = "real images" if record.get("real_split") else "images synthesized from the network itself"
+    words = f"The network {record['network']} was quantized to {bits}: weights and activations of so many bits. "
+    return words + f"It learned from {learned}, with hast_jax."
+
+
+def _tested(folder: RunFolder, record: Mapping[str, Any]) -> int | None:
+    """The number of real images that the accuracies are of; None where there were none."""
+    accuracy = folder.teacher_accuracy()
+    return int(accuracy["images"]) if record["teacher"] is not None and accuracy else None
+
+
+def _tiles(
+    folder: RunFolder, record: Mapping[str, Any], costs: Sequence[Cost], student: Student, agreed: float
+) -> list[tuple[str, str, str]]:
+    """Value, label and note of each of the numbers that a reader looks for first."""
+    tested, tiles = _tested(folder, record), []
+    if tested:
+        low, high = interval(record["last"], tested)
+        drop = record["teacher"] - record["last"]
+        tiles.append((f"{record['last']:.2f} %", "top-1, quantized", f"{low:.1f} to {high:.1f} (95 %), {tested:,} images"))
+        tiles.append((f"{drop:.2f}", "points lost", f"of the teacher's {record['teacher']:.2f} %"))
+    else:
+        tiles.append((f"{agreed:.1f} %", "agree with the teacher", "on synthetic images; there were no real ones"))
+    before, after = _sizes(costs, student)
+    tiles.append((f"{before / after:.1f} x", "smaller", f"{_bytes(before)} to {_bytes(after)}"))
+    operations = sum(each.products * FULL * FULL for each in costs) / sum(each.bit_operations for each in costs)
+    tiles.append((f"{operations:.0f} x", "fewer bit operations", "multiplications times the bits of both factors"))
+    return tiles
+
+
+def _cost_rows(
+    folder: RunFolder, record: Mapping[str, Any], costs: Sequence[Cost], student: Student
+) -> list[tuple[str, str, str]]:
+    tested, rows = _tested(folder, record), []
+    if tested:
+        words = lambda top1: "{:.2f} ({:.1f} to {:.1f})".format(top1, *interval(top1, tested))
+        rows.append(("top-1 in per cent, last epoch", words(record["teacher"]), words(record["last"])))
+        rows.append(("the same without fine-tuning", "", f"{record['no_finetuning']:.2f}"))
+    before, after = _sizes(costs, student)
+    rows.append(("parameters in memory", _bytes(before), _bytes(after)))
+    products = sum(each.products for each in costs)
+    rows.append(("multiplications for one image", f"{products / 1e6:,.1f} million", "the same"))
+    full, quantized = products * FULL * FULL, sum(each.bit_operations for each in costs)
+    rows.append(("bit operations for one image", f"{full / 1e9:,.2f} billion", f"{quantized / 1e9:,.2f} billion"))
+    return rows
+
+
+def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few: int) -> list[str]:
+    tested, notes = _tested(folder, record), []
+    if tested:
+        notes.append(
+            f"Accuracies are of {tested:,} real images ({record['dataset']}, {record['config']['eval']['split']}), by which "
+            "nothing was chosen. In brackets: 95 % intervals, from the number of images alone. Teacher and student are judged "
+            "on the same images, so their difference is known better than each of them. One seed says nothing of others."
+        )
+    held_out = record.get("held_out")
+    if held_out:
+        words = f"On {held_out['images']:,} synthetic images that it did not learn from, it agrees with the teacher on "
+        notes.append(f"{words}{held_out['agreement']:.1f} % (KL divergence {held_out['kl']:.3f}).")
+    else:
+        notes.append(f"On {few} of the images that it learned from, it agrees with the teacher on {agreed:.1f} %.")
+    notes.append(
+        "Memory: each quantized weight takes its bits, every other parameter 32. Bit operations: for each multiplication the "
+        "product of the bits of both factors; a layer whose input is not quantized counts 32 for it."
+    )
+    return notes
+
+
+def _sizes(costs: Sequence[Cost], student: Student) -> tuple[float, float]:
+    """Bytes of all parameters and statistics before and after."""
+    trees = {name: tree for name, tree in student.variables.items() if name != "ranges"}
+    everything = 4 * sum(leaf.size for leaf in jax.tree.leaves(trees))
+    return everything, everything - sum(each.parameters * (FULL - each.weights) / 8 for each in costs)
+
+
+def _average(costs: Sequence[Cost]) -> float:
+    """Bits of a weight, on average over those that are quantized."""
+    quantized = [each for each in costs if each.weights < FULL]
+    total = sum(each.parameters for each in quantized)
+    return sum(each.parameters * each.weights for each in quantized) / total if total else FULL
+
+
+def _images_words(record: Mapping[str, Any]) -> str:
+    if record.get("real_split"):
+        return f"{format_images(record)}: an upper bound, as real images were used."
+    return f"{format_images(record)}, made from the statistics of the network's batch norms. No real image was used for them."
+
+
+def _picture(images: np.ndarray, student: Student) -> str:
+    """A PNG of the first images, as base64."""
+    from matplotlib.image import imsave
+
+    content = io.BytesIO()
+    imsave(content, grid(images, student.mean, student.std), format="png")
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def _curves(folder: RunFolder, record: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """Words, chart and legend of each stage that logged something."""
+    lines = read_metrics(folder.metrics)
+    series = lambda stage, name: [(line["step"], line[name]) for line in lines if line["stage"] == stage and name in line]
+    found: list[tuple[str, str, list[str]]] = []
+    loss = series("synthesis", "loss")
+    if loss:
+        words = "Making the images: the loss of each batch, one batch after the other."
+        found.append((words, charts.curves({"loss": loss}, "iterations", "loss"), []))
+    kl = {"as they are": series("finetune", "kl"), "made harder": series("finetune", "kl_promoted")}
+    kl = {name: points for name, points in kl.items() if points}
+    if kl:
+        words = "Training the quantized network: its KL divergence from the teacher on the images."
+        found.append((words, charts.curves(kl, "steps", "KL"), list(kl)))
+    evaluations = folder.read_evaluations() if record["teacher"] is not None else {}
+    if len(evaluations) > 2:
+        steps = record["config"]["finetune"]["steps_per_epoch"]
+        points = [(epoch * steps, top1) for epoch, top1 in sorted(evaluations.items())]
+        teacher = [(points[0][0], record["teacher"]), (points[-1][0], record["teacher"])]
+        chart = charts.curves({"quantized": points, "teacher": teacher}, "steps", "top-1, %")
+        found.append(("Its top-1 on real images, which chose nothing.", chart, ["quantized", "teacher"]))
+    return [each for each in found if each[1]]
+
+
+def _part(each: Sensitivity, most: float) -> dict[str, Any]:
+    share = 100 * max(each.alone, 0) / most if most > 0 else 0
+    return {
+        "name": each.name,
+        "kind": each.kind,
+        "bits": each.bits,
+        "alone": f"{each.alone:.2g}" if each.alone >= 1e-4 else "< 0.0001",
+        "without": f"{each.without:.3f}",
+        "share": f"{share:.1f}",
+    }
+
+
+def _rules(student: Student, bits: Mapping[str, int], record: Mapping[str, Any]) -> str:
+    """Suggested bits as `config.bits.rules`, of the layers whose bits are not the default ones."""
+    inputs = {"/".join(call.path): site.bits for call, site in student.network.sites.items()}
+    default, rules = record["bits"]["weights"], []
+    for name, each in bits.items():
+        if each != default:
+            activations = f"a{inputs[name]}" if name in inputs else ""
+            rules.append(f"{re.escape(name)}=w{each}{activations}".replace("\\-", "-"))
+    return "; ".join(rules)
+
+
+def _histograms(student: Student, images: np.ndarray) -> list[tuple[str, str, str]]:
+    found = []
+    for (name, kind), each in measure.histograms(student.network, student.variables, images).items():
+        words = f"{kind}: {100 * each.used:.0f} % of the integers used, {100 * each.cut:.2g} % of the values beyond the ends"
+        found.append((name, words, charts.histogram(each)))
+    return found
+
+
+def _made(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How the run was made, as rows of a table."""
+    segments = record["segments"]
+    # Segments of version 0.2.0 know neither the command nor the version.
+    commands = dict.fromkeys(each["command"] or "a call in Python" for each in segments if "command" in each)
+    versions = dict.fromkeys(f"hast_jax {each['hast_jax']}, jax {each['jax']}" for each in segments if "hast_jax" in each)
+    seconds = record["seconds"]
+    times = ", ".join(f"{name} {format_seconds(each)}" for name, each in seconds.items())
+    rows = [
+        ("command", ", then ".join(commands)),
+        ("seed", str(record["seed"])),
+        ("images", format_images(record)),
+        ("fine-tuning", f"{record['steps']} steps of {record['batch']} images"),
+        ("time", f"{format_seconds(sum(seconds.values()))} ({times})"),
+        ("hardware", record["hardware"]),
+        ("started", ", then ".join(each["started"] for each in segments)),
+        ("versions", ", then ".join(versions)),
+        ("settings that are not defaults", "; ".join(_changes(record["config"]))),
+        ("report made with", f"hast_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"),
+    ]
+    return [(name, ESCAPES.sub(" ", value)) for name, value in rows if value]
+
+
+def _changes(values: dict[str, Any]) -> list[str]:
+    """The fields that are not at their defaults, as "finetune.lr=0.0003"."""
+    known = flatten_dict(config_lib.to_dict(config_lib.default()), sep=".")
+    found = flatten_dict(values, sep=".")
+    return [f"{name}={shown(value)}" for name, value in found.items() if known.get(name) != value]
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e6:,.2f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

@@ -1,0 +1,60 @@
+"""Write report.html and README.md of a finished run again, such as with a suggestion for another number of bits.
+
+python -m hast_jax.report --workdir=runs/c100-w3a3 --average_bits=4
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from hast_jax import cli, from_config, student
+from hast_jax.deliver import report
+from hast_jax.errors import UserError
+from hast_jax.fields import GIVEN
+from hast_jax.method.quantizer import MAX_BITS, MIN_BITS
+from hast_jax.runs import parallel, run_folder, synthetic_set
+
+
+def define_flags() -> None:
+    """Define the flags of this command."""
+    flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
+    flags.DEFINE_float("average_bits", None, "Bits of a weight, for the bits by layer that are suggested.", MIN_BITS, MAX_BITS)
+    flags.DEFINE_string("network", None, "FILE.py:CLASS of a network of your own, whose code is run.")
+    flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names), whose code is run.")
+
+
+def run(workdir: Path, average_bits: float | None = None, *, network: str | None = None, names: str | None = None) -> Path:
+    """Write the report of a finished run; returns the path of report.html. Raises UserError.
+
+    A network of one's own must be named by `network`, a function of one's own by `names`: code that a run folder names is never
+    run, as it may be a stranger's.
+    """
+    folder, config = run_folder.open_for_reading(workdir)
+    if config.teacher.network.endswith(GIVEN):
+        raise UserError(f"the network of {workdir} was given in Python: its report is written by the run itself.")
+    from_config.trust(config, workdir, network, names)
+    if folder.read_result() is None:
+        raise UserError(f"the run in {workdir} has not finished: give it the same command again.")
+    teacher, variables = from_config.teacher(config)
+    folder.check_teacher(variables, remember=False)
+    source = Path(config.synthesis.source).expanduser() if config.synthesis.source else folder.synthetic
+    if config.synthesis.real_split:
+        raise UserError(f"{workdir} learned from real images, which it does not hold: only the run itself writes its report.")
+    images = synthetic_set.load(source, tuple(config.teacher.image))[0]
+    report.write(folder, student.load(folder.student, teacher.module), (teacher, variables), images, average_bits)
+    return folder.report
+
+
+def main(_: list[str]) -> None:
+    """Write the report of a run folder."""
+    with cli.user_errors():
+        cli.join(together=False)
+        given = flags.FLAGS
+        parallel.setup(1)
+        path = run(Path(given.workdir).expanduser(), given.average_bits, network=given.network, names=given.names)
+        print(path)
+
+
+if __name__ == "__main__":
+    cli.run(sys.modules["__main__"])
