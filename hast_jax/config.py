@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "best,small": {
         "synthesis.images": 1024,
         "synthesis.iterations": 400,
-        "finetune.epochs": 12,
+        "finetune.epochs": 8,
     },
 }
 

@@ -186,7 +186,7 @@ def test_without_real_images_the_report_tells_of_agreement_instead_of_accuracy(t
 
 
 def test_names_of_a_stranger_are_text_in_the_report(run: Path, tmp_path: Path) -> None:
-    folder, config = run_folder.open_for_reading(run)
+    _, config = run_folder.open_for_reading(run)
     its = hast_jax.load(run / "student")
     evil = "<script>alert(1)</script>|x"
     record = json.loads(json.dumps(its.record).replace('"resnet8"', json.dumps(evil)))
@@ -223,18 +223,17 @@ def test_in_a_browser_nothing_is_cut_off_and_the_colours_can_be_read(
     run: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
     text = (run / "report.html").read_text().replace("<details>", "<details open>")
-    script = """
+    script = """<script>addEventListener('load', () => {
         const page = document.querySelector('iframe').contentDocument, view = page.documentElement;
-        const wide = [...page.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > view.clientWidth + 1);
-        const cut = [...page.querySelectorAll('td, th, p, pre, figcaption, .tile')].filter(e => e.scrollWidth > e.clientWidth + 1);
-        const style = page.defaultView.getComputedStyle(page.body);
-        document.title = JSON.stringify({wide: wide.map(e => e.outerHTML.slice(0, 80)), cut: cut.map(e => e.outerHTML.slice(0, 80)),
-          scroll: view.scrollWidth - view.clientWidth, ink: style.color, page: style.backgroundColor});"""
+        const shown = (query, wrong) => [...page.querySelectorAll(query)].filter(wrong).map(e => e.outerHTML.slice(0, 80));
+        const wide = shown('body *', e => e.getBoundingClientRect().right > view.clientWidth + 1);
+        const cut = shown('td, th, p, pre, figcaption, .tile', e => e.scrollWidth > e.clientWidth + 1);
+        const style = page.defaultView.getComputedStyle(page.body), scroll = view.scrollWidth - view.clientWidth;
+        document.title = JSON.stringify({wide, cut, scroll, ink: style.color, page: style.backgroundColor});
+    })</script>"""
     wrapper = tmp_path / "page.html"
     frame = f'<iframe srcdoc="{html.escape(text)}" style="width: {width}px; height: 900px; border: 0"></iframe>'
-    wrapper.write_text(
-        f"<!doctype html><meta charset=utf-8><body>{frame}<script>addEventListener('load', () => {{{script}}})</script>"
-    )
+    wrapper.write_text(f"<!doctype html><meta charset=utf-8><body>{frame}{script}")
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--dump-dom"]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path}/user", "--window-size=1400,1000"]
