@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from hast_jax.student import Student
 
 MOST_DIFFERENT = 1 / 1000  # of the images of a set: the share that a good file may judge otherwise than the student
 BATCH = 256
+MOST_ONE_BY_ONE = 1000  # images that are judged one at a time
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -103,7 +105,8 @@ def export(
     Args:
       student: the quantized network.
       path: of the file, which is replaced. Nothing is written where the check fails.
-      format: "onnx"; "safetensors", its integers for other programs; or "stablehlo", the program for other users of JAX.
+      format: "onnx"; "litert", for phones and small devices; "safetensors", its integers for other programs; "stablehlo", the
+        program for other users of JAX.
       images: to compare file and student on: uint8 [n, height, width, channels], or float ones that are normalised. By default
         random ones, which say less.
       test: real images uint8 and labels, to compare the accuracies on.
@@ -207,7 +210,7 @@ def _onnx(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[b
     run = onnx_check.session(model)
     few = sets[0].images[: 64 if student.image[0] <= 64 else 8]
     found = onnx_check.integers(built, prepare(few))
-    timed = onnx_check.milliseconds([run, onnx_check.session(float_model)], prepare(sets[0].images[:1]))
+    timed = _milliseconds([run, onnx_check.session(float_model)], prepare(sets[0].images[:1]))
     return model.SerializeToString(), {
         "float_bytes": float_model.ByteSize(),
         "comparisons": _compare(student, lambda images: run(prepare(images)), sets),
@@ -233,6 +236,17 @@ def _different_integers(student: Student, images: np.ndarray, found: Mapping[str
     return {name: shares[name] for name in found if name in shares}
 
 
+def _milliseconds(runs: Sequence[Callable[[np.ndarray], Any]], images: np.ndarray, rounds: int = 20) -> list[float]:
+    """The shortest time of each of `runs` for `images`, which take turns."""
+    best = [float("inf")] * len(runs)
+    for _ in range(rounds):
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            run(images)
+            best[i] = min(best[i], 1000 * (time.perf_counter() - start))
+    return best
+
+
 def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
     """The content of a StableHLO file, which `jax_export.deserialize` reads, and the fields of `Exported`."""
     network = dataclasses.replace(student.network, fast_convolution=False)
@@ -252,6 +266,34 @@ def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tu
     compared = _compare(student, lambda images: np.asarray(program.call(prepare(images))), sets)
     plain = dataclasses.replace(network, kernels={}, sites={}, learned_ranges=False)
     return content, {"float_bytes": len(written(plain)), "comparisons": compared}
+
+
+def _litert(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
+    """The content of a LiteRT file, and the fields of `Exported` that its check found."""
+    _need("litert_converter", "ai_edge_litert", extra="litert")
+    from hast_jax.deliver import litert_export
+
+    content = litert_export.build(student, normalised=options.normalised)
+    plain = dataclasses.replace(student.network, kernels={}, sites={}, learned_ranges=False)
+    float_content = litert_export.build(dataclasses.replace(student, network=plain), normalised=options.normalised)
+    pixels = _prepared(student, options)
+    prepare = lambda images: pixels(images).astype(np.float32)
+    run, float_run = litert_export.Interpreter(content), litert_export.Interpreter(float_content)
+    timed = _milliseconds([run, float_run], prepare(sets[0].images[:1]))
+    # It takes one image at a time.
+    fewer = [Judged(name, _spread(images), None if labels is None else _spread(labels)) for name, images, labels in sets]
+    return content, {
+        "float_bytes": len(float_content),
+        "comparisons": _compare(student, lambda images: run(prepare(images)), fewer),
+        "operators": run.operators(),
+        "milliseconds": timed[0],
+        "float_milliseconds": timed[1],
+    }
+
+
+def _spread(array: np.ndarray) -> np.ndarray:
+    """Some of a long array, from all over it."""
+    return array[np.linspace(0, len(array) - 1, min(len(array), MOST_ONE_BY_ONE)).astype(int)]
 
 
 def _safetensors(student: Student, options: Options, _: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
@@ -282,6 +324,7 @@ FORMATS = {
         },
         _onnx,
     ),
+    "litert": Format(".tflite", {"normalised": (False, True)}, _litert),
     "safetensors": Format(".safetensors", {"weights": ("int8", "packed")}, _safetensors),
     "stablehlo": Format(".stablehlo", {"normalised": (False, True)}, _stablehlo),
 }

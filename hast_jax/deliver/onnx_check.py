@@ -1,8 +1,7 @@
 """Run an ONNX model with onnxruntime, on the CPU."""
 
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,17 +32,6 @@ def integers(model: Onnx, images: np.ndarray) -> dict[str, np.ndarray]:
     copy.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in names)
     found = dict(zip(names, _session(copy).run(list(names), {INPUT: images})))
     return {key: found[name].transpose(np.argsort(order)) for key, (name, order) in tensors.items()}
-
-
-def milliseconds(runs: Sequence[Run], images: np.ndarray, rounds: int = 20) -> list[float]:
-    """The shortest time of each of `runs` for `images`, which take turns."""
-    best = [float("inf")] * len(runs)
-    for _ in range(rounds):
-        for i, run in enumerate(runs):
-            start = time.perf_counter()
-            run(images)
-            best[i] = min(best[i], 1000 * (time.perf_counter() - start))
-    return best
 
 
 def operators(model: onnx.ModelProto) -> tuple[tuple[str, str, int], ...]:
