@@ -28,6 +28,9 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 TRANSPOSED = "unusual"  # it has a transposed convolution
+QUICK = ("resnet", "densenet", "again", "bfloat16")
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name not in (*QUICK, TRANSPOSED)]
+RULES = {"default": "w3a3", "Conv_0": (8, 8), "Dense_0": None}
 
 
 def student(name: str, bits="w4a4", learned: bool = True) -> Student:
@@ -52,7 +55,7 @@ def onnx_logits(path: Path, images: np.ndarray) -> np.ndarray:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images})[0]
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != TRANSPOSED])
+@pytest.mark.parametrize("name", [*QUICK, *OTHERS])
 def test_the_onnx_file_of_any_network_judges_as_the_student_does(name: str, tmp_path: Path) -> None:
     its = student(name)
     found = hast_jax.export(its, tmp_path / "student.onnx")
@@ -64,9 +67,17 @@ def test_the_onnx_file_of_any_network_judges_as_the_student_does(name: str, tmp_
     assert name in ("bfloat16", "sequential") or close.mean() > 0.5
 
 
-@pytest.mark.parametrize("bits", ["w2a2", "w8a8", {"default": "w3a3", "Conv_0": (8, 8), "Dense_0": None}])
-@pytest.mark.parametrize("operators", ["float", "integer"])
-@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "operators", "learned"),
+    [
+        ("w2a2", "float", True),
+        ("w8a8", "integer", True),
+        ("w8a8", "float", False),
+        ("w8a8", "integer", False),
+        (RULES, "integer", True),
+        (RULES, "float", False),
+    ],
+)
 def test_all_bits_all_rules_and_both_kinds_of_ranges_are_exported(bits, operators: str, learned: bool, tmp_path: Path) -> None:
     its = student("remat" if bits in ("w2a2", "w8a8") else "vgg", bits, learned)
     found = hast_jax.export(its, tmp_path / "student.onnx", operators=operators)
@@ -124,8 +135,7 @@ def test_int4_makes_the_smallest_onnx_file_and_computes_the_same(tmp_path: Path)
     np.testing.assert_allclose(onnx_logits(small.path, images), onnx_logits(wide.path, images), atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
-@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(("layout", "normalised"), [("nchw", False), ("nhwc", True)])
 def test_a_file_takes_pixels_or_normalised_images_in_either_layout(layout: str, normalised: bool, tmp_path: Path) -> None:
     its = student("vgg")
     hast_jax.export(its, tmp_path / "student.onnx", layout=layout, normalised=normalised)
@@ -146,8 +156,7 @@ def test_what_cannot_be_written_as_onnx_is_refused_by_name_and_stablehlo_holds_i
     np.testing.assert_allclose(program.call(images), its(images), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["remat", "mobilenetv3"])
-@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(("name", "normalised"), [("remat", False), ("mobilenetv3", True)])
 def test_the_litert_file_judges_as_the_student_does(name: str, normalised: bool, tmp_path: Path) -> None:
     pytest.importorskip("litert_converter")
     interpreter = pytest.importorskip("ai_edge_litert.interpreter")
