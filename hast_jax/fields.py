@@ -49,7 +49,10 @@ FIELDS: dict[str, Field] = {
     ),
     "steps_per_call": Field(0, "Steps in one XLA call. 0: 1 on a CPU, 50 on an accelerator.", count_or_zero, free=True),
     "log_every": Field(
-        50, "Steps between two log lines. Several processes also stop for SIGTERM at these steps.", count, free=True
+        50,
+        "Steps between two log lines, or more where a call has more. Several processes also stop for SIGTERM at these steps.",
+        count,
+        free=True,
     ),
     "report": Field(True, "Write `report.html` and `README.md` into the run's folder at the end of the run.", free=True),
     "fast_convolution": Field(

@@ -24,6 +24,11 @@ def test_it_looks_at_multiples_of_each_interval_and_at_the_end() -> None:
     assert looks(start=20) == []
 
 
+def test_a_longer_call_is_looked_at_where_it_reaches_a_multiple() -> None:
+    assert looks(steps_per_call=4, every=(6,)) == [8, 12, 20]
+    assert looks(steps_per_call=5, every=(3, 100)) == [5, 10, 15, 20]
+
+
 def test_the_metrics_are_those_of_the_step_just_done() -> None:
     loop = drive(count, 0, itertools.repeat((1,)), start=0, stop=4, steps_per_call=1, every=(2,), what="finetune")
     assert [(done, metrics["value"]) for done, _, metrics, _ in loop] == [(2, 2.0), (4, 4.0)]

@@ -39,12 +39,12 @@ def drive(
 ) -> Iterator[Look]:
     """Call `step(state, *next(inputs))` from `start` to `stop`; yield what a look shows now and then.
 
-    It yields at each multiple of any number in `every`, at `stop`, and where SIGTERM asks the run to end: then for the last
-    time, with `preempted` true. Several processes end at the next of those steps, one at any.
+    It yields after each call that reaches a multiple of any number in `every`, at `stop`, and where SIGTERM asks the run to
+    end: then for the last time, with `preempted` true. Several processes end at the next of those steps, one at any.
 
     The metrics are those of the step just done, averaged over this process's devices; fetching them is the only wait for the
-    device. `steps_per_call` must divide all these (`call_length`). The yielded state is donated to the next call: use it
-    before going on.
+    device. `steps_per_call` must divide `start`, `stop` and whatever step must be met exactly (`call_length`). The yielded
+    state is donated to the next call: use it before going on.
 
     Raises UserError where a metric is not finite.
     """
@@ -52,7 +52,7 @@ def drive(
     while done < stop:
         state, metrics = step(state, *next(inputs))
         done += steps_per_call
-        due = done >= stop or any(done % number == 0 for number in every)
+        due = done >= stop or any(crosses(done, number, steps_per_call) for number in every)
         preempted = preemption.asked()
         if due:
             values = {name: float(np.mean(value)) for name, value in jax.device_get(metrics).items()}
@@ -64,6 +64,11 @@ def drive(
             yield Look(done, state, {}, preempted)
         if preempted:
             return
+
+
+def crosses(done: int, number: int, steps_per_call: int) -> bool:
+    """Whether the call that ended with the step `done` reached a multiple of `number`."""
+    return done // number > (done - steps_per_call) // number
 
 
 def call_length(requested: int, *intervals: int) -> int:

@@ -19,7 +19,7 @@ from hast_jax.method.schedules import Plateau, image_rate, plateau_update
 from hast_jax.networks import Network
 from hast_jax.runs import parallel, preemption
 from hast_jax.runs.files import crc32
-from hast_jax.runs.loop import call_length, drive
+from hast_jax.runs.loop import call_length, crosses, drive
 from hast_jax.stages.job import Job
 
 Array = jax.Array
@@ -186,7 +186,7 @@ def _fill(job: Job, store: Any, checkpoints: Any) -> None:
             else:
                 state = start_for(count)(parallel.split(jnp.asarray(own), count))
             calls = parallel.steps_per_call(config.steps_per_call)
-            calls = call_length(calls, settings.iterations, config.log_every, settings.save_every, first)
+            calls = call_length(calls, settings.iterations, first)
             loop = drive(
                 step_for(count, calls),
                 state,
@@ -200,7 +200,7 @@ def _fill(job: Job, store: Any, checkpoints: Any) -> None:
             for iteration, state, metrics, preempted in loop:
                 position = done + (iteration - first) * len(batches)
                 stage.update(position, metrics)
-                if iteration < settings.iterations and (preempted or iteration % settings.save_every == 0):
+                if iteration < settings.iterations and (preempted or crosses(iteration, settings.save_every, calls)):
                     begun |= zip(batches, _rows(parallel.gather(state)))
                     checkpoints.save(position, _stack(list(begun.values())))
                     if preempted:
