@@ -136,6 +136,16 @@ def test_images_that_are_there_already_must_be_those_of_the_config(tmp_path: Pat
         given.images({}, 0)
 
 
+def test_the_teacher_of_a_sweep_is_judged_once(finished: Path, tmp_path: Path, monkeypatch) -> None:
+    judged = []
+    true = pipeline.evaluator
+    monkeypatch.setattr(pipeline, "evaluator", lambda *given: judged.append(1) or true(*given))
+    its = sweep(tmp_path, synthesis__source=str(finished / "synthetic"), finetune__epochs=1)
+    first, second = (its.run_one(Cell("", {"finetune.eps": eps}), 0) for eps in (0.01, 0.03))
+    assert len(judged) == 3  # the teacher, and two students
+    assert first["teacher"] == second["teacher"]
+
+
 def test_real_images_are_those_of_the_train_split(tmp_path: Path) -> None:
     config = tiny.config(synthesis__real_split="train")
     images, labels = datasets.sample(config, 10**7)

@@ -130,6 +130,9 @@ class Sweep:
             same_ranges = all(field.startswith("finetune.") and field != "finetune.ranges" for field in changes)
             if same_ranges and base.has_ranges() and not folder.has_ranges():
                 write_text(folder.ranges, base.ranges.read_text())  # only fine-tuning differs
+            finished = next(iter(sorted((self.workdir / "cells").glob("*/result.json"))), None)
+            if finished is not None and not folder.teacher.exists():  # the teacher's accuracy is measured once
+                write_text(folder.teacher, RunFolder(finished.parent).teacher.read_text())
             return pipeline.run(config, path, self._progress)
 
     def _changed(self, changes: dict[str, Any], seed: int) -> ConfigDict:
