@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,6 +144,57 @@ def test_a_file_takes_pixels_or_normalised_images_in_either_layout(layout: str, 
     images = np.asarray(normalise(jnp.asarray(pixels), its.mean, its.std)) if normalised else pixels
     images = images.transpose(0, 3, 1, 2) if layout == "nchw" else images
     np.testing.assert_allclose(onnx_logits(tmp_path / "student.onnx", images), its(pixels), atol=1e-4)
+
+
+class Assorted(nn.Module):
+    """Operations that none of the other networks has."""
+
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        norm = lambda x: nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.softplus(norm(nn.Conv(12, (3, 3))(x)))
+        a, b, c = jnp.split(x, (3, 8), axis=-1)  # parts of a channel axis
+        x = jnp.concatenate([jnp.sin(c), 1 - a, b[..., ::2], -b], axis=-1)  # 4 + 3 + 3 + 5 channels
+        x = x.transpose(0, 2, 1, 3)[:, 1:-1]
+        x = norm(nn.Conv(15, (3, 3), (2, 1), padding="SAME")(jnp.square(x) / (1 + jnp.abs(x))))
+        gate = nn.softmax(x.max((1, 2)), axis=-1)
+        x = jnp.where(x > 0.1, x, jnp.clip(x, -1, 0.05)) * gate[:, None, None] ** 0.5
+        x = nn.avg_pool(x, (3, 3), (1, 2), "SAME", count_include_pad=False) - x.mean((1, 2), keepdims=True)
+        x = x + 2 / (3 + x[:, :, ::2].max(2, keepdims=True) ** 2)
+        return nn.log_softmax(nn.Dense(self.classes)(nn.selu(x).reshape((len(x), -1))))
+
+
+def test_operations_of_all_kinds_are_written(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(NETWORKS, "assorted", (Assorted(), (16, 16, 3)))
+    its = student("assorted", "w8a8")
+    found = hast_jax.export(its, tmp_path / "student.onnx")
+    assert found.comparisons[0].different == 0 and found.comparisons[0].largest_difference < 0.1
+    images = random_images(its, 5)
+    np.testing.assert_allclose(onnx_logits(tmp_path / "student.onnx", images), its(images), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("mix", "words"),
+    [
+        (lambda x: x - x[:1], "takes some images out of a batch"),
+        (lambda x: x - x.mean(0, keepdims=True), "mixes the images of a batch"),
+        (lambda x: x.reshape((-1, *x.shape[2:]))[:, None] * jnp.ones((1, 16, 1, 1)), "joins the axis of the images"),
+        (lambda x: x + jnp.arange(len(x))[:, None, None, None], "for each image of a batch"),
+    ],
+)
+def test_a_network_whose_images_are_not_alone_is_refused(mix, words: str, tmp_path: Path, monkeypatch) -> None:
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool = False):
+            y = mix(nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x))))
+            return nn.Dense(10)(y.reshape((-1, *x.shape[1:3], 4))[: len(x)].mean((1, 2)))
+
+    monkeypatch.setitem(NETWORKS, "mixed", (Mixed(), (16, 16, 3)))
+    given.cache_clear()
+    with pytest.raises(InputError, match=words):
+        hast_jax.export(student("mixed"), tmp_path / "student.onnx")
 
 
 def test_what_cannot_be_written_as_onnx_is_refused_by_name_and_stablehlo_holds_it(tmp_path: Path) -> None:

@@ -260,7 +260,13 @@ def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tu
 
         return bytes(jax_export.export(jax.jit(logits), platforms=PLATFORMS)(given).serialize())
 
-    content = written(network)
+    try:
+        content = written(network)
+    except UserError:
+        raise
+    except Exception as error:  # of code that needs to know the number of images, such as len(images)
+        words = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        raise InputError(f"the network cannot be traced for any number of images ({words}): use images.shape[0].") from error
     program = jax_export.deserialize(bytearray(content))
     prepare = _prepared(student, options)
     compared = _compare(student, lambda images: np.asarray(program.call(prepare(images))), sets)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import onnx
-from jax import export as jax_export
 from jax.extend.core import Literal
 from onnx import TensorProto, helper
 
@@ -28,6 +27,8 @@ from hast_jax.student import Student
 
 INPUT, OUTPUT = "images", "logits"
 OPSET, INT4_OPSET = 13, 21  # the oldest that hold a scale for each channel, and INT4
+BATCH = "n"
+TRACED_BATCH = 10007  # a prime number of images, which no other axis has: the model takes any number
 LOOPS = ("scan", "while", "cond")
 LAYOUTS = {"nhwc": (0, 1, 2, 3), "nchw": (0, 3, 1, 2)}
 
@@ -56,7 +57,6 @@ def build(
     """
     graph = Graph(integer_operators=integer, int4=int4)
     kind = np.float32 if normalised else np.uint8
-    (batch,) = jax_export.symbolic_shape("n")
     network, ranges = marked(student.network), student.variables["ranges"]
     variables = {name: tree for name, tree in student.variables.items() if name != "ranges"}
 
@@ -64,18 +64,18 @@ def build(
         images = images if normalised else normalise(images, student.mean, student.std)
         return networks.apply(network, {**variables, "ranges": ranges}, images)[0]
 
-    traced = jax.make_jaxpr(logits)(variables, jax.ShapeDtypeStruct((batch, *student.image), kind))
+    traced = jax.make_jaxpr(logits)(variables, jax.ShapeDtypeStruct((TRACED_BATCH, *student.image), kind))
     kernels, order = _kernels(student), LAYOUTS[layout]
     leaves = [
         kernels.get("/".join(key.key for key in path[1:])) or constant(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
     ]
-    images = Value((batch, *student.image), INPUT, order)
+    images = Value((BATCH, *student.image), INPUT, order)
     (found,) = _walk(graph, traced.jaxpr, [constant(each) for each in traced.consts], [*leaves, images])
     graph.nodes.append(helper.make_node("Identity", [graph.tensor(found, (0, 1))], [OUTPUT], OUTPUT))
-    sizes: list[Any] = [("n", *student.image)[axis] for axis in order]
+    sizes: list[Any] = [(BATCH, *student.image)[axis] for axis in order]
     taken = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT if normalised else TensorProto.UINT8, sizes)
-    made = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, ["n", student.network.classes])
+    made = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [BATCH, student.network.classes])
     return Onnx(graph.model(taken, made, INT4_OPSET if int4 else OPSET, _metadata(student)), graph.activations)
 
 
@@ -121,9 +121,11 @@ def _results(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
     if inner is not None and name not in LOOPS:
         closed = (inner.jaxpr, inner.consts) if hasattr(inner, "jaxpr") else (inner, ())
         return _walk(graph, closed[0], [constant(each) for each in closed[1]], operands)
-    shape = tuple(equation.outvars[0].aval.shape)
+    shape = _shape(equation.outvars[0])
     if all(each.array is not None for each in operands) and name not in (MARK, "broadcast_in_dim"):
         return _computed(equation, operands)
+    if name == "split":
+        return _split(graph, given, _whole(graph, operands[0]), [_shape(each) for each in equation.outvars])
     if name not in OPERATORS or len(equation.outvars) > 1:
         raise cannot_write(f"it has the operation {name!r}")
     if name in ELEMENTWISE:
@@ -132,12 +134,34 @@ def _results(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
     return [OPERATORS[name](graph, given, [_whole(graph, each) for each in operands], shape)]
 
 
+def _split(graph: Graph, given: dict[str, Any], x: Value, shapes: list[tuple[Any, ...]]) -> list[Value]:
+    """The parts of `x` along an axis, each as a slice."""
+    found, start, axis = [], 0, given["axis"]
+    for shape, size in zip(shapes, given["sizes"]):
+        starts, limits = [0] * len(shape), list(shape)
+        starts[axis], limits[axis] = start, start + size
+        cut = {"start_indices": starts, "limit_indices": limits, "strides": None}
+        found.append(OPERATORS["slice"](graph, cut, [x], shape))
+        start += size
+    return found
+
+
+def _shape(variable: Any) -> tuple[Any, ...]:
+    """The shape of a traced value, with `BATCH` for the number of images."""
+    sizes = variable.aval.shape
+    if any(size % TRACED_BATCH == 0 and size not in (0, TRACED_BATCH) for size in sizes):
+        raise cannot_write("it joins the axis of the images with another one")
+    return tuple(BATCH if size == TRACED_BATCH else size for size in sizes)
+
+
 def _computed(equation: Any, operands: list[Value]) -> list[Value]:
     """The results of an operation on constants."""
     try:
         arrays = [np.broadcast_to(np.asarray(each.array), each.shape) for each in operands]
     except TypeError as error:
         raise cannot_write(f"the operation {equation.primitive.name!r} has a constant for each image of a batch") from error
+    if any(BATCH in _shape(each) for each in equation.outvars):
+        raise cannot_write(f"the operation {equation.primitive.name!r} makes a constant for each image of a batch")
     found = equation.primitive.bind(*map(jnp.asarray, arrays), **equation.params)
     return [constant(each) for each in (found if equation.primitive.multiple_results else [found])]
 

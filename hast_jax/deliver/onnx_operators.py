@@ -74,6 +74,10 @@ def _unary(*operators: str) -> Operator:
     return write
 
 
+def _not_equal(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...]) -> Value:
+    return _unary("Not")(graph, {}, [_binary("Equal")(graph, {}, operands, shape)], shape)
+
+
 def _expm1(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...]) -> Value:
     x = _unary("Exp")(graph, {}, operands, shape)
     return replace(x, shift=np.float64(-1.0))
@@ -165,6 +169,8 @@ def _broadcast(graph: Graph, given: dict[str, Any], operands: list[Value], shape
 def _reduce(operator: str) -> Operator:
     def write(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
         x = graph.plain(operands[0])
+        if any(not isinstance(x.shape[axis], int) for axis in given["axes"]):
+            raise cannot_write("it mixes the images of a batch")
         axes = [x.order.index(axis) for axis in given["axes"]]
         kept = [axis for axis in x.order if axis not in given["axes"]]
         if operator == "ReduceSum":
@@ -218,6 +224,8 @@ def _pad(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tupl
 def _slice(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
     x = graph.plain(operands[0])
     strides = given["strides"] or (1,) * len(shape)
+    if any(not isinstance(size, int) and (size != new or step > 1) for size, new, step in zip(x.shape, shape, strides)):
+        raise cannot_write("it takes some images out of a batch")
     cut = [a for a in range(len(shape)) if isinstance(x.shape[a], int) and (x.shape[a] != shape[a] or strides[a] > 1)]
     columns = [[given["start_indices"][a] for a in cut], [given["limit_indices"][a] for a in cut]]
     columns += [[x.order.index(a) for a in cut], [strides[a] for a in cut]]
@@ -375,6 +383,7 @@ OPERATORS: dict[str, Operator] = {
     "lt": _binary("Less"),
     "le": _binary("LessOrEqual"),
     "eq": _binary("Equal"),
+    "ne": _not_equal,
     "and": _binary("And"),
     "or": _binary("Or"),
     "not": _unary("Not"),
@@ -387,6 +396,8 @@ OPERATORS: dict[str, Operator] = {
     "log": _unary("Log"),
     "expm1": _expm1,
     "log1p": _log1p,
+    "sin": _unary("Sin"),
+    "cos": _unary("Cos"),
     "tanh": _unary("Tanh"),
     "logistic": _unary("Sigmoid"),
     "erf": _unary("Erf"),
