@@ -154,7 +154,7 @@ def _judged(student: Student, images: Any) -> Judged:
     if images.shape[1:] != tuple(student.image) or not len(images):
         wanted = ", ".join(map(str, student.image))
         raise InputError(f"the images have the shape {images.shape}: the student takes [n, {wanted}].")
-    return Judged("synthetic images", images if images.dtype == np.uint8 else to_pixels(images, student.mean, student.std))
+    return Judged("images", images if images.dtype == np.uint8 else to_pixels(images, student.mean, student.std))
 
 
 def _refuse_difference(comparisons: Sequence[Comparison], layers: Mapping[str, float]) -> None:
