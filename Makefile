@@ -8,7 +8,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 .PHONY: quickstart test lint clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python -m hast_jax.main --config=configs/digits.py --workdir=runs/digits
+	$(BIN)/python -m hast_jax.main --config=configs/digits.py:w3a3,best --workdir=runs/digits
 
 test: lint
 	$(BIN)/python -m pytest

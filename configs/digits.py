@@ -1,8 +1,9 @@
 """A small ResNet on scikit-learn's 1,797 handwritten digits: everything is built in, nothing is downloaded.
 
-    python -m hast_jax.main --config=configs/digits.py --workdir=runs/digits
+    python -m hast_jax.main --config=configs/digits.py:w3a3,best --workdir=runs/digits
 
-Under two minutes on two cores; some 98 % of 719 held-out digits at W3A3 (the README's table), where the paper has no row.
+Under a minute on two cores. W3A3 gave 98.75, 98.33 and 98.05 % of 719 held-out digits with the seeds 0, 1 and 2. Without `best`
+the settings are HAST's and take a minute and a half; they gave 98.05 with seed 0. The paper has no such row.
 The teacher (99.58 %) ships with the package; it was trained by
 
     python -m hast_jax.pretrain --config=configs/digits.py
@@ -13,13 +14,20 @@ from ml_collections import ConfigDict
 from hast_jax import config as config_lib
 
 VARIANTS = {
-    "best": {**config_lib.BEST, "finetune.epochs": 8},
+    # Of eight pixels a crop leaves little, and a digit in a mirror is another one: the images stay as they are.
+    "best": {
+        **config_lib.BEST,
+        "synthesis.crop_probability": 0.0,
+        "synthesis.images": 512,
+        "finetune.augment": False,
+        "finetune.epochs": 4,
+    },
     "small": {"synthesis.images": 256, "synthesis.iterations": 100, "finetune.epochs": 2},
 }
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """argument: bits such as w4a4, `best`, `small` (half a minute, for trying things out), joined by commas."""
+    """argument: bits such as w4a4, `best`, `small` (for trying things out), joined by commas."""
     config = config_lib.default()
     config.teacher.network = "resnet8"
     config.teacher.weights = "digits"
