@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,15 +14,13 @@ from jax import export as jax_export
 
 from hast_jax import networks
 from hast_jax.data.datasets import normalise
-from hast_jax.deliver import integers
+from hast_jax.deliver import comparison, integers
+from hast_jax.deliver.comparison import Comparison, Judged
 from hast_jax.errors import InputError, UserError
 from hast_jax.networks.marks import activation_grid
 from hast_jax.runs.files import write_bytes
 from hast_jax.student import Student
 
-MOST_DIFFERENT = 1 / 1000  # of the images of a set: the share that a good file may judge otherwise than the student
-BATCH = 256
-MOST_ONE_BY_ONE = 1000  # images that are judged one at a time
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -41,25 +38,6 @@ class Options:
     operators: str = "float"
     layout: str = "nhwc"
     normalised: bool = False
-
-
-class Judged(NamedTuple):
-    """Images uint8 [n, height, width, channels] to compare on, what they are, and labels where they have some."""
-
-    name: str
-    images: np.ndarray
-    labels: np.ndarray | None = None
-
-
-class Comparison(NamedTuple):
-    """File and student on the images of one set. top1, student_top1: in per cent, None without labels."""
-
-    name: str
-    images: int
-    different: int
-    largest_difference: float
-    top1: float | None
-    student_top1: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +96,9 @@ def export(
     if format not in FORMATS:
         raise InputError(f"the format {format!r} is unknown: choose from {', '.join(FORMATS)}.")
     chosen = _options(format, options)
-    sets = [_judged(student, images), *([Judged("test images", *map(np.asarray, test))] if test is not None else [])]
+    sets = [comparison.judged(student, images), *([Judged("test images", *map(np.asarray, test))] if test is not None else [])]
     content, found = FORMATS[format].write(student, chosen, sets)
-    _refuse_difference(found.get("comparisons", ()), found.get("layers", {}))
+    comparison.refuse_difference(found.get("comparisons", ()), found.get("layers", {}))
     path = Path(path).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,12 +106,6 @@ def export(
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; choose another path.") from error
     return Exported(path, len(content), **found)
-
-
-def to_pixels(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised images [n, height, width, channels] as the nearest uint8 ones."""
-    pixels = (np.asarray(images, np.float32) * np.asarray(std, np.float32) + np.asarray(mean, np.float32)) * 255
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
 def _options(format: str, given: Mapping[str, Any]) -> Options:
@@ -144,42 +116,6 @@ def _options(format: str, given: Mapping[str, Any]) -> Options:
         if name in known and value not in known[name]:
             raise InputError(f"{name} is {value!r}: of {format}, choose from {', '.join(map(str, known[name]))}.")
     return Options(**given)
-
-
-def _judged(student: Student, images: Any) -> Judged:
-    if images is None:
-        key = jax.random.key(0)
-        return Judged("random images", np.asarray(jax.random.bits(key, (BATCH, *student.image), np.uint8)))
-    images = np.asarray(images)
-    if images.shape[1:] != tuple(student.image) or not len(images):
-        wanted = ", ".join(map(str, student.image))
-        raise InputError(f"the images have the shape {images.shape}: the student takes [n, {wanted}].")
-    return Judged("images", images if images.dtype == np.uint8 else to_pixels(images, student.mean, student.std))
-
-
-def _refuse_difference(comparisons: Sequence[Comparison], layers: Mapping[str, float]) -> None:
-    for each in comparisons:
-        if each.different > max(1, MOST_DIFFERENT * each.images):
-            first = next((f"; the first layer that differs is {name}" for name, share in layers.items() if share > 0), "")
-            share = f"{each.different} of {each.images} {each.name}"
-            raise UserError(f"the file judges {share} otherwise than the student{first}: it is not written.")
-
-
-def _compare(student: Student, run: Callable[[np.ndarray], np.ndarray], sets: Sequence[Judged]) -> tuple[Comparison, ...]:
-    """`run`: logits of uint8 images, of the file."""
-    found = []
-    for name, images, labels in sets:
-        logits = np.concatenate([run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
-        wanted = np.concatenate([np.asarray(student(images[i : i + BATCH])) for i in range(0, len(images), BATCH)])
-        judged, right = logits.argmax(-1), wanted.argmax(-1)
-        different, largest = int(np.sum(judged != right)), float(np.abs(logits - wanted).max())
-        accuracies = (_accuracy(judged, labels), _accuracy(right, labels))
-        found.append(Comparison(name, len(images), different, largest, *accuracies))
-    return tuple(found)
-
-
-def _accuracy(classes: np.ndarray, labels: np.ndarray | None) -> float | None:
-    return None if labels is None else 100 * float(np.mean(classes == labels))
 
 
 def _prepared(student: Student, options: Options) -> Callable[[np.ndarray], np.ndarray]:
@@ -210,10 +146,10 @@ def _onnx(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[b
     run = onnx_check.session(model)
     few = sets[0].images[: 64 if student.image[0] <= 64 else 8]
     found = onnx_check.integers(built, prepare(few))
-    timed = _milliseconds([run, onnx_check.session(float_model)], prepare(sets[0].images[:1]))
+    timed = comparison.milliseconds([run, onnx_check.session(float_model)], prepare(sets[0].images[:1]))
     return model.SerializeToString(), {
         "float_bytes": float_model.ByteSize(),
-        "comparisons": _compare(student, lambda images: run(prepare(images)), sets),
+        "comparisons": comparison.compare(student, lambda images: run(prepare(images)), sets),
         "layers": _different_integers(student, few, found),
         "operators": onnx_check.operators(model),
         "milliseconds": timed[0],
@@ -234,17 +170,6 @@ def _different_integers(student: Student, images: np.ndarray, found: Mapping[str
         own = np.rint(np.asarray(taps.activations[site.name], np.float64) / step) + max(0, -lowest)
         shares[name] = float(np.mean(own != found[name]))
     return {name: shares[name] for name in found if name in shares}
-
-
-def _milliseconds(runs: Sequence[Callable[[np.ndarray], Any]], images: np.ndarray, rounds: int = 20) -> list[float]:
-    """The shortest time of each of `runs` for `images`, which take turns."""
-    best = [float("inf")] * len(runs)
-    for _ in range(rounds):
-        for i, run in enumerate(runs):
-            start = time.perf_counter()
-            run(images)
-            best[i] = min(best[i], 1000 * (time.perf_counter() - start))
-    return best
 
 
 def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
@@ -269,7 +194,7 @@ def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tu
         raise InputError(f"the network cannot be traced for any number of images ({words}): use images.shape[0].") from error
     program = jax_export.deserialize(bytearray(content))
     prepare = _prepared(student, options)
-    compared = _compare(student, lambda images: np.asarray(program.call(prepare(images))), sets)
+    compared = comparison.compare(student, lambda images: np.asarray(program.call(prepare(images))), sets)
     plain = dataclasses.replace(network, kernels={}, sites={}, learned_ranges=False)
     return content, {"float_bytes": len(written(plain)), "comparisons": compared}
 
@@ -285,21 +210,14 @@ def _litert(student: Student, options: Options, sets: Sequence[Judged]) -> tuple
     pixels = _prepared(student, options)
     prepare = lambda images: pixels(images).astype(np.float32)
     run, float_run = litert_export.Interpreter(content), litert_export.Interpreter(float_content)
-    timed = _milliseconds([run, float_run], prepare(sets[0].images[:1]))
-    # It takes one image at a time.
-    fewer = [Judged(name, _spread(images), None if labels is None else _spread(labels)) for name, images, labels in sets]
+    timed = comparison.milliseconds([run, float_run], prepare(sets[0].images[:1]))
     return content, {
         "float_bytes": len(float_content),
-        "comparisons": _compare(student, lambda images: run(prepare(images)), fewer),
+        "comparisons": comparison.compare(student, lambda images: run(prepare(images)), comparison.fewer(sets)),
         "operators": run.operators(),
         "milliseconds": timed[0],
         "float_milliseconds": timed[1],
     }
-
-
-def _spread(array: np.ndarray) -> np.ndarray:
-    """Some of a long array, from all over it."""
-    return array[np.linspace(0, len(array) - 1, min(len(array), MOST_ONE_BY_ONE)).astype(int)]
 
 
 def _safetensors(student: Student, options: Options, _: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:

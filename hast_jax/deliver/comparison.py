@@ -1,0 +1,98 @@
+"""An exported file beside the student that it was made of: what both judge of the same images, and how long they take."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hast_jax.errors import InputError, UserError
+from hast_jax.student import Student
+
+MOST_DIFFERENT = 1 / 1000  # of the images of a set: the share that a good file may judge otherwise than the student
+BATCH = 256
+MOST_ONE_BY_ONE = 1000
+
+
+class Judged(NamedTuple):
+    """Images uint8 [n, height, width, channels] to compare on, what they are, and labels where they have some."""
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray | None = None
+
+
+class Comparison(NamedTuple):
+    """File and student on the images of one set. top1, student_top1: in per cent, None without labels."""
+
+    name: str
+    images: int
+    different: int
+    largest_difference: float
+    top1: float | None
+    student_top1: float | None
+
+
+def judged(student: Student, images: Any) -> Judged:
+    """Images that a person gave, uint8 or normalised; None: random ones. Raises InputError for those of another shape."""
+    if images is None:
+        key = jax.random.key(0)
+        return Judged("random images", np.asarray(jax.random.bits(key, (BATCH, *student.image), np.uint8)))
+    images = np.asarray(images)
+    if images.shape[1:] != tuple(student.image) or not len(images):
+        wanted = ", ".join(map(str, student.image))
+        raise InputError(f"the images have the shape {images.shape}: the student takes [n, {wanted}].")
+    return Judged("images", images if images.dtype == np.uint8 else to_pixels(images, student.mean, student.std))
+
+
+def refuse_difference(comparisons: Sequence[Comparison], layers: Mapping[str, float]) -> None:
+    """Raise UserError where the file judges too many images otherwise. layers: as in `Exported`, to name the first."""
+    for each in comparisons:
+        if each.different > max(1, MOST_DIFFERENT * each.images):
+            first = next((f"; the first layer that differs is {name}" for name, share in layers.items() if share > 0), "")
+            share = f"{each.different} of {each.images} {each.name}"
+            raise UserError(f"the file judges {share} otherwise than the student{first}: it is not written.")
+
+
+def compare(student: Student, run: Callable[[np.ndarray], np.ndarray], sets: Sequence[Judged]) -> tuple[Comparison, ...]:
+    """The file beside the student on each set. run: logits of uint8 images, of the file."""
+    found = []
+    for name, images, labels in sets:
+        logits = np.concatenate([run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+        wanted = np.concatenate([np.asarray(student(images[i : i + BATCH])) for i in range(0, len(images), BATCH)])
+        judged, right = logits.argmax(-1), wanted.argmax(-1)
+        different, largest = int(np.sum(judged != right)), float(np.abs(logits - wanted).max())
+        accuracies = (_accuracy(judged, labels), _accuracy(right, labels))
+        found.append(Comparison(name, len(images), different, largest, *accuracies))
+    return tuple(found)
+
+
+def _accuracy(classes: np.ndarray, labels: np.ndarray | None) -> float | None:
+    return None if labels is None else 100 * float(np.mean(classes == labels))
+
+
+def fewer(sets: Sequence[Judged]) -> list[Judged]:
+    """The same sets with at most 1,000 images each, from all over them, for what runs one image at a time."""
+    found = []
+    for name, images, labels in sets:
+        rows = np.linspace(0, len(images) - 1, min(len(images), MOST_ONE_BY_ONE)).astype(int)
+        found.append(Judged(name, images[rows], None if labels is None else labels[rows]))
+    return found
+
+
+def milliseconds(runs: Sequence[Callable[[np.ndarray], Any]], images: np.ndarray, rounds: int = 20) -> list[float]:
+    """The shortest time of each of `runs` for `images`, which take turns."""
+    best = [float("inf")] * len(runs)
+    for _ in range(rounds):
+        for i, run in enumerate(runs):
+            start = time.perf_counter()
+            run(images)
+            best[i] = min(best[i], 1000 * (time.perf_counter() - start))
+    return best
+
+
+def to_pixels(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised images [n, height, width, channels] as the nearest uint8 ones."""
+    pixels = (np.asarray(images, np.float32) * np.asarray(std, np.float32) + np.asarray(mean, np.float32)) * 255
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

@@ -1,0 +1,172 @@
+"""The layers of a network as ONNX nodes: convolutions, products, pooling, and the places where activations are quantized.
+
+The arguments of each function are those of `onnx_operators.Operator`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto
+
+from hast_jax.deliver.onnx_graph import Graph, Grid, Value, as_stored, cannot_write
+
+Operator = Callable[[Graph, dict[str, Any], list[Value], tuple[Any, ...]], Value]
+
+
+def both_ends(pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """Padding (before, after) of each axis as ONNX has it. Raises InputError where one of them is negative."""
+    if any(side < 0 for pair in pairs for side in pair):
+        raise cannot_write("it pads by less than nothing")
+    return [low for low, _ in pairs] + [high for _, high in pairs]
+
+
+def pool(operator: str) -> Operator:
+    """The largest value, or the sum, of windows over height and width. operator: MaxPool or AveragePool."""
+
+    def write(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
+        rank = len(shape)
+        moving = [i for i in range(rank) if given["window_dimensions"][i] > 1 or given["window_strides"][i] > 1]
+        fixed = [i for i in range(rank) if i not in moving]
+        if rank != 4 or any(given["base_dilation"][i] != 1 for i in range(rank)) or not {0, 3} <= set(fixed):
+            raise cannot_write("it pools over other axes than height and width")
+        sizes = [given["window_dimensions"][i] for i in (1, 2)]
+        pads = both_ends([given["padding"][i] for i in (1, 2)])
+        named = {"kernel_shape": sizes, "strides": [given["window_strides"][i] for i in (1, 2)], "pads": pads}
+        dilations = [given["window_dilation"][i] for i in (1, 2)]
+        order = (0, 3, 1, 2)
+        name = graph.tensor(operands[0], order)
+        if operator == "MaxPool":
+            return Value(shape, graph.node(operator, name, **named, dilations=dilations), order)
+        if dilations != [1, 1]:
+            raise cannot_write("it sums over windows with holes")
+        # A sum over a window is its mean times its size.
+        name = graph.node("AveragePool", name, **named, count_include_pad=1)
+        return Value(shape, name, order, scale=np.float64(np.prod(sizes)))
+
+    return write
+
+
+def convolution(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
+    """Over any number of axes, with strides, groups and holes in the kernel."""
+    x, kernel = operands
+    numbers = given["dimension_numbers"]
+    if set(given["lhs_dilation"]) != {1} or given["batch_group_count"] != 1:
+        raise cannot_write("it has a transposed convolution ('conv_general_dilated' with a dilated input)")
+    if kernel.array is None:
+        raise cannot_write("it computes the kernel of a convolution from its input")
+    named = {
+        "strides": list(given["window_strides"]),
+        "pads": both_ends(given["padding"]),
+        "dilations": list(given["rhs_dilation"]),
+        "group": given["feature_group_count"],
+    }
+    order, channel = tuple(numbers.lhs_spec), numbers.out_spec[1]
+    out = lambda name, scale=None: Value(shape, name, tuple(numbers.out_spec), scale=scale)
+    axes = tuple(numbers.rhs_spec)
+    integers = _integers(graph, x, kernel, order, axes, axes[0])
+    if integers is None:
+        return out(graph.node("Conv", graph.tensor(x, order), _kernel(graph, kernel, axes), **named))
+    u, zero_point, w, scale = integers
+    name = graph.node("Cast", graph.node("ConvInteger", u, w, zero_point, **named), to=TensorProto.FLOAT)
+    return out(name, scale.reshape([-1 if axis == channel else 1 for axis in range(len(shape))]))
+
+
+def product(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
+    """With a matrix of weights; or of any two tensors, as an Einsum."""
+    x, kernel = operands
+    (left, right), (batch, _) = given["dimension_numbers"]
+    if batch or len(left) != 1 or kernel.array is None or len(kernel.shape) != 2:
+        return _einsum(graph, given, operands, shape)
+    order = (*(axis for axis in range(len(x.shape)) if axis != left[0]), left[0])
+    axes = (right[0], 1 - right[0])
+    plain = tuple(range(len(shape)))
+    integers = _integers(graph, x, kernel, order, axes, axes[1])
+    if integers is None:
+        return Value(shape, graph.node("MatMul", graph.tensor(x, order), _kernel(graph, kernel, axes)), plain)
+    u, zero_point, w, scale = integers
+    name = graph.node("Cast", graph.node("MatMulInteger", u, w, zero_point), to=TensorProto.FLOAT)
+    return Value(shape, name, plain, scale=scale.reshape([1] * (len(shape) - 1) + [-1]))
+
+
+def _einsum(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
+    """A product over any axes. Its own axes are those of the batch, then what is left of the first operand and the second."""
+    contracted, batch = given["dimension_numbers"]
+    letters = [[""] * len(each.shape) for each in operands]
+    unused = iter("abcdefghijklmnopqrstuvwxyz")
+    shared = []
+    for axes in (batch, contracted):
+        for a, b in zip(*axes):
+            letters[0][a] = letters[1][b] = letter = next(unused)
+            shared.append(letter)
+    for each in letters:
+        each[:] = [letter or next(unused) for letter in each]
+    left = [letter for each in letters for letter in each if letter not in shared]
+    out = "".join([*shared[: len(batch[0])], *left])
+    names, terms = [], []
+    for operand, its in zip(operands, letters):
+        plain = graph.plain(operand)
+        order = plain.order if plain.array is None else tuple(range(len(plain.shape)))
+        names.append(graph.tensor(plain) if plain.array is None else _kernel(graph, plain, order))
+        terms.append("".join(its[axis] for axis in order))
+    name = graph.node("Einsum", *names, equation=f"{terms[0]},{terms[1]}->{out}")
+    return Value(shape, name, tuple(range(len(shape))))
+
+
+def _integers(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axes: tuple[int, ...], channel: int) -> Any:
+    """Names of the integers of `x`, of their zero point and of those of `kernel`, and the scale of their products.
+
+    order, axes: in which an operator takes the axes of both. channel: the axis of `kernel` that is the output's. None where
+    one of them has none that fit an integer operator, or where the graph is to hold float ones.
+    """
+    if not graph.integer_operators or x.grid is None or kernel.grid is None or kernel.grid.axis != channel:
+        return None
+    if np.abs(kernel.grid.integers).max() > 127:
+        return None
+    u = x.grid.integers
+    if order != x.order:
+        u = graph.node("Transpose", u, perm=[x.order.index(axis) for axis in order])
+    w = graph.constant(kernel.grid.integers.transpose(axes).astype(np.int8))
+    return u, graph.constant(np.uint8(x.grid.zero_point)), w, kernel.grid.scale.astype(np.float64) * x.grid.scale
+
+
+def _kernel(graph: Graph, kernel: Value, axes: tuple[int, ...]) -> str:
+    """The name of a kernel with its axes in this order; a quantized one is dequantized from the smallest integers that fit.
+
+    A zero point for each channel is the exception, as not every runtime computes with it: for INT4, and for eight bits with a
+    range that is not symmetric.
+    """
+    assert kernel.array is not None
+    if kernel.grid is None:
+        return graph.constant(as_stored(kernel.array, axes))
+    integers, axis = kernel.grid.integers.transpose(axes), axes.index(kernel.grid.axis)
+    others = tuple(other for other in range(integers.ndim) if other != axis)
+    step = graph.constant(kernel.grid.scale)
+    for kind, bits in ((TensorProto.INT4, 4),) * graph.int4 + ((None, 8),):
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        for zero_point in (np.zeros(1, int), low - np.minimum(integers.min(others, keepdims=True), 0)):
+            stored = integers + zero_point
+            if min(stored.min(), zero_point.min()) < low or max(stored.max(), zero_point.max()) > high:
+                continue
+            names = [graph.constant(stored.astype(np.int8), kind), step]
+            if zero_point.any():
+                names.append(graph.constant(zero_point.ravel().astype(np.int8), kind))
+            return graph.node("DequantizeLinear", *names, axis=axis)
+    return graph.node("DequantizeLinear", graph.constant(integers.astype(np.int32)), step, axis=axis)
+
+
+def quantized(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
+    """A mark where activations are quantized: integers from `lowest` to `lowest` + 2^bits - 1, times `step`."""
+    x = graph.plain(operands[0])
+    lowest, highest = given["lowest"], given["lowest"] + 2 ** given["bits"] - 1
+    zero_point, step = max(0, -lowest), graph.constant(np.float32(given["step"]))
+    if max(zero_point, highest + zero_point) > 255:  # far from zero: no uint8 holds it
+        rounded = graph.node("Round", graph.node("Div", x.name, step))
+        limits = (graph.constant(np.float32(limit)) for limit in (lowest, highest))
+        return Value(shape, graph.node("Mul", graph.node("Clip", rounded, *limits), step), x.order)
+    u = graph.node("QuantizeLinear", x.name, step, graph.constant(np.uint8(zero_point)))
+    low, high = lowest + zero_point, highest + zero_point
+    if (low, high) != (0, 255):
+        u = graph.node("Clip", u, graph.constant(np.uint8(low)), graph.constant(np.uint8(high)))
+    graph.activations.setdefault(given["name"], (u, x.order))
+    return Value(shape, order=x.order, grid=Grid(u, np.float32(given["step"]), zero_point))
