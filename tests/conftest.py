@@ -36,6 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = tiny.call(tiny.command(workdir))
     assert done.returncode == 0, done.stderr
     assert "full precision (teacher)" in done.stdout and "quantized, no fine-tuning" in done.stdout
+    assert f"python -m hast_jax.export --workdir={workdir} --format=onnx" in done.stdout
     return workdir
 
 

@@ -41,7 +41,8 @@ def test_a_value_that_is_not_finite_stops_it_with_the_step_and_what_to_do() -> N
 
 
 @pytest.mark.parametrize(
-    ("requested", "intervals", "length"), [(50, (200, 50), 50), (50, (20, 30), 10), (1, (7, 3), 1), (4, (6, 9), 3)]
+    ("requested", "intervals", "length"),
+    [(50, (200, 50), 50), (50, (20, 30), 10), (1, (7, 3), 1), (4, (6, 9), 3), (50, (0, 0), 50)],
 )
 def test_a_call_is_as_long_as_divides_every_interval(requested: int, intervals: tuple[int, ...], length: int) -> None:
     assert call_length(requested, *intervals) == length

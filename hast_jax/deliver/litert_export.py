@@ -4,9 +4,13 @@ The converter's Python interface is not documented: its version is pinned, and t
 """
 
 import dataclasses
-from collections import Counter
+import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hast_jax import networks
 from hast_jax.data.datasets import normalise
+from hast_jax.deliver import litert_process
 from hast_jax.deliver.measure import fake_quantized
 from hast_jax.errors import UserError
 from hast_jax.networks.marks import activation_grid
@@ -30,49 +35,33 @@ COMPOSITE = "quant.fake_quant"
 def build(student: Student, *, normalised: bool = False) -> bytes:
     """The model for one image float32 [1, height, width, channels]: pixels of 0 ... 255, or `normalised` already.
 
-    Raises UserError where the converter cannot carry the network.
+    Raises UserError where LiteRT cannot carry the network.
     """
     codes = student.codes()
     traced = jax.jit(lambda images: _logits(student, codes, images, normalised))
     program = traced.lower(jax.ShapeDtypeStruct((1, *student.image), jnp.float32))
-    try:
-        return _converted(program.as_text())
-    except Exception as error:  # whatever the converter raises
-        words = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"the converter of LiteRT cannot carry this network ({type(error).__name__}: {words}): choose the format onnx."
-        ) from error
+    return _converted(program.as_text())
 
 
-class Interpreter:
-    """A model of LiteRT, on one thread."""
+class Found(NamedTuple):
+    """Logits of the first model, its operators, and the milliseconds of each model for one image."""
 
-    def __init__(self, content: bytes):
-        from ai_edge_litert import interpreter
+    logits: np.ndarray
+    operators: tuple[tuple[str, str, int], ...]
+    milliseconds: list[float]
 
-        self._interpreter = interpreter.Interpreter(model_content=content, num_threads=1)
-        self._interpreter.allocate_tensors()
-        self._input = self._interpreter.get_input_details()[0]["index"]
-        self._output = self._interpreter.get_output_details()[0]["index"]
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Logits of images, one after the other."""
-        found = []
-        for image in images:
-            self._interpreter.set_tensor(self._input, image[None])
-            self._interpreter.invoke()
-            found.append(self._interpreter.get_tensor(self._output)[0])
-        return np.stack(found)
-
-    def operators(self) -> tuple[tuple[str, str, int], ...]:
-        """(type, "integer", "between" or "float", number) of its operators."""
-        kind = lambda tensor: np.dtype(self._interpreter._get_tensor_details(int(tensor), 0)["dtype"]).kind
-        counted: Counter[tuple[str, str]] = Counter()
-        for each in self._interpreter._get_ops_details():
-            if each["op_name"] != "DELEGATE":  # stands for operators that are listed too
-                ends = {kind(each[side][0]) in "iu" for side in ("inputs", "outputs")}
-                counted[each["op_name"], "between" if len(ends) == 2 else "integer" if ends == {True} else "float"] += 1
-        return tuple((name, kind, number) for (name, kind), number in sorted(counted.items(), key=lambda item: -item[1]))
+def run(images: np.ndarray, *models: bytes) -> Found:
+    """Run models on images float32 [n, height, width, channels], one after the other. Raises UserError."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{i}.tflite" for i in range(len(models))]
+        for path, model in zip(paths, models):
+            path.write_bytes(model)
+        np.save(f"{folder}/images.npy", images)
+        _call("run", f"{folder}/images.npy", folder, *map(str, paths))
+        said = json.loads(Path(folder, "found.json").read_text())
+        operators = tuple((name, kind, number) for name, kind, number in said["operators"])
+        return Found(np.load(f"{folder}/logits.npy"), operators, said["milliseconds"])
 
 
 def _logits(student: Student, kernels: Mapping[str, networks.Codes], images: Array, normalised: bool) -> Array:
@@ -112,17 +101,15 @@ def _marked(x: Array, steps: np.ndarray, zero_point: int, axis: int | None = Non
 
 
 def _converted(program: str) -> bytes:
-    from litert_converter import converter_api_ext as converter
-    from litert_converter.mlir import ir, passmanager
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "program.mlir").write_text(program)
+        _call("convert", f"{folder}/program.mlir", f"{folder}/model.tflite")
+        return Path(folder, "model.tflite").read_bytes()
 
-    context = ir.Context()
-    converter.prepare_mlir_context(context)
-    with context:
-        module = ir.Module.parse(program)
-        config = converter.ConvertToTFLConfig()
-        config.model_origin_framework = "JAX"
-        # Any other mode rounds biases to integers, which changes the student.
-        config.qdq_conversion_mode = "NONE"
-        config.strict_qdq_mode = True
-        converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), config)
-        return bytes(converter.export_flatbuffer_to_bytes(module.operation))
+
+def _call(*arguments: str) -> None:
+    command = [sys.executable, "-m", litert_process.__name__, *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        words = (ended.stderr.strip().splitlines() or [f"it ended with {ended.returncode}"])[-1]
+        raise UserError(f"LiteRT cannot carry this network ({words}): choose the format onnx.")

@@ -72,8 +72,8 @@ def crosses(done: int, number: int, steps_per_call: int) -> bool:
 
 
 def call_length(requested: int, *intervals: int) -> int:
-    """The largest number of steps a call, at most `requested`, that divides every interval."""
-    common = math.gcd(*intervals)
+    """The largest number of steps a call, at most `requested`, that divides every interval; zero has every divisor."""
+    common = math.gcd(*intervals) or requested
     return max(d for d in range(1, min(requested, common) + 1) if common % d == 0)
 
 
