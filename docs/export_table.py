@@ -20,8 +20,7 @@ from hast_jax.networks import rules
 from hast_jax.student import Student
 
 HEADER = "| network | file | size | float32 | one image | float32 | judged otherwise | top-1 of file and student |"
-FILES = {
-    "onnx": ("onnx", {}),
+OTHERS = {
     "onnx, int4": ("onnx", {"weights": "int4"}),
     "onnx, integer operators": ("onnx", {"operators": "integer"}),
     "litert": ("litert", {}),
@@ -53,19 +52,27 @@ def row(name: str, file: str, found: Exported) -> str:
     return f"| {name} | {file} | {size(found.bytes)} | {size(found.float_bytes)} | {' | '.join(times)} | {others} | {top1} |"
 
 
+def print_others(name: str, student: Student, images, path: Path) -> None:
+    """The lines of the other formats, without real images."""
+    for file, (format, options) in OTHERS.items():
+        print(row(name, file, hast_jax.export(student, path, format, images=images, **options)), flush=True)
+
+
 def main() -> None:
     """Print the rows as they are made."""
     print("\n".join([HEADER, "|" + "---|" * (HEADER.count("|") - 1)]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file"
         for workdir in map(Path, sys.argv[1:]):
-            for file, (format, options) in FILES.items():
-                print(row(workdir.name, file, export.run(workdir, format, path, **options)), flush=True)
+            print(row(workdir.name, "onnx", export.run(workdir, "onnx", path)), flush=True)
+            synthetic = workdir / "synthetic" / "images.npy"
+            images = np.load(synthetic)[:512] if synthetic.exists() else None
+            print_others(workdir.name, hast_jax.load(workdir / "student"), images, path)
         for name, (module, size) in MADE_UP.items():
             student = made_up(module, size)
             images = np.random.default_rng(0).integers(0, 256, (64, size, size, 3), np.uint8)
-            for file, (format, options) in FILES.items():
-                print(row(name, file, hast_jax.export(student, path, format, images=images, **options)), flush=True)
+            print(row(name, "onnx", hast_jax.export(student, path, images=images)), flush=True)
+            print_others(name, student, images, path)
 
 
 if __name__ == "__main__":
