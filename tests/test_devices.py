@@ -70,6 +70,7 @@ def test_the_fine_tuning_trajectory_is_the_same_on_several_devices(devices: int)
             np.testing.assert_allclose(several[name], value, rtol=1e-2, err_msg=name)
 
 
+@pytest.mark.slow
 def test_learned_ranges_and_adam_are_the_same_on_several_devices() -> None:
     learned = {"finetune__ranges": "learned", "finetune__optimizer": "adam", "finetune__lr": 1e-4}
     for one, several in zip(trajectory(1, 4, **learned), trajectory(4, 4, **learned)):

@@ -162,6 +162,7 @@ def test_the_students_codes_are_integers_in_range_that_give_its_weights(run: Pat
         np.testing.assert_allclose((codes + found["zero_point"]) / found["scale"], params[name], rtol=2e-7)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_fine_tuning_goes_on_and_ends_like_an_unbroken_one(run: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "killed"
     tiny.kill_when(command(workdir), tiny.logged(workdir, "finetune", 15))
@@ -196,6 +197,7 @@ class Swish(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", SIGNED_BITS, ids=str)
 def test_a_foreign_network_with_signed_activations_learns_its_ranges(rule) -> None:
     model, image = Swish(), (8, 8, 3)

@@ -148,6 +148,7 @@ def test_each_stage_stands_alone_on_plain_arrays(network: tuple, digits: dataset
         hast_jax.finetune(model, variables, ranges, images, labels, bits=(4, None))
 
 
+@pytest.mark.slow
 def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
     images = np.random.default_rng(0).normal(size=(40, 8, 8, 1)).astype(np.float32)
     student = quantize(network, images=(images, np.arange(40) % 10))

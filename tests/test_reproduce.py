@@ -76,6 +76,7 @@ def test_the_table_sets_the_papers_numbers_beside_ours() -> None:
     assert "| DFA, lambda / 1000 | 83.00 | 7.00 |" in text
 
 
+@pytest.mark.slow
 def test_cells_share_images_equal_cells_are_one_run_and_seeds_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = sweep(tmp_path, seeds=2, finetune__epochs=1)
     base, again = small.run(Cell("base", {})), small.run(Cell("again", {"finetune.alignment": "rfa"}))
@@ -146,6 +147,7 @@ def test_the_teacher_of_a_sweep_is_judged_once(finished: Path, tmp_path: Path, m
     assert first["teacher"] == second["teacher"]
 
 
+@pytest.mark.slow
 def test_real_images_are_those_of_the_train_split(tmp_path: Path) -> None:
     config = tiny.config(synthesis__real_split="train")
     images, labels = datasets.sample(config, 10**7)
@@ -158,6 +160,7 @@ def test_real_images_are_those_of_the_train_split(tmp_path: Path) -> None:
     assert (found["images"], found["real_split"]) == (64, "train") and not (tmp_path / "images").exists()
 
 
+@pytest.mark.slow
 def test_figure_2_comes_from_the_kept_checkpoints(tmp_path: Path) -> None:
     small = sweep(tmp_path, finetune__epochs=4)
     reproduce.run(["figure2a"], small)

@@ -123,6 +123,7 @@ def test_a_run_without_evaluation_data_needs_none(tmp_path: Path) -> None:
     assert done.returncode == 0 and "1078 images, digits train" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_synthetic_set_is_reused_from_another_run(finished: Path, tmp_path: Path) -> None:
     result = tiny.run(tmp_path / "run", synthesis__source=str(finished / "synthetic"), finetune__epochs=1, bits__weights=4)
     assert result["images"] == 96 and result["iterations"] is None and not (tmp_path / "run" / "synthetic").exists()
@@ -135,6 +136,7 @@ def test_a_run_that_began_with_other_images_refuses_these(copy: Path, tmp_path: 
         tiny.run(copy, synthesis__source=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_student_is_judged_by_synthetic_images_that_it_has_not_seen(finished: Path, tmp_path: Path) -> None:
     source = f"--config.synthesis.source={finished / 'synthetic'}"
     others = tmp_path / "others"

@@ -200,6 +200,7 @@ def test_names_of_a_stranger_are_text_in_the_report(run: Path, tmp_path: Path) -
     assert "&lt;script&gt;" in copy.report.read_text()
 
 
+@pytest.mark.slow
 def test_a_report_that_fails_leaves_the_run_finished(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(report, "write", lambda *_: 1 / 0)
     with warnings.catch_warnings(record=True) as told:
