@@ -14,8 +14,9 @@ import numpy as np
 from densenet import DenseNet
 
 import hast_jax
-from hast_jax import export, networks
+from hast_jax import networks
 from hast_jax.deliver.exports import Exported
+from hast_jax.export import run as export_run
 from hast_jax.networks import rules
 from hast_jax.student import Student
 
@@ -64,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file"
         for workdir in map(Path, sys.argv[1:]):
-            print(row(workdir.name, "onnx", export.run(workdir, "onnx", path)), flush=True)
+            print(row(workdir.name, "onnx", export_run(workdir, "onnx", path)), flush=True)
             synthetic = workdir / "synthetic" / "images.npy"
             images = np.load(synthetic)[:512] if synthetic.exists() else None
             print_others(workdir.name, hast_jax.load(workdir / "student"), images, path)
