@@ -31,7 +31,7 @@ class Options:
     weights: "int8"; "int4" (onnx: the smallest file); "packed" (safetensors: as many bits as the student has).
     operators: of onnx. "float": they compute with dequantized integers, which every runtime can. "integer": ConvInteger and
     MatMulInteger. layout: of onnx images, "nhwc" or "nchw". normalised: images are float32 in the network's normalised space;
-    otherwise uint8, and the file normalises them.
+    otherwise pixels of 0 ... 255, which the file normalises: uint8 in ONNX and StableHLO, float32 in LiteRT.
     """
 
     weights: str = "int8"
@@ -118,6 +118,12 @@ def _options(format: str, given: Mapping[str, Any]) -> Options:
     return Options(**given)
 
 
+def _in_float32(student: Student) -> Student:
+    """The same network with nothing quantized: what a file is compared with in size and time."""
+    plain = dataclasses.replace(student.network, kernels={}, sites={}, learned_ranges=False)
+    return dataclasses.replace(student, network=plain)
+
+
 def _prepared(student: Student, options: Options) -> Callable[[np.ndarray], np.ndarray]:
     """What turns uint8 images into the input of a file."""
 
@@ -140,8 +146,7 @@ def _onnx(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[b
         raise InputError("integer operators take int8 weights: leave out weights or operators.")
     built = onnx_export.build(student, **shape, integer=integer, int4=int4)
     model = built.model
-    plain = dataclasses.replace(student.network, kernels={}, sites={}, learned_ranges=False)
-    float_model, _ = onnx_export.build(dataclasses.replace(student, network=plain), **shape)
+    float_model, _ = onnx_export.build(_in_float32(student), **shape)
     prepare = _prepared(student, options)
     run = onnx_check.session(model)
     few = sets[0].images[: 64 if student.image[0] <= 64 else 8]
@@ -174,11 +179,12 @@ def _different_integers(student: Student, images: np.ndarray, found: Mapping[str
 
 def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
     """The content of a StableHLO file, which `jax_export.deserialize` reads, and the fields of `Exported`."""
-    network = dataclasses.replace(student.network, fast_convolution=False)
     (batch,) = jax_export.symbolic_shape("n")
     given = jax.ShapeDtypeStruct((batch, *student.image), np.float32 if options.normalised else np.uint8)
 
-    def written(network: networks.Network) -> bytes:
+    def written(student: Student) -> bytes:
+        network = dataclasses.replace(student.network, fast_convolution=False)
+
         def logits(images: jax.Array) -> jax.Array:
             images = images if options.normalised else normalise(images, student.mean, student.std)
             return networks.apply(network, student.variables, images)[0]
@@ -186,7 +192,7 @@ def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tu
         return bytes(jax_export.export(jax.jit(logits), platforms=PLATFORMS)(given).serialize())
 
     try:
-        content = written(network)
+        content = written(student)
     except UserError:
         raise
     except Exception as error:  # of code that needs to know the number of images, such as len(images)
@@ -195,8 +201,7 @@ def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tu
     program = jax_export.deserialize(bytearray(content))
     prepare = _prepared(student, options)
     compared = comparison.compare(student, lambda images: np.asarray(program.call(prepare(images))), sets)
-    plain = dataclasses.replace(network, kernels={}, sites={}, learned_ranges=False)
-    return content, {"float_bytes": len(written(plain)), "comparisons": compared}
+    return content, {"float_bytes": len(written(_in_float32(student))), "comparisons": compared}
 
 
 def _litert(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
@@ -205,8 +210,7 @@ def _litert(student: Student, options: Options, sets: Sequence[Judged]) -> tuple
     from hast_jax.deliver import litert_export
 
     content = litert_export.build(student, normalised=options.normalised)
-    plain = dataclasses.replace(student.network, kernels={}, sites={}, learned_ranges=False)
-    float_content = litert_export.build(dataclasses.replace(student, network=plain), normalised=options.normalised)
+    float_content = litert_export.build(_in_float32(student), normalised=options.normalised)
     prepare = _prepared(student, options)
     ran: list[litert_export.Found] = []
 
@@ -227,9 +231,9 @@ def _litert(student: Student, options: Options, sets: Sequence[Judged]) -> tuple
 def _safetensors(student: Student, options: Options, _: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
     """The content of a file of integers, whose kernels are compared with the student's, and the fields of `Exported`."""
     content = integers.build(student, packed=options.weights == "packed")
-    for (*path,), kernel in flatten_dict(student.params).items():
-        name = "/".join(path)
-        if name in student.codes() and not np.allclose(integers.kernel(content, name), kernel, rtol=1e-6, atol=0):
+    params = flatten_dict(student.params, sep="/")
+    for name in student.codes():
+        if not np.allclose(integers.kernel(content, name), params[name], rtol=1e-6, atol=0):
             raise UserError(f"the integers of {name} are not those of the student: the file is not written.")
     sizes = [leaf.size for leaf in jax.tree.leaves({**student.variables, "ranges": {}})]
     return content, {"float_bytes": 4 * sum(sizes)}
