@@ -98,7 +98,8 @@ def table(found: Exported, title: str) -> Table:
     if found.milliseconds is not None and found.float_milliseconds is not None:
         made.add_row("an image on one thread", f"{found.milliseconds:.2f} ms", f"{found.float_milliseconds:.2f} ms")
     for each in found.comparisons:
-        made.add_row("judged otherwise than the student", f"{each.different} of {each.images} {each.name}", "")
+        rounded = f"; {each.rounded} by rounding alone" if each.rounded else ""
+        made.add_row("judged otherwise than the student", f"{each.different} of {each.images} {each.name}{rounded}", "")
         made.add_row("largest difference of a logit", f"{each.largest_difference:.2g}", "")
         if each.top1 is not None:
             made.add_row("top-1 of file and student", f"{each.top1:.2f} and {each.student_top1:.2f} %", "")

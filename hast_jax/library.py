@@ -182,7 +182,7 @@ def finetune(
         job = setting.job(shown, setting.config.finetune.batch)
         check_ranges(ranges, job.student)
         state, _ = finetune_stage.run(job, images, labels, ranges, None)
-    return {**setting.variables, "ranges": ranges, **state.trained}
+    return finetune_stage.student_variables(job.student, setting.variables, ranges, state.trained)
 
 
 def evaluate(

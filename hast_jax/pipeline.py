@@ -62,7 +62,7 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
         state, evaluations = finetune.run(job, images, labels, ranges, evaluate)
         _end_segment(job, segment)
         finished = job.storage.read_result()
-        variables = {**job.variables, "ranges": ranges, **state.trained}
+        variables = finetune.student_variables(job.student, job.variables, ranges, state.trained)
         result = finished or {**_summary(job, len(images), evaluations), "held_out": _held_out(job, variables)}
         student = _student(job, variables, result)
         if finished is None:
@@ -262,7 +262,7 @@ def restore_student(
             state = checkpoints.restore(finetune.init(variables["params"], ranges, config.finetune))
     if state is None:
         raise UserError(f"{folder} holds no {checkpoint} student yet: let its run reach the end of an epoch.")
-    return {**variables, "ranges": ranges, **state.trained}, int(state.step)
+    return finetune.student_variables(student, variables, ranges, state.trained), int(state.step)
 
 
 def _hardware(job: Job) -> str:

@@ -20,7 +20,7 @@ from test_any_network import NETWORKS, given
 import hast_jax
 from hast_jax import networks
 from hast_jax.data.datasets import normalise
-from hast_jax.deliver import exports, integers
+from hast_jax.deliver import comparison, exports, integers
 from hast_jax.errors import InputError, UserError
 from hast_jax.networks import rules as rules_lib
 from hast_jax.student import Student
@@ -276,6 +276,32 @@ def test_a_file_that_judges_otherwise_than_the_student_is_not_written(tmp_path: 
     with pytest.raises(UserError, match=words):
         hast_jax.export(its, tmp_path / "student.onnx")
     assert not any(tmp_path.iterdir())
+
+
+def test_an_image_that_rounding_alone_decides_is_no_fault_of_the_file() -> None:
+    its = student("vgg")
+    images = random_images(its, 64)
+    precise = comparison._in_double_precision(its, images)
+    np.testing.assert_allclose(np.median(np.abs(precise - np.asarray(its(images)))), 0, atol=1e-5)
+
+    def run(given: np.ndarray) -> np.ndarray:
+        """Of the first eight images it says the opposite."""
+        logits = np.asarray(its(given)).copy()
+        logits[:8] *= -1
+        return logits
+
+    sets = [comparison.Judged("images", images)]
+    (found,) = comparison.compare(its, run, sets)
+    assert (found.different, found.rounded) == (8, 0)
+    # A student that rounds otherwise in double precision says so of itself.
+    other = lambda images, true=comparison._in_double_precision: -true(its, images)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "_in_double_precision", lambda _, images: other(images))
+        (found,) = comparison.compare(its, run, sets)
+    assert (found.different, found.rounded) == (8, 8)
+    with pytest.raises(UserError, match="11 of 10000 images otherwise"):
+        comparison.refuse_difference([found._replace(images=10_000, different=13, rounded=2)], {})
+    comparison.refuse_difference([found._replace(images=10_000, different=13, rounded=6)], {})
 
 
 def flax_tree(flat: dict) -> dict:

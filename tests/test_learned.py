@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import hast_jax
+from hast_jax import networks
 from hast_jax.method import learned, quantizer
+from hast_jax.networks import rules
 
 numbers = st.floats(-100, 100, width=32)
 positive = st.floats(0.0078125, 100, width=32)
@@ -124,6 +126,51 @@ def test_every_integer_of_a_weight_fits_an_int8_with_zero_point_zero(kernel, k) 
     largest = np.abs(np.asarray(kernel)).max((0, 1))
     error = np.abs(np.asarray(learned.fake_quantize_weight(kernel, low, high, k) - kernel)).max((0, 1))
     assert np.all(error <= 1.01 * np.asarray(high - low).ravel() / (2**k - 1) + 1e-5 * largest)
+
+
+class TwoLayers(nn.Module):
+    """A convolution of signed activations behind another one."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.BatchNorm(True)(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(3)(nn.BatchNorm(True)(nn.Conv(4, (1, 1))(x)).mean((1, 2)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 8), st.integers(0, 2**31))
+def test_weights_between_two_integers_are_settled_once_for_every_program(k: int, seed: int) -> None:
+    network = networks.create(TwoLayers(), (4, 4, 2), rules=rules.normalise((k, k)), learned_ranges=True)
+    x = jax.random.normal(jax.random.key(seed), (2, 4, 4, 2))
+    variables = network.module.init(jax.random.key(seed + 1), x)
+    ranges = networks.observe(network, variables, {}, x)
+    flat = flatten_dict(variables["params"])
+    for layer in network.kernels:
+        name = layer.kernel
+        step, z = _grid(ranges, name, k)
+        between = jnp.round(flat[name] / step) + 0.5 - (flat[name] > 0)  # the middle of two integers
+        flat[name] = jnp.clip(between, z + 0.5, z + 2**k - 1.5) * step
+    params, settled = networks.settled(network, unflatten_dict(flat), ranges)
+    again, settled_again = networks.settled(network, params, settled)
+    for name, codes in networks.kernel_codes(network, params, settled).items():
+        path = tuple(name.split("/"))
+        # One program divides by the step, another one multiplies by its reciprocal.
+        step, _ = _grid(settled, path, k)
+        multiplied = np.round(np.asarray(flatten_dict(params)[path]) * (np.float32(1) / np.asarray(step)))
+        assert np.array_equal(codes.integers, multiplied)
+        assert np.array_equal(codes.integers, networks.kernel_codes(network, unflatten_dict(flat), ranges)[name].integers)
+        assert np.array_equal(codes.integers, networks.kernel_codes(network, again, settled_again)[name].integers)
+    constants = jax.jit(lambda: networks.quantized_params(network, params, settled))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), constants, params)
+    for name, value in flatten_dict(settled).items():
+        assert name[-2:] != ("input", "low") or np.allclose(
+            value, flatten_dict(ranges)[name], atol=_grid(ranges, name[:-1], k)[0]
+        )
+
+
+def _grid(ranges, path, k: int):
+    ends = flatten_dict(ranges)
+    return learned.grid(ends[*path, "low"], ends[*path, "high"], k)
 
 
 # --- Runs ---

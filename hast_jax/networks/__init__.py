@@ -10,7 +10,7 @@ from hast_jax.method.losses import BatchNormTap
 from hast_jax.networks import user_files
 from hast_jax.networks.codes import Codes, kernel_codes
 from hast_jax.networks.mobilenet import MobileNetV1, MobileNetV2
-from hast_jax.networks.network import Network, Taps, apply, create, kernel_ranges, observe, quantized_params
+from hast_jax.networks.network import Network, Taps, apply, create, kernel_ranges, observe, quantized_params, settled
 from hast_jax.networks.resnet import ResNet
 
 ARCHITECTURES: dict[str, Any] = {
@@ -50,4 +50,5 @@ __all__ = [
     "module",
     "observe",
     "quantized_params",
+    "settled",
 ]

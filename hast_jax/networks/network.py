@@ -164,6 +164,29 @@ def proper_ranges(ranges: Variables) -> Variables:
     return _ranges({name: learned.proper(flat[*name, "low"], flat[*name, "high"]) for name in names})
 
 
+def settled(network: Network, params: Variables, ranges: Variables) -> tuple[Variables, Variables]:
+    """`params` and `ranges` of the same student, with each quantized kernel on its grid and the ends of each range too.
+
+    Learning leaves some weights within rounding of the middle between two integers. One program would round them up, another
+    one down. Once a student is settled, each program finds the same integers. Ranges that are not learned, and their kernels,
+    stay as they are.
+    """
+    if not network.learned_ranges:
+        return params, ranges
+    flat, limits = dict(flatten_dict(params)), {}
+    ends = flatten_dict(ranges)
+    bits_of_range = {layer.kernel: bits for layer, bits in network.kernels.items()}
+    bits_of_range |= {site.name: site.bits for site in network.sites.values()}
+    for name, bits in bits_of_range.items():
+        low, high = (ends[*name, end] for end in ENDS)
+        step, z = learned.grid(low, high, bits)
+        limits[name] = z * step, (z + 2**bits - 1) * step
+        if name in flat:
+            integers = learned.integers(_wide(flat[name]), low, high, bits, learned.LARGEST_INTEGER)
+            flat[name] = (integers * step).astype(flat[name].dtype)
+    return unflatten_dict(flat), _ranges(limits)
+
+
 def quantized_params(network: Network, params: Variables, ranges: Variables) -> Variables:
     """`params` with the fake-quantized kernels in the place of the others."""
     flat, limits = flatten_dict(params), flatten_dict(ranges)

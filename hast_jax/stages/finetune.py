@@ -107,6 +107,16 @@ def init(params: Any, ranges: Any, settings: ConfigDict) -> State:
     return State(trained, student_optimizer(settings).init(trained), jnp.zeros((), jnp.int32))
 
 
+def student_variables(student: Network, variables: Variables, ranges: Variables, trained: Variables) -> Variables:
+    """The variables of the student that fine-tuning leaves, settled (`networks.settled`).
+
+    variables: the teacher's. ranges: the calibrated ones. trained: of the last state.
+    """
+    found = {**variables, "ranges": ranges, **trained}
+    params, ranges = networks.settled(student, found["params"], found["ranges"])
+    return {**found, "params": params, "ranges": ranges}
+
+
 def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callable[[Any], float] | None) -> tuple[State, Any]:
     """Train the student, saving it after each epoch; returns its last state and its accuracy by epoch.
 
@@ -120,7 +130,7 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
     def judge(state: State) -> None:
         epoch = int(state.step) // every
         if evaluate is not None:
-            evaluations[epoch] = evaluate({**job.variables, "ranges": ranges, **state.trained})
+            evaluations[epoch] = evaluate(student_variables(job.student, job.variables, ranges, state.trained))
         if best_epoch(evaluations) == epoch:
             best.save(int(state.step), state)
         # Last, so that a run that is killed before evaluates this epoch again.
