@@ -15,6 +15,8 @@ from densenet import DenseNet
 
 import hast_jax
 from hast_jax import networks
+from hast_jax.data.datasets import normalise
+from hast_jax.deliver.comparison import Comparison
 from hast_jax.deliver.exports import Exported
 from hast_jax.export import run as export_run
 from hast_jax.networks import rules
@@ -23,6 +25,7 @@ from hast_jax.student import Student
 HEADER = "| network | file | size | float32 | one image | float32 | judged otherwise | top-1 of file and student |"
 OTHERS = {
     "onnx, int4": ("onnx", {"weights": "int4"}),
+    "onnx, exact operators": ("onnx", {"operators": "exact"}),
     "onnx, integer operators": ("onnx", {"operators": "integer"}),
     "litert": ("litert", {}),
     "safetensors, packed": ("safetensors", {"weights": "packed"}),
@@ -35,22 +38,40 @@ MADE_UP = {
 
 
 def made_up(module, size: int) -> Student:
-    """A network with random weights and learned ranges, quantized to W4A4."""
-    image, bits = (size, size, 3), rules.normalise("w4a4")
+    """A network with random weights, the batch-norm moments of `patches`, and learned ranges, quantized to W4A4."""
+    image, bits, mean, std = (size, size, 3), rules.normalise("w4a4"), (0.5,) * 3, (0.25,) * 3
     network = networks.create(module, image, rules=bits, learned_ranges=True)
     variables = jax.jit(module.init)(jax.random.key(0), np.zeros((1, *image), np.float32))
-    ranges = networks.observe(network, variables, {}, jax.random.normal(jax.random.key(1), (4, *image)))
-    record = {"network": type(module).__name__}
-    return Student(network, {**variables, "ranges": ranges}, bits, image, (0.5,) * 3, (0.25,) * 3, record)
+    images = normalise(patches(8, size), mean, std)
+    moved = jax.jit(lambda variables: module.apply(variables, images, train=True, mutable=["batch_stats"])[1])
+    for _ in range(100):  # until the running averages have forgotten where they began
+        variables = {**variables, **moved(variables)}
+    ranges = networks.observe(network, variables, {}, images)
+    return Student(network, {**variables, "ranges": ranges}, bits, image, mean, std, {"network": type(module).__name__})
+
+
+def patches(count: int, size: int) -> np.ndarray:
+    """Random images uint8 [count, size, size, 3] that differ: patches of colour, of 1 to 32 pixels."""
+    rng, found = np.random.default_rng(count), []
+    for i in range(count):
+        side = 2 ** (i % 6)
+        colours = rng.integers(0, 256, (size // side + 1, size // side + 1, 3), np.uint8)
+        found.append(colours.repeat(side, 0).repeat(side, 1)[:size, :size])
+    return np.stack(found)
 
 
 def row(name: str, file: str, found: Exported) -> str:
     """A line of the table."""
     times = ("", "") if found.milliseconds is None else (f"{found.milliseconds:.2f} ms", f"{found.float_milliseconds:.2f} ms")
-    others = "; ".join(f"{each.different} of {each.images:,} {each.name}" for each in found.comparisons)
+    others = "; ".join(f"{each.different} of {each.images:,} {each.name}{rounding(each)}" for each in found.comparisons)
     top1 = "; ".join(f"{each.top1:.2f} and {each.student_top1:.2f}" for each in found.comparisons if each.top1 is not None)
     size = lambda count: f"{count / 1000:,.0f} kB"
     return f"| {name} | {file} | {size(found.bytes)} | {size(found.float_bytes)} | {' | '.join(times)} | {others} | {top1} |"
+
+
+def rounding(compared: Comparison) -> str:
+    """What is said of rounding, where it was looked at."""
+    return "" if compared.rounded is None else f" (rounding alone: {compared.rounded})"
 
 
 def print_others(name: str, student: Student, images, path: Path) -> None:
@@ -71,7 +92,7 @@ def main() -> None:
             print_others(workdir.name, hast_jax.load(workdir / "student"), images, path)
         for name, (module, size) in MADE_UP.items():
             student = made_up(module, size)
-            images = np.random.default_rng(0).integers(0, 256, (64, size, size, 3), np.uint8)
+            images = patches(64, size)
             print(row(name, "onnx", hast_jax.export(student, path, images=images)), flush=True)
             print_others(name, student, images, path)
 

@@ -34,7 +34,12 @@ def define_flags() -> None:
     flags.DEFINE_enum("format", "onnx", list(FORMATS), "Of the file.")
     flags.DEFINE_string("output", None, "The file; by default student.FORMAT in the run's folder.")
     flags.DEFINE_enum("weights", default.weights, ["int8", "int4", "packed"], "int4: onnx. packed: safetensors.")
-    flags.DEFINE_enum("operators", default.operators, ["float", "integer"], "Of onnx: on dequantized integers, or on integers.")
+    flags.DEFINE_enum(
+        "operators",
+        default.operators,
+        ["float", "exact", "integer"],
+        "Of onnx: on dequantized integers; on integers as floats, without rounding; on integers.",
+    )
     flags.DEFINE_enum("layout", default.layout, ["nhwc", "nchw"], "Of the images that an onnx file takes.")
     flags.DEFINE_bool("normalised", default.normalised, "The file takes float32 images that are normalised already.")
     flags.DEFINE_string("data_dir", None, "Folder of real images (eval.data_dir), where it is not the run's.")
@@ -98,7 +103,7 @@ def table(found: Exported, title: str) -> Table:
     if found.milliseconds is not None and found.float_milliseconds is not None:
         made.add_row("an image on one thread", f"{found.milliseconds:.2f} ms", f"{found.float_milliseconds:.2f} ms")
     for each in found.comparisons:
-        rounded = f"; {each.rounded} by rounding alone" if each.rounded else ""
+        rounded = "" if each.rounded is None else f"; rounding alone changes {each.rounded}"
         made.add_row("judged otherwise than the student", f"{each.different} of {each.images} {each.name}{rounded}", "")
         made.add_row("largest difference of a logit", f"{each.largest_difference:.2g}", "")
         if each.top1 is not None:

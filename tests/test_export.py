@@ -72,11 +72,13 @@ def test_the_onnx_file_of_any_network_judges_as_the_student_does(name: str, tmp_
     ("bits", "operators", "learned"),
     [
         ("w2a2", "float", True),
+        ("w2a2", "exact", True),
         ("w8a8", "integer", True),
         ("w8a8", "float", False),
         ("w8a8", "integer", False),
         (RULES, "integer", True),
         (RULES, "float", False),
+        (RULES, "exact", False),
     ],
 )
 def test_all_bits_all_rules_and_both_kinds_of_ranges_are_exported(bits, operators: str, learned: bool, tmp_path: Path) -> None:
@@ -87,6 +89,18 @@ def test_all_bits_all_rules_and_both_kinds_of_ranges_are_exported(bits, operator
     fits = learned or bits != "w8a8"  # the paper's ranges of eight bits need not be symmetric
     assert ("ConvInteger" in kinds) == (operators == "integer" and fits)
     assert kinds.get("ConvInteger", "integer") == "integer" and kinds["QuantizeLinear"] == "between"
+
+
+@pytest.mark.parametrize("name", ["resnet", "vgg"])
+def test_with_exact_operators_no_sum_is_rounded_so_the_integers_are_those_of_integer_operators(name: str) -> None:
+    from hast_jax.deliver import onnx_check, onnx_export
+
+    its = student(name, "w4a4")
+    images = random_images(its, 32)
+    exact, integer = (
+        onnx_check.integers(onnx_export.build(its, operators=operators), images) for operators in ("exact", "integer")
+    )
+    assert exact.keys() == integer.keys() and all(np.array_equal(exact[key], integer[key]) for key in exact)
 
 
 def test_the_weights_of_the_file_are_the_students_integers_with_zero_point_zero(tmp_path: Path) -> None:
@@ -272,36 +286,30 @@ def test_a_file_that_judges_otherwise_than_the_student_is_not_written(tmp_path: 
             return true(student, options, sets)
 
     monkeypatch.setitem(exports.FORMATS, "onnx", exports.FORMATS["onnx"]._replace(write=wrong))
-    words = "of 256 random images otherwise than the student; the first layer that differs is Conv_2/input"
+    words = r"of 256 random images otherwise than .*rounding alone changes \d+\); the first layer that differs is Conv_2/input"
     with pytest.raises(UserError, match=words):
         hast_jax.export(its, tmp_path / "student.onnx")
     assert not any(tmp_path.iterdir())
 
 
-def test_an_image_that_rounding_alone_decides_is_no_fault_of_the_file() -> None:
+def test_a_file_may_differ_where_rounding_alone_changes_the_student(monkeypatch) -> None:
     its = student("vgg")
     images = random_images(its, 64)
     precise = comparison._in_double_precision(its, images)
-    np.testing.assert_allclose(np.median(np.abs(precise - np.asarray(its(images)))), 0, atol=1e-5)
+    assert precise.dtype == np.float64 and np.median(np.abs(precise - np.asarray(its(images)))) < 1e-5
 
-    def run(given: np.ndarray) -> np.ndarray:
-        """Of the first eight images it says the opposite."""
-        logits = np.asarray(its(given)).copy()
-        logits[:8] *= -1
-        return logits
+    def compared(of: int, by_double_precision: int) -> comparison.Comparison:
+        changed = np.where(np.arange(64)[:, None] < by_double_precision, -1, 1) * precise
+        monkeypatch.setattr(comparison, "_in_double_precision", lambda *_: changed)
+        run = lambda given: np.where(np.arange(64)[:, None] < of, -1, 1) * np.asarray(its(given))
+        return comparison.compare(its, run, [comparison.Judged("images", images)])[0]
 
-    sets = [comparison.Judged("images", images)]
-    (found,) = comparison.compare(its, run, sets)
-    assert (found.different, found.rounded) == (8, 0)
-    # A student that rounds otherwise in double precision says so of itself.
-    other = lambda images, true=comparison._in_double_precision: -true(its, images)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "_in_double_precision", lambda _, images: other(images))
-        (found,) = comparison.compare(its, run, sets)
-    assert (found.different, found.rounded) == (8, 8)
-    with pytest.raises(UserError, match="11 of 10000 images otherwise"):
-        comparison.refuse_difference([found._replace(images=10_000, different=13, rounded=2)], {})
-    comparison.refuse_difference([found._replace(images=10_000, different=13, rounded=6)], {})
+    few, many, excused = compared(1, 5), compared(5, 0), compared(5, 2)
+    assert (few.different, few.rounded) == (1, None)
+    assert (many.different, many.rounded, excused.rounded) == (5, 0, 2)
+    comparison.refuse_difference([few, excused], {})
+    with pytest.raises(UserError, match=r"5 of 64 images otherwise than the student \(rounding alone changes 0\)"):
+        comparison.refuse_difference([many], {})
 
 
 def flax_tree(flat: dict) -> dict:

@@ -253,7 +253,10 @@ def test_an_installed_wheel_works_away_from_the_checkout(tmp_path: Path) -> None
     binaries = tmp_path / "venv" / "bin"
     run(str(binaries / "pip"), "install", str(next(tmp_path.glob("*.whl"))))
     fields = [f"--config.{name}={value}" for name, value in tiny.FIELDS.items()]
-    run(str(binaries / "hast-jax"), "quantize", "--config=digits:w3a3", "--workdir=run", *fields)
+    run(str(binaries / "hast-jax"), "quantize", "--config=digits:w3a3", "--workdir=run", *fields, "--config.report=True")
+    assert "resnet8" in (tmp_path / "run" / "report.html").read_text() and (tmp_path / "run" / "README.md").exists()
+    run(str(binaries / "hast-jax"), "export", "--workdir=run", "--format=safetensors")
+    assert (tmp_path / "run" / "student.safetensors").stat().st_size > 1000
     assert "full precision (teacher)" in run(str(binaries / "hast-jax"), "evaluate", "--workdir=run")
     assert "Table 1" in run(str(binaries / "hast-jax"), "reproduce", "table1", "--config=configs/digits.py", *fields)
     assert "flops" in run(str(binaries / "hast-jax"), "benchmark", "--config=digits:small", "--compile_only", "--part=finetune")

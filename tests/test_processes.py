@@ -144,6 +144,13 @@ def test_a_run_goes_on_with_other_devices_and_processes(alone: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_one_of_two_processes_writes_the_report(tmp_path: Path) -> None:
+    ends = end(two_processes(tmp_path / "run", "--config.report=True", "--config.finetune.epochs=10"))
+    assert [status for status, *_ in ends] == [0, 0], ends
+    assert (tmp_path / "run" / "report.html").exists() and "report:" in ends[0][1] and "report:" not in ends[1][1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("to", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize(
     ("stage", "folder", "length"),

@@ -29,9 +29,11 @@ class Options:
     """What can be chosen of a file.
 
     weights: "int8"; "int4" (onnx: the smallest file); "packed" (safetensors: as many bits as the student has).
-    operators: of onnx. "float": they compute with dequantized integers, which every runtime can. "integer": ConvInteger and
-    MatMulInteger. layout: of onnx images, "nhwc" or "nchw". normalised: images are float32 in the network's normalised space;
-    otherwise pixels of 0 ... 255, which the file normalises: uint8 in ONNX and StableHLO, float32 in LiteRT.
+    operators: of onnx. "float": they compute with dequantized integers, which every runtime can. "exact": they compute with the
+    integers as floats, so that no sum is rounded. "integer": ConvInteger and MatMulInteger.
+    layout: of onnx images, "nhwc" or "nchw".
+    normalised: images are float32 in the network's normalised space; otherwise pixels of 0 ... 255, which the file normalises:
+    uint8 in ONNX and StableHLO, float32 in LiteRT.
     """
 
     weights: str = "int8"
@@ -141,10 +143,10 @@ def _onnx(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[b
     from hast_jax.deliver import onnx_check, onnx_export
 
     shape: dict[str, Any] = {"layout": options.layout, "normalised": options.normalised}
-    integer, int4 = options.operators == "integer", options.weights == "int4"
-    if integer and int4:
+    int4 = options.weights == "int4"
+    if int4 and options.operators == "integer":
         raise InputError("integer operators take int8 weights: leave out weights or operators.")
-    built = onnx_export.build(student, **shape, integer=integer, int4=int4)
+    built = onnx_export.build(student, **shape, operators=options.operators, int4=int4)
     model = built.model
     float_model, _ = onnx_export.build(_in_float32(student), **shape)
     prepare = _prepared(student, options)
@@ -250,7 +252,7 @@ FORMATS = {
         ".onnx",
         {
             "weights": ("int8", "int4"),
-            "operators": ("float", "integer"),
+            "operators": ("float", "exact", "integer"),
             "layout": ("nhwc", "nchw"),
             "normalised": (False, True),
         },

@@ -44,18 +44,19 @@ class Onnx(NamedTuple):
 
 
 def build(
-    student: Student, *, layout: str = "nhwc", normalised: bool = False, integer: bool = False, int4: bool = False
+    student: Student, *, layout: str = "nhwc", normalised: bool = False, operators: str = "float", int4: bool = False
 ) -> Onnx:
     """`student` as an ONNX model.
 
     Its input is `images` uint8 [n, height, width, channels], or [n, channels, height, width] with layout "nchw"; with
     `normalised` float32 images in the network's normalised space. Its output is `logits` float32 [n, classes].
-    integer: convolutions and products of integers are ConvInteger and MatMulInteger; otherwise float operators of dequantized
-    integers, the form that every runtime knows. int4: weights are INT4 where they fit.
+    operators: of convolutions and products. "float": of dequantized integers, the form that every runtime knows. "exact": float
+    operators too, but of the integers themselves; the scales follow in the multiplication of the batch norm. Sums below 2^24
+    are then exact in any order. "integer": ConvInteger and MatMulInteger. int4: weights are INT4 where they fit.
 
     Raises InputError for a network with an operation that has no form in ONNX here.
     """
-    graph = Graph(integer_operators=integer, int4=int4)
+    graph = Graph(operators=operators, int4=int4)
     kind = np.float32 if normalised else np.uint8
     network, ranges = marked(student.network), student.variables["ranges"]
     variables = {name: tree for name, tree in student.variables.items() if name != "ranges"}

@@ -63,11 +63,11 @@ def constant(array: Any, shape: Sequence[Any] | None = None) -> Value:
 class Graph:
     """The nodes of a model and their constants, in the order in which they were written.
 
-    integer_operators, int4: see `onnx_export.model`. activations: the uint8 tensor of each
-    quantized activation and the order of its axes, by the name of its range, in the order of execution.
+    operators, int4: see `onnx_export.build`. activations: the uint8 tensor of each quantized activation and the order of its
+    axes, by the name of its range, in the order of execution.
     """
 
-    integer_operators: bool = True
+    operators: str = "float"
     int4: bool = False
     activations: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     nodes: list[onnx.NodeProto] = field(default_factory=list)

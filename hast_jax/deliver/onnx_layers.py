@@ -4,6 +4,7 @@ The arguments of each function are those of `onnx_operators.Operator`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,11 @@ def convolution(graph: Graph, given: dict[str, Any], operands: list[Value], shap
     integers = _integers(graph, x, kernel, order, axes, axes[0])
     if integers is None:
         return out(graph.node("Conv", graph.tensor(x, order), _kernel(graph, kernel, axes), **named))
-    u, zero_point, w, scale = integers
-    name = graph.node("Cast", graph.node("ConvInteger", u, w, zero_point, **named), to=TensorProto.FLOAT)
+    *inputs, scale = integers
+    if graph.operators == "integer":
+        name = graph.node("Cast", graph.node("ConvInteger", *inputs, **named), to=TensorProto.FLOAT)
+    else:
+        name = graph.node("Conv", *inputs, **named)
     return out(name, scale.reshape([-1 if axis == channel else 1 for axis in range(len(shape))]))
 
 
@@ -84,8 +88,11 @@ def product(graph: Graph, given: dict[str, Any], operands: list[Value], shape: t
     integers = _integers(graph, x, kernel, order, axes, axes[1])
     if integers is None:
         return Value(shape, graph.node("MatMul", graph.tensor(x, order), _kernel(graph, kernel, axes)), plain)
-    u, zero_point, w, scale = integers
-    name = graph.node("Cast", graph.node("MatMulInteger", u, w, zero_point), to=TensorProto.FLOAT)
+    *inputs, scale = integers
+    if graph.operators == "integer":
+        name = graph.node("Cast", graph.node("MatMulInteger", *inputs), to=TensorProto.FLOAT)
+    else:
+        name = graph.node("MatMul", *inputs)
     return Value(shape, name, plain, scale=scale.reshape([1] * (len(shape) - 1) + [-1]))
 
 
@@ -114,20 +121,29 @@ def _einsum(graph: Graph, given: dict[str, Any], operands: list[Value], shape: t
 
 
 def _integers(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axes: tuple[int, ...], channel: int) -> Any:
-    """Names of the integers of `x`, of their zero point and of those of `kernel`, and the scale of their products.
+    """What a convolution or a product of integers takes, as names, and at last the scale of its results.
 
-    order, axes: in which an operator takes the axes of both. channel: the axis of `kernel` that is the output's. None where
-    one of them has none that fit an integer operator, or where the graph is to hold float ones.
+    These are the integers of `x` and of `kernel` as floats ("exact"); or the integers of both and the zero point of `x`
+    ("integer"). order, axes: in which the operator takes the axes of both. channel: the axis of `kernel` that is the output's.
+    None where one of them has no integers that fit, or where the graph holds dequantized values.
     """
-    if not graph.integer_operators or x.grid is None or kernel.grid is None or kernel.grid.axis != channel:
+    if graph.operators == "float" or x.grid is None or kernel.grid is None or kernel.grid.axis != channel:
         return None
-    if np.abs(kernel.grid.integers).max() > 127:
-        return None
+    scale = kernel.grid.scale.astype(np.float64) * x.grid.scale
+    zero_point = graph.constant(np.uint8(x.grid.zero_point))
     u = x.grid.integers
     if order != x.order:
         u = graph.node("Transpose", u, perm=[x.order.index(axis) for axis in order])
-    w = graph.constant(kernel.grid.integers.transpose(axes).astype(np.int8))
-    return u, graph.constant(np.uint8(x.grid.zero_point)), w, kernel.grid.scale.astype(np.float64) * x.grid.scale
+    if graph.operators == "exact":
+        unscaled = replace(kernel, grid=replace(kernel.grid, scale=np.ones_like(kernel.grid.scale)))
+        return (
+            graph.node("DequantizeLinear", u, graph.constant(np.float32(1)), zero_point),
+            _kernel(graph, unscaled, axes),
+            scale,
+        )
+    if np.abs(kernel.grid.integers).max() > 127:
+        return None
+    return u, graph.constant(kernel.grid.integers.transpose(axes).astype(np.int8)), zero_point, scale
 
 
 def _kernel(graph: Graph, kernel: Value, axes: tuple[int, ...]) -> str:
