@@ -63,7 +63,7 @@ def refuse_difference(comparisons: Sequence[Comparison], layers: Mapping[str, fl
     A good file differs where rounding decides: its sums are added in another order than the student's.
     """
     for each in comparisons:
-        if each.different > _few(each.images) + ROUNDED_MORE * (each.rounded or 0):
+        if each.rounded is not None and each.different > _few(each.images) + ROUNDED_MORE * (each.rounded + 1):
             first = next((f"; the first layer that differs is {name}" for name, share in layers.items() if share > 0), "")
             share = f"{each.different} of {each.images} {each.name}"
             raise UserError(
