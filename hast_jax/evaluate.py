@@ -12,7 +12,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from hast_jax import cli, from_config, networks, pipeline
+from hast_jax import cli, from_config, networks, paths, pipeline
 from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.deliver.console import Bar, format_bits
@@ -94,7 +94,7 @@ def main(_: list[str]) -> None:
         console = Console(quiet=not parallel.is_main())
         chosen = {name: given[name].value for name in ("dataset", "split", "data_dir", "network", "names")}
         with Bar(console) as progress:
-            found = run(Path(given.workdir).expanduser(), given.checkpoint, devices, progress, **chosen)
+            found = run(paths.local(given.workdir), given.checkpoint, devices, progress, **chosen)
         console.print(found.table)
 
 

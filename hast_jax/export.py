@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from hast_jax import cli, from_config, student
+from hast_jax import cli, from_config, paths, student
 from hast_jax.data import datasets
 from hast_jax.deliver.exports import FORMATS, Exported, Options, export
 from hast_jax.errors import Notice, UserError
@@ -74,7 +74,7 @@ def run(
 
 def _synthetic(folder: run_folder.RunFolder, config: ConfigDict) -> np.ndarray | None:
     """Images that the student learned from; None where they are gone."""
-    source = Path(config.synthesis.source).expanduser() if config.synthesis.source else folder.synthetic
+    source = paths.local(config.synthesis.source) if config.synthesis.source else folder.synthetic
     try:
         return np.asarray(synthetic_set.load(source, tuple(config.teacher.image))[0][:MOST_SYNTHETIC])
     except UserError as error:
@@ -125,8 +125,8 @@ def main(_: list[str]) -> None:
         cli.join(together=False)
         given = flags.FLAGS
         parallel.setup(1)
-        workdir = Path(given.workdir).expanduser()
-        output = Path(given.output).expanduser() if given.output else None
+        workdir = paths.local(given.workdir)
+        output = paths.local(given.output) if given.output else None
         options = {name: given[name].value for name in Options.__dataclass_fields__}
         found = run(workdir, given.format, output, data_dir=given.data_dir, network=given.network, **options)
         Console().print(table(found, f"{found.path}"))

@@ -4,6 +4,7 @@ The defaults are the paper's for CIFAR-100 (supplement, and the authors' config 
 `python -m hast_jax.fields` prints.
 """
 
+from hast_jax.data import image_files
 from hast_jax.data.datasets import DATASETS
 from hast_jax.kinds import (
     Field,
@@ -255,6 +256,12 @@ FIELDS: dict[str, Field] = {
         "with the teacher is measured on it.",
         free=True,
         own=True,
+    ),
+    "eval.class_order": Field(
+        "",
+        "Order of the class folders. name: as text. number: as whole numbers. Empty: by name, where both are the same.",
+        one_of(image_files.ORDERS, also=lambda value: value == ""),
+        choices=image_files.ORDERS,
     ),
     "eval.crop": Field(
         224 / 256,

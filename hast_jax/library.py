@@ -13,7 +13,7 @@ import flax.linen as nn
 import numpy as np
 
 from hast_jax import config as config_lib
-from hast_jax import from_config, networks, pipeline
+from hast_jax import from_config, networks, paths, pipeline
 from hast_jax.deliver.console import default_progress
 from hast_jax.errors import InputError
 from hast_jax.fields import GIVEN
@@ -96,7 +96,7 @@ def quantize(
     if given is not None:
         setting.config.synthesis.source = GIVEN
     own = pipeline.Own(model, setting.variables, dataset, given)
-    path = None if workdir is None else Path(workdir).expanduser()
+    path = None if workdir is None else paths.local(workdir)
     with _shown(progress) as shown:
         return pipeline.quantize(setting.config, path, shown, own)
 

@@ -6,12 +6,11 @@ The same command goes on where a killed run was.
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 from rich.console import Console
 
-from hast_jax import cli, pipeline
+from hast_jax import cli, paths, pipeline
 from hast_jax import config as config_lib
 from hast_jax.deliver.console import Bar, show_result
 from hast_jax.runs import parallel, preemption
@@ -33,7 +32,7 @@ def main(_: list[str]) -> None:
         parallel.setup(config.devices, config.finetune.batch)
         console = Console(quiet=not parallel.is_main())
         with Bar(console) as progress:
-            result = pipeline.run(config, Path(workdir).expanduser(), progress)
+            result = pipeline.run(config, paths.local(workdir), progress)
         show_result(console, result)
         if config.report:
             console.print(f"report: {workdir}/report.html")

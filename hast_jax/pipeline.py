@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from hast_jax import __version__, from_config, networks
+from hast_jax import __version__, from_config, networks, paths
 from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.deliver.pictures import save_picture
@@ -158,7 +158,7 @@ def _given_images(config: ConfigDict) -> Given | None:
     if settings.real_split:
         return datasets.sample(config, settings.images)
     if settings.source:
-        images, labels = synthetic_set.load(Path(settings.source).expanduser(), tuple(config.teacher.image))
+        images, labels = synthetic_set.load(paths.local(settings.source), tuple(config.teacher.image))
         return images[: settings.images], labels[: settings.images]
     return None
 
@@ -229,7 +229,7 @@ def _held_out_images(config: ConfigDict) -> np.ndarray | None:
     """The images of `config.eval.held_out`, memory-mapped; None where it names none. Raises UserError for a missing set."""
     if not config.eval.held_out:
         return None
-    return synthetic_set.load(Path(config.eval.held_out).expanduser(), tuple(config.teacher.image))[0]
+    return synthetic_set.load(paths.local(config.eval.held_out), tuple(config.teacher.image))[0]
 
 
 def _held_out(job: Job, variables: weights.Variables) -> dict[str, Any] | None:

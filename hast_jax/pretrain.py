@@ -5,7 +5,6 @@ python -m hast_jax.pretrain --config=configs/digits.py        # writes teacher.s
 
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,7 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from hast_jax import cli, from_config, networks
+from hast_jax import cli, from_config, networks, paths
 from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.errors import UserError
@@ -98,7 +97,7 @@ def main(_: list[str]) -> None:
         cli.join(together=False)
         config, console = flags.FLAGS.config, Console()
         config_lib.validate(config)
-        output = Path(flags.FLAGS.output)
+        output = paths.local(flags.FLAGS.output)
         if output.suffix != ".safetensors":
             raise UserError(f"--output={output}: the file must end in .safetensors.")
         devices = parallel.setup(config.devices)

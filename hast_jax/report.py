@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from hast_jax import cli, from_config, student
+from hast_jax import cli, from_config, paths, student
 from hast_jax.deliver import report
 from hast_jax.errors import UserError
 from hast_jax.fields import GIVEN
@@ -38,7 +38,7 @@ def run(workdir: Path, average_bits: float | None = None, *, network: str | None
         raise UserError(f"the run in {workdir} has not finished: give it the same command again.")
     teacher, variables = from_config.teacher(config)
     folder.check_teacher(variables, remember=False)
-    source = Path(config.synthesis.source).expanduser() if config.synthesis.source else folder.synthetic
+    source = paths.local(config.synthesis.source) if config.synthesis.source else folder.synthetic
     if config.synthesis.real_split:
         raise UserError(f"{workdir} learned from real images, which it does not hold: only the run itself writes its report.")
     images = synthetic_set.load(source, tuple(config.teacher.image))[0]
@@ -52,7 +52,7 @@ def main(_: list[str]) -> None:
         cli.join(together=False)
         given = flags.FLAGS
         parallel.setup(1)
-        path = run(Path(given.workdir).expanduser(), given.average_bits, network=given.network, names=given.names)
+        path = run(paths.local(given.workdir), given.average_bits, network=given.network, names=given.names)
         print(path)
 
 

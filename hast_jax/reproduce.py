@@ -13,12 +13,11 @@ import functools
 import sys
 import traceback
 from collections.abc import Collection, Sequence
-from pathlib import Path
 
 from absl import flags
 from rich.console import Console
 
-from hast_jax import cli
+from hast_jax import cli, paths
 from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.deliver.console import Bar
@@ -103,7 +102,7 @@ def main(arguments: list[str]) -> None:
         parallel.setup(given.config.devices, given.config.finetune.batch)
         say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
         with Bar(console if console.is_terminal else Console(quiet=True)) as progress:
-            sweep = Sweep(given.config, Path(given.workdir).expanduser(), given.seeds, progress, say)
+            sweep = Sweep(given.config, paths.local(given.workdir), given.seeds, progress, say)
             page = run(names, sweep, given.skip)
         say(page)
         if sweep.failed:

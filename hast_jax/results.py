@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags
 
-from hast_jax import cli
+from hast_jax import cli, paths
 from hast_jax.deliver.console import format_bits, format_images, format_seconds
 from hast_jax.errors import UserError
 from hast_jax.runs.files import read_json
@@ -95,9 +95,9 @@ def main(arguments: list[str]) -> None:
     with cli.user_errors():
         if len(arguments) < 2:
             raise UserError("give one or more run folders: python -m hast_jax.results runs/*.")
-        folders = [Path(argument) for argument in arguments[1:]]
+        folders = [paths.local(argument) for argument in arguments[1:]]
         picture = flags.FLAGS.over_time
-        print(over_time_table(folders, Path(picture)) if picture else table(folders))
+        print(over_time_table(folders, paths.local(picture)) if picture else table(folders))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hast_jax import networks
+from hast_jax import networks, paths
 from hast_jax.data.datasets import normalise
 from hast_jax.errors import InputError, UserError
 from hast_jax.networks import Codes, Network, weights
@@ -82,7 +82,7 @@ class Student:
 
         Raises UserError where it cannot be written.
         """
-        path = Path(folder).expanduser()
+        path = paths.local(folder)
         flat = {"/".join(name): np.asarray(leaf) for name, leaf in flatten_dict(jax.device_get(dict(self.variables))).items()}
         description = {
             "format": FORMAT,
@@ -112,7 +112,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
     model: the module that was quantized; it may be left out for the built-in networks. Raises UserError where the folder holds
     no student, or one of another network.
     """
-    path = Path(folder).expanduser()
+    path = paths.local(folder)
     try:
         said = json.loads((path / DESCRIPTION).read_text())
         flat = safetensors.numpy.load_file(path / WEIGHTS)

@@ -64,7 +64,7 @@ def test_the_crop_is_torchvisions(width: int, height: int) -> None:
 
 
 def test_a_folder_is_read_in_the_order_of_classes_and_names(folder: Path) -> None:
-    dataset = image_files.folder(folder / "val", 64, CROP)
+    dataset = image_files.folder(folder / "val", (64, 64, 3), CROP)
     assert dataset.shape == (64, 64, 3) and dataset.classes == 10
     assert np.array_equal(np.bincount(dataset.labels), [2 + label % 2 for label in range(10)])
     batches = list(dataset.batches(7))
@@ -75,7 +75,7 @@ def test_a_folder_is_read_in_the_order_of_classes_and_names(folder: Path) -> Non
 
 
 def test_imagenet_of_tfds_is_decoded_and_cropped_like_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = image_files.folder(folder / "val", 64, CROP)
+    files = image_files.folder(folder / "val", (64, 64, 3), CROP)
     paths = sorted(path for path in (folder / "val").rglob("*") if path.suffix != ".txt" and path.is_file())
     records = [{"image": path.read_bytes(), "label": int(label)} for path, label in zip(paths, files.labels)]
 
@@ -123,13 +123,13 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Path) -> None:
     config = tiny.config(eval__dataset="folder", eval__data_dir=str(folder), eval__split="val")
     config.teacher.image, config.teacher.mean, config.teacher.std = (64, 64, 3), (0.5,) * 3, (0.2,) * 3
     config.teacher.classes = 1000
-    with pytest.raises(UserError, match=r"10 classes, the network takes .* knows 1000"):
+    with pytest.raises(UserError, match="holds 10 folders, and the network knows 1000 classes"):
         datasets.load(config, "val")
     with pytest.raises(UserError, match="one folder for each class"):
         datasets.load(config, "test")
     (folder / "val" / "n0003" / "a.JPEG").write_bytes(b"no jpeg")
     with pytest.raises(Exception, match=r"n0003/a.JPEG cannot be decoded"):
-        list(image_files.folder(folder / "val", 64, CROP).batches(8))
+        list(image_files.folder(folder / "val", (64, 64, 3), CROP).batches(8))
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"P5 99999 99999 255\n"])
@@ -152,3 +152,83 @@ def test_an_evaluation_batch_is_no_larger_than_the_data_and_its_progress_is_show
     config.eval.batch = 10**11
     with pytest.raises(UserError, match=r"config.eval.batch is .* at most 8388608"):
         config_lib.validate(config)
+
+
+def classes_of(path: Path, names: list[str], save=None) -> Path:
+    """A folder of classes, each with one image of its own colour."""
+    for i, name in enumerate(names):
+        (path / name).mkdir(parents=True)
+        image = Image.new("RGB", (32, 32), (10 * i, 0, 0))
+        (save or (lambda image, file: image.save(file)))(image, path / name / "a.png")
+    return path
+
+
+def test_class_folders_that_are_numbers_are_refused_where_text_and_number_order_them_differently(tmp_path: Path) -> None:
+    place = classes_of(tmp_path / "val", [str(i) for i in range(12)])
+    with pytest.raises(UserError, match="as text 10 comes before 2") as refused:
+        image_files.folder(place, (32, 32, 3), CROP)
+    assert "--config.eval.class_order=number" in str(refused.value)
+    first = lambda order: [
+        int(image[0, 0, 0]) // 10 for image in image_files.folder(place, (32, 32, 3), 1, order).read(np.arange(12))
+    ]
+    assert first("number") == list(range(12)) and first("name") == [0, 1, 10, 11, *range(2, 10)]
+    padded = classes_of(tmp_path / "padded", [f"{i:02d}" for i in range(12)])
+    assert image_files.folder(padded, (32, 32, 3), CROP).classes == 12
+    with pytest.raises(UserError, match="not all folders"):
+        image_files.folder(classes_of(tmp_path / "words", ["cat", "dog"]), (32, 32, 3), CROP, "number")
+
+
+def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path: Path) -> None:
+    place = classes_of(tmp_path / "val", ["a", "b", ".thumbnails"])
+    (place / "a" / "._a.png").write_bytes(b"a resource fork")
+    (place / "notes.png").write_bytes(b"not in a class")
+    dataset = image_files.folder(place, (32, 32, 3), CROP)
+    assert (dataset.classes, len(dataset.labels)) == (2, 2)
+    config = tiny.config(eval__dataset="folder", eval__data_dir=str(tmp_path), eval__split="val")
+    config.teacher.image, config.teacher.mean, config.teacher.std = (32, 32, 3), (0.5,) * 3, (0.2,) * 3
+    with pytest.raises(UserError, match="holds 2 folders, and the network knows 10 classes"):
+        datasets.load(config, "val")
+
+
+def test_a_network_of_one_channel_reads_folders_in_grey(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    place = classes_of(tmp_path / "val", ["a"], lambda image, file: Image.fromarray(colours).save(file))
+    (found,) = image_files.folder(place, (32, 32, 1), 1).read(np.arange(1))
+    assert found.shape == (32, 32, 1)
+    np.testing.assert_allclose(found[..., 0], colours @ [0.299, 0.587, 0.114], atol=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_a_pixel_become_eight_and_keep_their_values(tmp_path: Path, channels: int) -> None:
+    values = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    place = classes_of(tmp_path / "val", ["a"], lambda image, file: Image.fromarray(values).save(file))
+    (found,) = image_files.folder(place, (32, 32, channels), 1).read(np.arange(1))
+    np.testing.assert_allclose(found, np.repeat((values / 257)[..., None], channels, -1), atol=1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"), [("RGBA", "transparent in places"), ("LA", "transparent in places"), ("F", "32 bits a pixel")]
+)
+def test_an_image_whose_pixels_are_not_clear_is_refused_by_name(tmp_path: Path, mode: str, words: str) -> None:
+    image = Image.new(mode, (32, 32), 0 if mode == "F" else (7,) * len(mode))
+    suffix = "tif" if mode == "F" else "png"
+    place = classes_of(tmp_path / "val", ["a"], lambda _, file: image.save(file.with_suffix(f".{suffix}")))
+    with pytest.raises(UserError, match=rf"a\.{suffix} .*{words}"):
+        image_files.folder(place, (32, 32, 3), CROP).read(np.arange(1))
+
+
+def test_an_opaque_image_with_an_alpha_channel_is_read_as_it_is(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    opaque = np.concatenate([colours, np.full((32, 32, 1), 255, np.uint8)], -1)
+    place = classes_of(tmp_path / "val", ["a"], lambda _, file: Image.fromarray(opaque).save(file))
+    np.testing.assert_array_equal(image_files.folder(place, (32, 32, 3), 1).read(np.arange(1))[0], colours)
+
+
+def test_of_a_very_long_image_no_more_is_resized_than_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    resized = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest: resized.append(size) or resize(self, size, *rest))
+    strip = Image.fromarray(np.linspace(0, 255, 20_000).astype(np.uint8)[None].repeat(2, 0))
+    found = image_files.centre_crop(strip, 224, CROP)
+    assert found.shape == (224, 224) and max(resized[0]) <= 256 * 33
+    assert abs(int(found.mean()) - 127) <= 1  # the middle of the strip

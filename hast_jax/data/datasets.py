@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from hast_jax import paths
 from hast_jax.data import image_files
 from hast_jax.data.image_files import ImageFiles
 from hast_jax.errors import UserError
@@ -60,15 +60,21 @@ def load(config: ConfigDict, split: str) -> Dataset | None:
     if name == "none":
         return None
     dataset: Dataset
+    image = tuple(config.teacher.image)
     if name == "digits":
         dataset = _digits(split)
     elif name == "folder":
-        dataset = image_files.folder(Path(data_dir) / split, config.teacher.image[0], config.eval.crop)
+        dataset = image_files.folder(paths.local(data_dir) / split, image, config.eval.crop, config.eval.class_order)
     elif name == "imagenet2012":
-        dataset = _imagenet(split, data_dir, config.teacher.image[0], config.eval.crop)
+        dataset = _imagenet(split, data_dir, image, config.eval.crop)
     else:
         dataset = _cifar(name, split, data_dir)
-    image, classes = tuple(config.teacher.image), config.teacher.classes
+    classes = config.teacher.classes
+    if name == "folder" and dataset.classes != classes:
+        raise UserError(
+            f"{paths.local(data_dir) / split} holds {dataset.classes} folders, and the network knows {classes} classes: "
+            "it must hold one folder for each class and no others."
+        )
     if dataset.shape != image or dataset.classes != classes:
         raise UserError(
             f"{name} has images {dataset.shape} of {dataset.classes} classes, the network takes {image} and knows {classes}: "
@@ -127,14 +133,14 @@ def _cifar(name: str, split: str, data_dir: str) -> Arrays:
     return Arrays(images, np.asarray([record["label"] for record in records], np.int32), int(name.removeprefix("cifar")))
 
 
-def _imagenet(split: str, data_dir: str, size: int, crop: float) -> ImageFiles:
+def _imagenet(split: str, data_dir: str, image: tuple[int, ...], crop: float) -> ImageFiles:
     import tensorflow_datasets as tfds
 
     source = _tfds("imagenet2012", split, data_dir, decoders={"image": tfds.decode.SkipDecoding()})
     # Records hold their images too, gigabytes: many at once are read in parallel.
     chunks = (range(i, min(i + RECORDS_AT_ONCE, len(source))) for i in range(0, len(source), RECORDS_AT_ONCE))
     labels = np.asarray([record["label"] for chunk in chunks for record in source.__getitems__(chunk)], np.int32)
-    return ImageFiles(partial(_encoded, source), labels, 1000, size, crop)
+    return ImageFiles(partial(_encoded, source), labels, 1000, image, crop)
 
 
 def _encoded(source: Any, row: int) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import export as jax_export
 
-from hast_jax import networks
+from hast_jax import networks, paths
 from hast_jax.data.datasets import normalise
 from hast_jax.deliver import comparison, integers
 from hast_jax.deliver.comparison import Comparison, Judged
@@ -101,7 +101,7 @@ def export(
     sets = [comparison.judged(student, images), *([Judged("test images", *map(np.asarray, test))] if test is not None else [])]
     content, found = FORMATS[format].write(student, chosen, sets)
     comparison.refuse_difference(found.get("comparisons", ()), found.get("layers", {}))
-    path = Path(path).expanduser()
+    path = paths.local(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content)

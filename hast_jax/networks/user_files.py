@@ -4,11 +4,11 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 
+from hast_jax import paths
 from hast_jax.errors import InputError
 
 CLASSES = ("classes", "num_classes", "n_classes")  # what a constructor may call the number of logits
@@ -23,7 +23,7 @@ def is_own(name: str) -> bool:
 def load(name: str) -> Any:
     """What "FILE.py:NAME" names. Runs the file's code. Raises UserError where there is none."""
     file, _, attribute = name.rpartition(":")
-    path = Path(file).expanduser()
+    path = paths.local(file)
     # Python would load .pyc and .so files too, whose names `is_own` does not know.
     if not (is_own(name) and path.is_file()):
         raise InputError(f"the network {name!r} is not known and there is no file {file!r}: give FILE.py:CLASS.")

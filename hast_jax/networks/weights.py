@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from hast_jax import paths
 from hast_jax.errors import InputError, UserError
 from hast_jax.networks import flax_trees, keras_files, name_fit
 from hast_jax.networks import names as names_lib
@@ -248,7 +249,7 @@ def locate(name: str) -> Path:
     if not name:
         raise InputError("config.teacher.weights is empty: give the file of the trained network's weights.")
     path = Path(str(resources.files("hast_jax") / "teachers" / f"{name}.safetensors"))
-    path = path if name in BUILT_IN else Path(name).expanduser()
+    path = path if name in BUILT_IN else paths.local(name)
     if not path.exists():
         known = ", ".join(BUILT_IN)
         raise InputError(f"there is no weight file {path}: give the path of one, or one of the built-in teachers: {known}.")

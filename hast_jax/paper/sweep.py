@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
-from hast_jax import from_config, pipeline
+from hast_jax import from_config, paths, pipeline
 from hast_jax.errors import UserError, sentence
 from hast_jax.networks.weights import Variables
 from hast_jax.paper.experiments import Cell, effective
@@ -85,7 +85,7 @@ class Sweep:
         if changes.get("synthesis.images", 0) > self.config.synthesis.images:
             own["synthesis.images"] = changes["synthesis.images"]
         if not own and self.config.synthesis.source:
-            source = Path(self.config.synthesis.source)
+            source = paths.local(self.config.synthesis.source)
             RunFolder(source.parent).check_teacher(self.teacher, remember=False)
             return source
         if self.config.synthesis.source:
@@ -143,7 +143,7 @@ class Sweep:
 
 def _check_source(config: ConfigDict) -> None:
     """Raise UserError where the given set is not what the base would make: other cells would differ in more than they say."""
-    source = Path(config.synthesis.source)
+    source = paths.local(config.synthesis.source)
     images, _ = synthetic_set.load(source, tuple(config.teacher.image))
     _, made = run_folder.open_for_reading(source.parent)
     dicts = [config_lib.to_dict(c) for c in (made, config)]

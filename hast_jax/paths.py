@@ -1,0 +1,17 @@
+"""Paths that a person gives, in flags, in a config or in Python."""
+
+import re
+from pathlib import Path
+
+from hast_jax.errors import UserError
+
+
+def local(path: str | Path) -> Path:
+    """`path` on a file system of this machine, with the home folder in the place of `~`.
+
+    Raises UserError for the address of a bucket, such as gs://bucket/run: it would become a folder called "gs:".
+    """
+    address = re.match(r"([A-Za-z][\w+.-]+):/", str(path))
+    if address:
+        raise UserError(f"{path} is no path of this machine: give a folder here, or mount the {address[1]} storage as one.")
+    return Path(path).expanduser()
