@@ -56,7 +56,7 @@ ROOMS = {
     "data": Room(7, 650, 940, "real images, to judge by"),
     "method": Room(8, 20, 625, "the paper, as functions of arrays"),
 }
-COMMON = ("__init__", "errors", "kinds")  # of no room: what is known everywhere, and the list of public names
+COMMON = ("__init__", "errors", "kinds", "paths")  # of no room: what is known everywhere, and the list of public names
 
 
 def imports() -> set[Edge]:

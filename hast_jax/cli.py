@@ -1,12 +1,16 @@
 """What the commands share: flags, and every error that a person can mend ends in one sentence and exit status 1.
 
+A run that SIGTERM stopped ends with exit status 75: it is not finished, and the same command goes on with it.
+
 A command is a module with a docstring, `define_flags()` and `main(arguments)`. Its flags are defined when it is run, not when
 it is imported, so that several can be imported together.
 """
 
 import importlib
+import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +37,7 @@ COMMANDS = {
     "results": "results",
     "pretrain": "pretrain",
 }
+STOPPED = 75  # exit status of a run that saved and stopped on SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
 OUT_OF_MEMORY = (
     "the memory of a device is too small ({words}): set --config.synthesis.stack=1, --config.synthesis.remat=True with a small "
     "synthesis.micro_batch, --config.finetune.stream=True or a smaller finetune.batch or eval.batch."
@@ -94,12 +99,20 @@ def join(together: bool = True) -> None:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn `UserError`, and what the disk refuses, into one sentence on stderr and exit status 1."""
+    """Turn `UserError`, and what the disk refuses, into one sentence on stderr and exit status 1.
+
+    With the environment variable HAST_JAX_DEBUG, the traceback is printed before the sentence.
+    """
     try:
-        yield
+        try:
+            yield
+        except Exception:
+            if os.environ.get("HAST_JAX_DEBUG"):
+                traceback.print_exc()
+            raise
     except Stopped as stopped:
         print(f"hast_jax: {stopped}", file=sys.stderr)
-        sys.exit(0)
+        sys.exit(STOPPED)
     except UserError as error:
         _fail(str(error))
     except OSError as error:

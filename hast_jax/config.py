@@ -18,6 +18,7 @@ from hast_jax.cross_checks import CROSS_CHECKS
 from hast_jax.errors import InputError, UserError
 from hast_jax.fields import FIELDS
 from hast_jax.kinds import close, shown
+from hast_jax.networks import user_files
 
 # The recipe that loses least; docs/recipe.md says what each part gave. Without it a config has the paper's settings.
 BEST: dict[str, Any] = {
@@ -200,9 +201,15 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
         path, a, b = prefix + name, old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             lines += difference(a, b, path + ".")
-        elif a != b and path not in FREE_FIELDS:
+        elif a != b and path not in FREE_FIELDS and not (path == "teacher.network" and _same_class(a, b)):
             lines.append(f"{path}: {a!r} -> {b!r}")
     return lines
+
+
+def _same_class(network: Any, other: Any) -> bool:
+    """Whether two networks are classes of one name in files, which may have moved; a run knows what they compute."""
+    own = user_files.is_own(str(network)) and user_files.is_own(str(other))
+    return own and network.rpartition(":")[2] == other.rpartition(":")[2]
 
 
 def checksum(config: ConfigDict) -> int:

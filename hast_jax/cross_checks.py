@@ -25,7 +25,8 @@ def _images_have_one_origin(config: ConfigDict) -> Faults:
     if config.synthesis.source and split:
         yield "synthesis.real_split", "empty where synthesis.source is set"
     bases = lambda text: {part.split("[")[0].strip() for part in text.split("+")}
-    if bases(split) & (bases(config.eval.split) | {"all"}) - {""}:
+    learned, judged = bases(split) - {""}, bases(config.eval.split)
+    if learned and (learned & judged or "all" in learned | judged):
         yield "synthesis.real_split", "without images of the evaluation's split, eval.split"
 
 
@@ -67,10 +68,26 @@ def _steps_can_be_counted(config: ConfigDict) -> Faults:
         yield "finetune.lr_drops", f"epochs of at most {most}, or there are more steps than can be counted"
 
 
+def _losses_can_be_compared(config: ConfigDict) -> Faults:
+    if config.synthesis.return_to_best and config.synthesis.crop_probability > 0:
+        yield (
+            "synthesis.return_to_best",
+            "False where synthesis.crop_probability is above 0: the losses of two crops say nothing",
+        )
+
+
+def _promotion_has_a_direction(config: ConfigDict) -> Faults:
+    settings = config.finetune
+    if settings.direction == "fa" and settings.lam == 0 and settings.b > 0 and settings.eps > 0:
+        yield "finetune.direction", "kl or kl+fa where finetune.lam is 0, or no image would be promoted"
+
+
 CROSS_CHECKS: tuple[Callable[[ConfigDict], Faults], ...] = (
     _something_is_learned,
     _images_have_one_origin,
     _images_have_a_size,
     _batches_divide_images,
+    _losses_can_be_compared,
+    _promotion_has_a_direction,
     _steps_can_be_counted,
 )

@@ -32,6 +32,7 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", None, "Folder of the images (eval.data_dir), where it is not the run's.")
     flags.DEFINE_string("network", None, "FILE.py:CLASS of a network of your own, whose code is run.")
     flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names), whose code is run.")
+    flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), where they have moved.")
     flags.DEFINE_integer("devices", 0, "Local devices used; 0: all.", lower_bound=0)
 
 
@@ -54,17 +55,19 @@ def run(
     data_dir: str | None = None,
     network: str | None = None,
     names: str | None = None,
+    weights: str | None = None,
 ) -> Found:
     """The accuracies of teacher and student of a run folder. Raises UserError.
 
     dataset, split, data_dir: instead of those of the run's config.
+    weights: another place of the same weights.
     A network of one's own must be named by `network`, a function of one's own by `names`: code that a run folder names is never
     run, as it may be a stranger's.
     """
     folder, config = run_folder.open_for_reading(workdir)
     if config.teacher.network.endswith(GIVEN):
         raise UserError(f"the network of {workdir} was given in Python: load {folder.student} with hast_jax.load there.")
-    from_config.trust(config, workdir, network, names)
+    from_config.trust(config, workdir, network, names, weights)
     chosen = {"dataset": dataset, "split": split, "data_dir": data_dir}
     config.eval.update({name: value for name, value in chosen.items() if value is not None})
     config_lib.validate(config)
@@ -73,7 +76,7 @@ def run(
         raise UserError(f"{workdir} was run with config.eval.dataset none: name a data set with --dataset.")
     teacher, variables = from_config.teacher(config)
     student = from_config.student(config)
-    folder.check_teacher(variables, remember=False)
+    folder.check_teacher(variables, teacher.structure.program, remember=False)
     student_variables, steps = pipeline.restore_student(folder, variables, config, checkpoint, student)
     judge = lambda network: evaluator(lambda v, x: networks.apply(network, v, x)[0], images, config, devices, progress)
     full, quantized = judge(teacher)(variables), judge(student)(student_variables)
@@ -92,7 +95,7 @@ def main(_: list[str]) -> None:
         given = flags.FLAGS
         devices = parallel.setup(given.devices)
         console = Console(quiet=not parallel.is_main())
-        chosen = {name: given[name].value for name in ("dataset", "split", "data_dir", "network", "names")}
+        chosen = {name: given[name].value for name in ("dataset", "split", "data_dir", "network", "names", "weights")}
         with Bar(console) as progress:
             found = run(paths.local(given.workdir), given.checkpoint, devices, progress, **chosen)
         console.print(found.table)

@@ -64,7 +64,7 @@ def run(
         raise UserError(f"the run in {workdir} has not finished: give it the same command again, and export it then.")
     if config.teacher.network.endswith(GIVEN):
         raise UserError(f"the network of {workdir} was given in Python: load {folder.student} with hast_jax.load there.")
-    from_config.trust(config, workdir, network, config.teacher.names)  # weights are read from the student
+    from_config.trust(config, workdir, network, config.teacher.names, config.teacher.weights)  # the student has its own
     found = student.load(folder.student, from_config.module(config))
     if data_dir is not None:
         config.eval.data_dir = data_dir
@@ -76,7 +76,7 @@ def _synthetic(folder: run_folder.RunFolder, config: ConfigDict) -> np.ndarray |
     """Images that the student learned from; None where they are gone."""
     source = paths.local(config.synthesis.source) if config.synthesis.source else folder.synthetic
     try:
-        return np.asarray(synthetic_set.load(source, tuple(config.teacher.image))[0][:MOST_SYNTHETIC])
+        return np.asarray(synthetic_set.load(source, tuple(config.teacher.image), config.teacher.classes)[0][:MOST_SYNTHETIC])
     except UserError as error:
         warnings.warn(f"the file is checked on random images, as there are no synthetic ones ({error})", Notice, stacklevel=1)
         return None

@@ -84,11 +84,22 @@ FIELDS: dict[str, Field] = {
         "cifar100",
         "A built-in teacher (digits, cifar10, cifar100), or the path of a weight file (.safetensors, .npz, .msgpack, .pth, "
         ".h5, .keras) or of an Orbax folder.",
+        free=True,  # a run knows its weights by their content, and its network by what it computes: RunFolder.check_teacher
+        own=True,
     ),
     "teacher.names": Field(
         "",
         "A function in a file of yours, FILE.py:FUNCTION, that names each variable in a weight file.",
         holds(lambda value: not value or user_files.is_own(value), "FILE.py:FUNCTION"),
+        free=True,
+        own=True,
+    ),
+    "teacher.check": Field(
+        "",
+        "An .npz file with `images` and the `logits` that your own framework gives for them, in the order of Flax. They are "
+        "compared before any work.",
+        free=True,
+        own=True,
     ),
     "teacher.classes": Field(100, "Classes that the network tells apart.", count),
     "teacher.image": Field((32, 32, 3), "Height, width and channels of an image.", square),

@@ -5,15 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
-from hast_jax import networks
+from hast_jax import networks, paths
+from hast_jax.data.datasets import normalise
 from hast_jax.errors import UserError
 from hast_jax.fields import FULL_PRECISION
 from hast_jax.method import quantizer
 from hast_jax.networks import Network, rules, user_files, weights
+
+LOGITS_AGREE = 0.01  # as a share of the largest logit: frameworks round otherwise, and other networks differ by far more
 
 
 def module(config: ConfigDict) -> nn.Module:
@@ -22,18 +26,25 @@ def module(config: ConfigDict) -> nn.Module:
     return networks.module(config.teacher.network, config.teacher.classes, **arguments)
 
 
-def trust(config: ConfigDict, workdir: Path, network: str | None = None, names: str | None = None) -> None:
-    """Put the code that the person names into the config of a run folder.
+def trust(
+    config: ConfigDict, workdir: Path, network: str | None = None, names: str | None = None, moved: str | None = None
+) -> None:
+    """Put the code and the weights that the person names into the config of a run folder.
 
-    network: of `teacher.network`; names: of `teacher.names`. Raises UserError where the folder names code that the person does
-    not: it may be a stranger's, and is never run.
+    network: of `teacher.network`; names: of `teacher.names`; moved: the place of `teacher.weights`. Raises UserError where the
+    folder names code that the person does not: it may be a stranger's, and is never run.
     """
+    if moved is not None:
+        config.teacher.weights = moved
     for field, given in {"network": network, "names": names}.items():
         named = config.teacher[field]
         if given is not None:
             config.teacher[field] = given
         elif user_files.is_own(named):
             raise UserError(f"{workdir} names {named}, code of its maker's own: if you trust its code, add --{field}={named}.")
+    weights_path = config.teacher.weights
+    if moved is None and weights_path not in weights.BUILT_IN and not paths.local(weights_path).exists():
+        raise UserError(f"{workdir} was made with the weights {weights_path}, which are not there: name them with --weights.")
 
 
 def bare_teacher(config: ConfigDict, own: nn.Module | None = None) -> Network:
@@ -70,7 +81,37 @@ def teacher(config: ConfigDict) -> tuple[Network, weights.Variables]:
     names = user_files.load(config.teacher.names) if config.teacher.names else None
     if names is not None and not callable(names):
         raise UserError(f"config.teacher.names {config.teacher.names} is no function: it must give a name for each path.")
-    return network, weights.from_state_dict(network.module, state, tuple(config.teacher.image), names, network.call)
+    variables = weights.from_state_dict(network.module, state, tuple(config.teacher.image), names, network.call)
+    if config.teacher.check:
+        _compare(network, variables, paths.local(config.teacher.check), config)
+    return network, variables
+
+
+def _compare(network: Network, variables: weights.Variables, path: Path, config: ConfigDict) -> None:
+    """Raise UserError where the network does not give the logits that another framework gave.
+
+    path: of an .npz file with `images` [n, height, width, channels], uint8 or normalised, and `logits` [n, classes].
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images, wanted = file["images"], file["logits"]
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(
+            f"config.teacher.check {path} cannot be read ({error}): give an .npz file with images and logits."
+        ) from error
+    if images.ndim != 4 or images.shape[1:] != tuple(config.teacher.image) or wanted.shape != (len(images), network.classes):
+        shapes = f"images {images.shape} and logits {wanted.shape}"
+        expected = f"[n, {', '.join(map(str, config.teacher.image))}] and [n, {network.classes}]"
+        raise UserError(f"config.teacher.check {path} holds {shapes}: they must be {expected}.")
+    if images.dtype == np.uint8:
+        images = normalise(jnp.asarray(images), config.teacher.mean, config.teacher.std)
+    found = networks.apply(network, variables, jnp.asarray(images, jnp.float32))[0]
+    largest, size = float(np.abs(np.asarray(found) - wanted).max()), float(np.abs(wanted).max())
+    if not largest <= LOGITS_AGREE * max(size, 1.0):
+        raise UserError(
+            f"the network does not give the logits of {path}: they differ by up to {largest:.3g}, and are up to {size:.3g}; "
+            "see docs/your_network.md for what often differs (order of flattened features, padding, epsilon of batch norms)."
+        )
 
 
 def _network(config: ConfigDict, own: nn.Module | None, **settings: Any) -> Network:

@@ -134,7 +134,7 @@ def _prepare(
                 "run folder (on one file system?)": known,
             }
         )
-        parallel.on_main(lambda: storage.check_teacher(variables))
+        parallel.on_main(lambda: storage.check_teacher(variables, teacher.structure.program))
         parallel.on_main(lambda: storage.check_test(_checksum(dataset)))
     except BaseException:
         run_folder.release(workdir)
@@ -158,7 +158,7 @@ def _given_images(config: ConfigDict) -> Given | None:
     if settings.real_split:
         return datasets.sample(config, settings.images)
     if settings.source:
-        images, labels = synthetic_set.load(paths.local(settings.source), tuple(config.teacher.image))
+        images, labels = synthetic_set.load(paths.local(settings.source), tuple(config.teacher.image), config.teacher.classes)
         return images[: settings.images], labels[: settings.images]
     return None
 
@@ -229,7 +229,7 @@ def _held_out_images(config: ConfigDict) -> np.ndarray | None:
     """The images of `config.eval.held_out`, memory-mapped; None where it names none. Raises UserError for a missing set."""
     if not config.eval.held_out:
         return None
-    return synthetic_set.load(paths.local(config.eval.held_out), tuple(config.teacher.image))[0]
+    return synthetic_set.load(paths.local(config.eval.held_out), tuple(config.teacher.image), config.teacher.classes)[0]
 
 
 def _held_out(job: Job, variables: weights.Variables) -> dict[str, Any] | None:

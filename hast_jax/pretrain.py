@@ -117,6 +117,8 @@ def main(_: list[str]) -> None:
         except OSError as error:
             raise UserError(f"--output={output} cannot be written ({error.strerror}): choose another place.") from error
         variables = train(model, train_set, config, console.print)
+        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
+            raise UserError("the training diverged, and nothing is written: lower config.pretrain.lr.")
         evaluate = evaluator(lambda v, x: networks.apply(network, v, x)[0], test_set, config, devices, silent)
         top1 = evaluate(variables).top1
         recipe = ", ".join(f"{name} {value}" for name, value in config.pretrain.items())

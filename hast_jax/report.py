@@ -21,27 +21,36 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
     flags.DEFINE_float("average_bits", None, "Bits of a weight, for the bits by layer that are suggested.", MIN_BITS, MAX_BITS)
     flags.DEFINE_string("network", None, "FILE.py:CLASS of a network of your own, whose code is run.")
+    flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), where they have moved.")
     flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names), whose code is run.")
 
 
-def run(workdir: Path, average_bits: float | None = None, *, network: str | None = None, names: str | None = None) -> Path:
+def run(
+    workdir: Path,
+    average_bits: float | None = None,
+    *,
+    network: str | None = None,
+    names: str | None = None,
+    weights: str | None = None,
+) -> Path:
     """Write the report of a finished run; returns the path of report.html. Raises UserError.
 
+    weights: another place of the same weights.
     A network of one's own must be named by `network`, a function of one's own by `names`: code that a run folder names is never
     run, as it may be a stranger's.
     """
     folder, config = run_folder.open_for_reading(workdir)
     if config.teacher.network.endswith(GIVEN):
         raise UserError(f"the network of {workdir} was given in Python: its report is written by the run itself.")
-    from_config.trust(config, workdir, network, names)
+    from_config.trust(config, workdir, network, names, weights)
     if folder.read_result() is None:
         raise UserError(f"the run in {workdir} has not finished: give it the same command again.")
     teacher, variables = from_config.teacher(config)
-    folder.check_teacher(variables, remember=False)
+    folder.check_teacher(variables, teacher.structure.program, remember=False)
     source = paths.local(config.synthesis.source) if config.synthesis.source else folder.synthetic
     if config.synthesis.real_split:
         raise UserError(f"{workdir} learned from real images, which it does not hold: only the run itself writes its report.")
-    images = synthetic_set.load(source, tuple(config.teacher.image))[0]
+    images = synthetic_set.load(source, tuple(config.teacher.image), config.teacher.classes)[0]
     report.write(folder, student.load(folder.student, teacher.module), (teacher, variables), images, average_bits)
     return folder.report
 
@@ -52,7 +61,8 @@ def main(_: list[str]) -> None:
         cli.join(together=False)
         given = flags.FLAGS
         parallel.setup(1)
-        path = run(paths.local(given.workdir), given.average_bits, network=given.network, names=given.names)
+        chosen = {name: given[name].value for name in ("network", "names", "weights")}
+        path = run(paths.local(given.workdir), given.average_bits, **chosen)
         print(path)
 
 

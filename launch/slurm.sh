@@ -5,7 +5,7 @@
 #
 # It needs '.[cuda]', and '.[torch]' for .pth weights, in .venv. The run folder must be on a file system that all machines see. Two
 # minutes before its time is up the job gets SIGTERM, to save at the next step that is logged; where that comes too late, in a long
-# evaluation, the last epoch is what is kept. The same command goes on, on any number of GPUs that divides finetune.batch; change
+# evaluation, the last epoch is what is kept. A job that was stopped so ends with status 75. The same command goes on, on any number of GPUs that divides finetune.batch; change
 # --gres and --ntasks-per-node together where a machine has not 4.
 #SBATCH --job-name=hast_jax
 #SBATCH --gres=gpu:4

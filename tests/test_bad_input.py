@@ -14,6 +14,7 @@ import tiny
 
 from hast_jax.errors import UserError
 from hast_jax.runs import synthetic_set
+from hast_jax.runs.checkpoint import Checkpoints
 
 
 def test_a_corrupt_synthetic_set_is_noticed(copy: Path) -> None:
@@ -73,7 +74,49 @@ def test_a_foreign_synthetic_set_of_the_wrong_shape_is_refused(tmp_path: Path) -
     np.save(tmp_path / "images.npy", np.zeros((100, 3, 32, 32), np.float32))
     np.save(tmp_path / "labels.npy", np.zeros(100, np.int32))
     with pytest.raises(UserError, match=r"the network needs float32 images \[n, 8, 8, 1\]"):
-        synthetic_set.load(tmp_path, (8, 8, 1))
+        synthetic_set.load(tmp_path, (8, 8, 1), 10)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda images, labels: images.__setitem__((7, 0, 0, 0), np.nan), "image 7 of .* not finite"),
+        (lambda images, labels: labels.__setitem__(3, 10), "label 3 of .* is 10: labels must be from 0 to 9"),
+        (lambda images, labels: labels.__setitem__(3, -1), "label 3 of .* is -1: labels must be from 0 to 9"),
+    ],
+)
+def test_values_of_a_foreign_set_that_nothing_can_be_learned_from_are_named(tmp_path: Path, spoil, words: str) -> None:
+    images, labels = np.zeros((300, 8, 8, 1), np.float32), np.zeros(300, np.int32)
+    spoil(images, labels)
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "labels.npy", labels)
+    with pytest.raises(UserError, match=words):
+        synthetic_set.load(tmp_path, (8, 8, 1), 10)
+    np.save(tmp_path / "labels.npy", labels.astype(np.float32))
+    with pytest.raises(UserError, match=r"labels of .* are float32: they must be whole numbers"):
+        synthetic_set.load(tmp_path, (8, 8, 1), 10)
+
+
+def test_a_checkpoint_that_cannot_be_read_for_now_is_not_passed_over(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Checkpoints, "_restore", fail)
+    (copy / "result.json").unlink()
+    with pytest.raises(UserError, match=r"cannot be read now \(.*[Ss]tale.*\): run the same command again later"):
+        tiny.run(copy)
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run"])
+def test_the_address_of_a_bucket_is_refused_before_anything_is_made(tmp_path: Path, address: str) -> None:
+    for flag in (f"--workdir={address}", "--config.synthesis.source=" + address, "--config.teacher.weights=" + address):
+        done = subprocess.run(
+            [*tiny.command(tmp_path / "run"), flag], cwd=tmp_path, env=tiny.environment(), capture_output=True, text=True
+        )
+        assert (
+            done.returncode == 1 and f"{address} is no path of this machine" in done.stderr and "Traceback" not in done.stderr
+        )
+        assert not list(tmp_path.iterdir())
 
 
 def truncate_checkpoint(folder: Path) -> None:
@@ -106,7 +149,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
 def test_when_every_checkpoint_is_damaged_the_run_says_what_to_delete(copy: Path) -> None:
     for path in (copy / "checkpoints" / "latest").iterdir():
         truncate_checkpoint(path)
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged: delete"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(.*\): where"):
         tiny.run(copy)
 
 

@@ -329,7 +329,10 @@ def test_every_help_is_a_sentence_or_several() -> None:
 
 
 def test_what_differs_between_processes_may_change_and_both_are_as_described() -> None:
-    assert set(config_lib.OWN_FIELDS) == {"devices", "synthesis.source", "eval.data_dir", "eval.held_out"}
+    assert set(config_lib.OWN_FIELDS) == {
+        *("devices", "synthesis.source", "eval.data_dir", "eval.held_out"),
+        *("teacher.weights", "teacher.names", "teacher.check"),
+    }
     assert set(config_lib.OWN_FIELDS) < set(config_lib.FREE_FIELDS) and "fast_convolution" not in config_lib.FREE_FIELDS
 
 

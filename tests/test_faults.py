@@ -22,13 +22,13 @@ def start(workdir: Path) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(("stage", "step"), [pytest.param("synthesis", 20, marks=pytest.mark.slow), ("finetune", 5)])
-def test_sigterm_saves_and_ends_the_run_with_status_0(finished: Path, tmp_path: Path, stage: str, step: int) -> None:
+def test_sigterm_saves_and_ends_the_run_with_a_status_of_its_own(finished: Path, tmp_path: Path, stage: str, step: int) -> None:
     workdir = tmp_path / "run"
     process = start(workdir)
     tiny.wait_until(process, tiny.logged(workdir, stage, step))
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "the same command goes on where it was" in errors and "Traceback" not in errors
+    assert process.returncode == 75 and "the same command goes on where it was" in errors and "Traceback" not in errors
     assert not (workdir / "result.json").exists()
     saved = workdir / "checkpoints" / ("latest" if stage == "finetune" else "synthesis")
     assert any(int(path.name) >= step for path in saved.iterdir() if path.name.isdigit())

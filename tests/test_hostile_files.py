@@ -136,5 +136,5 @@ def test_a_checkpoint_with_other_shapes_is_passed_over_before_it_is_read(
         if whole:
             assert checkpoints.restore(like, rows)["a"].shape == shape
         else:
-            with pytest.raises(UserError, match="every checkpoint"):
+            with pytest.raises(UserError, match="no checkpoint"):
                 checkpoints.restore(like, rows)

@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_other_devices_and_processes(alone: Path, tmp_path: P
     )
     tiny.wait_until(process, tiny.logged(workdir, "synthesis", 15))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0 and not (workdir / "ranges.json").exists()
+    assert process.wait(60) == 75 and not (workdir / "ranges.json").exists()
     saved = [int(path.name) for path in (workdir / "checkpoints" / "synthesis").iterdir() if path.name.isdigit()]
     assert max(saved) > 0
     processes = two_processes(workdir)
@@ -159,7 +159,7 @@ def test_one_of_two_processes_writes_the_report(tmp_path: Path) -> None:
         ("finetune", "latest", "--config.finetune.epochs=500"),
     ],
 )
-def test_sigterm_to_one_process_or_both_saves_and_ends_both_with_status_0(
+def test_sigterm_to_one_process_or_both_saves_and_ends_both_with_status_75(
     tmp_path: Path, stage: str, folder: str, length: str, to: tuple[int, ...]
 ) -> None:
     """The runs are long, so that the signal comes in the middle."""
@@ -169,7 +169,7 @@ def test_sigterm_to_one_process_or_both_saves_and_ends_both_with_status_0(
     for index in to:
         processes[index].send_signal(signal.SIGTERM)
     ends = end(processes)
-    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert [status for status, _, _ in ends] == [75, 75], ends
     assert all("the same command goes on" in errors for _, _, errors in ends), ends
     assert not (workdir / "result.json").exists()
     assert any(path.name.isdigit() and int(path.name) > 0 for path in (workdir / "checkpoints" / folder).iterdir())

@@ -249,7 +249,9 @@ def test_a_forged_file_is_refused_in_one_sentence_without_filling_the_memory(tmp
         pytest.importorskip("h5py", reason=H5PY)
     path = FORGED[kind](tmp_path / "forged")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match=r"cannot be read as .*; copy or download it again.$") as error:
+    with pytest.raises(
+        UserError, match=r"cannot be read as .*; where the file is damaged, copy or download it again.$"
+    ) as error:
         weights.read(path)
     assert "\n" not in str(error.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # KiB

@@ -144,3 +144,97 @@ def test_a_network_of_ones_own_is_checked_before_its_weights_are_read(tmp_path: 
     config = tiny.config(teacher__network=f"{tmp_path}/net.py:DenseNet", teacher__weights="nowhere.safetensors")
     with pytest.raises(UserError, match=r"has no nn\.BatchNorm"):
         from_config.teacher(config)
+
+
+# --- What may move, and what may not change ---
+
+
+OWN = """
+import flax.linen as nn
+
+class Net(nn.Module):
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(True)(nn.Conv(8, (3, 3))(x))
+        return nn.Dense(self.classes)(ACTIVATION(x).mean((1, 2)))
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A network in a file, and its weights."""
+    (tmp_path / "net.py").write_text(OWN.replace("ACTIVATION", "nn.relu"))
+    module = user_files.make(f"{tmp_path}/net.py:Net", 10, {})
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    save_file(flatten_dict(variables, sep="/"), tmp_path / "net.safetensors")
+    return tmp_path
+
+
+def quantize_own(place: Path, *arguments: str, workdir: Path | None = None) -> tuple[int, str, str]:
+    fields = {"teacher.network": f"{place}/net.py:Net", "teacher.weights": f"{place}/net.safetensors", "finetune.lam": 0.0}
+    done = tiny.call(
+        tiny.command(workdir or place / "run", *(f"--config.{name}={value}" for name, value in fields.items()), *arguments)
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_weights_and_network_may_move_and_the_network_may_not_compute_something_else(own: Path, tmp_path: Path) -> None:
+    status, _, errors = quantize_own(own)
+    assert status == 0, errors
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("net.py", "net.safetensors"):
+        (own / name).rename(moved / name)
+    network = f"--network={moved}/net.py:Net"
+    done = tiny.call(tiny.evaluate(own / "run", network))
+    assert done.returncode == 1 and "which are not there: name them with --weights" in done.stderr
+    done = tiny.call(tiny.evaluate(own / "run", network, f"--weights={moved}/net.safetensors"))
+    assert done.returncode == 0, done.stderr
+    (own / "run" / "result.json").unlink()
+    status, _, errors = quantize_own(moved, workdir=own / "run")
+    assert status == 0, errors
+    (moved / "net.py").write_text(OWN.replace("ACTIVATION", "nn.gelu"))
+    for done in (
+        quantize_own(moved, workdir=own / "run")[::2],
+        (
+            (ended := tiny.call(tiny.evaluate(own / "run", network, f"--weights={moved}/net.safetensors"))).returncode,
+            ended.stderr,
+        ),
+    ):
+        assert done[0] == 1 and "computes something else: its code was changed since" in done[1]
+    (moved / "net.py").write_text("# a comment\n" + OWN.replace("ACTIVATION", "nn.relu"))
+    status, _, errors = quantize_own(moved, workdir=own / "run")
+    assert status == 0, errors
+
+
+def test_logits_of_another_framework_are_compared_before_any_work(own: Path) -> None:
+    module, images = user_files.make(f"{own}/net.py:Net", 10, {}), np.random.default_rng(0).normal(size=(4, 8, 8, 1))
+    state, _ = weights.read(own / "net.safetensors")
+    variables = weights.from_state_dict(module, state, (8, 8, 1))
+    logits = np.asarray(module.apply(variables, images.astype(np.float32)))
+    config = tiny.config(teacher__network=f"{own}/net.py:Net", teacher__weights=f"{own}/net.safetensors")
+    config.teacher.check = f"{own}/check.npz"
+    with pytest.raises(UserError, match=r"check.npz cannot be read"):
+        from_config.teacher(config)
+    np.savez(own / "check.npz", images=images, logits=logits)
+    from_config.teacher(config)
+    np.savez(own / "check.npz", images=images, logits=logits[:, ::-1])
+    with pytest.raises(UserError, match=r"does not give the logits of .*: they differ by up to"):
+        from_config.teacher(config)
+    np.savez(own / "check.npz", images=images.transpose(0, 3, 1, 2), logits=logits)
+    with pytest.raises(UserError, match=r"they must be \[n, 8, 8, 1\] and \[n, 10\]"):
+        from_config.teacher(config)
+
+
+def test_a_running_variance_may_be_negative_within_epsilon_and_not_beyond(own: Path) -> None:
+    module = user_files.make(f"{own}/net.py:Net", 10, {})
+    state, _ = weights.read(own / "net.safetensors")
+    name = "batch_stats/BatchNorm_0/var"
+    state = {key: np.array(value) for key, value in state.items()}
+    state[name][3] = -5e-6
+    weights.from_state_dict(module, state, (8, 8, 1))
+    state[name][3] = -2e-5
+    with pytest.raises(UserError, match=f"{name} holds a variance below zero"):
+        weights.from_state_dict(module, state, (8, 8, 1))

@@ -148,14 +148,20 @@ def _encoded(source: Any, row: int) -> bytes:
 
 
 def _tfds(name: str, split: str, data_dir: str, **options: Any) -> Any:
-    import tensorflow_datasets as tfds
-
+    folder = os.path.expanduser(data_dir) or "the default folder of TFDS"
     try:
-        return tfds.data_source(name, split=split, data_dir=data_dir or None, download=False, **options)
-    except Exception as error:  # TFDS raises many kinds where data are missing or were prepared otherwise
+        import tensorflow_datasets as tfds
+
+        return tfds.data_source(name, split=split, data_dir=os.path.expanduser(data_dir) or None, download=False, **options)
+    except ImportError as error:
+        raise UserError(f"TFDS cannot be used, as a package is missing ({error}): install that package.") from error
+    except (AssertionError, FileNotFoundError, NotImplementedError, tfds.core.DatasetNotFoundError) as error:
         place = f" --data_dir={data_dir}" if data_dir else ""
         raise UserError(
-            f"the {split} split of {name} is not in {data_dir or 'the default folder of TFDS'}: prepare it once with "
+            f"the {split} split of {name} is not in {folder}, or not as array_record: prepare it once with "
             f"pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{place}, "
             f"or set --config.eval.dataset=none to run without evaluation."
         ) from error
+    except Exception as error:  # TFDS raises many kinds; what is not known is said as it is
+        words = str(error).strip().split("\n")[0]
+        raise UserError(f"TFDS cannot read the {split} split of {name} in {folder}: {type(error).__name__}: {words}") from error

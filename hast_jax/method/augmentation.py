@@ -56,7 +56,8 @@ def random_resized_crop_and_flip(
         rows, columns = jax.vmap(lambda k: _matrices(k, images.shape[1], scale, ratio))(key)
     shape = (images.shape[0], *rows.shape[1:])
     rows, columns = (jnp.broadcast_to(matrix, shape).astype(images.dtype) for matrix in (rows, columns))
-    return jnp.einsum("biy,byxc,bjx->bijc", rows, images, columns)
+    # An accelerator would round the images to bfloat16 here, and no config says so.
+    return jnp.einsum("biy,byxc,bjx->bijc", rows, images, columns, precision=jax.lax.Precision.HIGHEST)
 
 
 def _matrices(key: Array, size: int, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[Array, Array]:

@@ -1,9 +1,12 @@
 """Which values of a traced network depend on which: what the layers of a stranger's network read and where its branches end."""
 
+import re
+import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend import core as jax_core
 
 INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # where primitives that only call another function keep it
@@ -21,12 +24,14 @@ class Operation(NamedTuple):
 class Graph:
     """A traced function as a list of operations in order; functions that it calls are written out in their place.
 
-    inputs, outputs: the numbers of its arguments and results, in the order of their leaves.
+    inputs, outputs: the numbers of its arguments and results, in the order of their leaves. checksum: of what it computes;
+    other versions of JAX write the same function in another way.
     """
 
     def __init__(self, traced: Any):
         """traced: what `jax.make_jaxpr` gives."""
         self.operations: list[Operation] = []
+        self.checksum = _checksum(traced)
         self._values = 0
         numbers: dict[Any, int] = {}
         for variable in (*traced.jaxpr.constvars, *traced.jaxpr.invars):
@@ -87,6 +92,14 @@ def trace(function: Any, *arguments: Any) -> tuple[Graph, Any]:
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     graph = Graph(traced)
     return graph, jax.tree.unflatten(jax.tree.structure(shapes), graph.outputs)
+
+
+def _checksum(traced: Any) -> int:
+    text = re.sub(r"0x[0-9a-f]+", "", str(traced))  # without addresses in memory
+    total = zlib.crc32(text.encode())
+    for each in traced.consts:
+        total = zlib.crc32(np.asarray(each).tobytes(), total)
+    return total
 
 
 def _name(equation: Any) -> str:

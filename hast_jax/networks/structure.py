@@ -68,6 +68,7 @@ class Structure(NamedTuple):
 
     marks: calls of `Activation`. norms: calls of batch norms. branches: calls of batch norms whose outputs end a branch.
     others: paths in `params` of matrices that no layer owns. classes: the number of logits. collections: of its variables.
+    program: the checksum of what it computes (`graph.Graph`).
     """
 
     layers: tuple[Layer, ...]
@@ -78,6 +79,7 @@ class Structure(NamedTuple):
     others: tuple[Path, ...]
     classes: int
     collections: tuple[str, ...]
+    program: int
 
 
 def inference_arguments(module: nn.Module) -> dict[str, Any]:
@@ -158,6 +160,7 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         tuple(path for path in matrices if path not in kernels),
         seen.classes,
         tuple(variables),
+        traced.checksum,
     )
 
 

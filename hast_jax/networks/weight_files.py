@@ -52,7 +52,9 @@ def read(path: Path) -> tuple[StateDict, Metadata]:
         raise
     except Exception as error:  # each library raises its own on a damaged file
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
-        raise UserError(f"{path} cannot be read as {kind}: {reason}; copy or download it again.") from error
+        raise UserError(
+            f"{path} cannot be read as {kind}: {reason}; where the file is damaged, copy or download it again."
+        ) from error
 
 
 def write(path: Path, state: StateDict, metadata: Mapping[str, str]) -> None:

@@ -5,7 +5,7 @@ Flax's layout; any other array is in PyTorch's (convolutions OIHW, linear layers
 those of weight_files.py; they are written as `.safetensors`, which can hold no code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -163,7 +163,8 @@ def from_state_dict(
             faults.append(str(fault))
     behind = f", without the {fit.prefix!r} before each name," if fit.prefix else ""
     _refuse(f"the weights{behind} do not fit the network", faults)
-    damages = [_damage(name, chosen[ours], variables[chosen[ours]]) for name, ours in sorted(fit.pairs.items())]
+    epsilon = partial(_epsilon, model, image, call)
+    damages = [_damage(name, chosen[ours], variables[chosen[ours]], epsilon) for name, ours in sorted(fit.pairs.items())]
     _refuse("the weights are damaged", [clause for clause in damages if clause])
     return unflatten_dict(variables)
 
@@ -210,13 +211,27 @@ def _variable(name: str, ours: str, array: np.ndarray, wanted: Shape) -> jax.Arr
     return jnp.asarray(converted, jnp.promote_types(converted.dtype, jnp.float32))
 
 
-def _damage(name: str, path: tuple[str, ...], value: jax.Array) -> str | None:
-    """A clause about values with which no network computes anything."""
+def _damage(name: str, path: tuple[str, ...], value: jax.Array, epsilon: Callable[[tuple[str, ...]], float]) -> str | None:
+    """A clause about values with which no network computes anything. epsilon: of the batch norm that has a variable."""
     if not np.isfinite(value).all():
         return f"{name} holds numbers that are not finite"
-    if path[0] == "batch_stats" and path[-1] == "var" and np.any(np.asarray(value) < 0):
+    if path[0] == "batch_stats" and path[-1] == "var" and np.any(np.asarray(value) < 0) and np.min(value) <= -epsilon(path):
         return f"{name} holds a variance below zero"
     return None
+
+
+def _epsilon(model: nn.Module, image: Shape, call: Mapping[str, Any], path: tuple[str, ...]) -> float:
+    """What the batch norm with the variable of this path adds to its variance; zero where none is found."""
+    found: dict[tuple[str, ...], float] = {}
+
+    def note(function: Any, arguments: Any, named: Any, context: Any) -> Any:
+        if isinstance(context.module, nn.BatchNorm):
+            found[context.module.path] = context.module.epsilon
+        return function(*arguments, **named)
+
+    with nn.intercept_methods(note):
+        abstract_variables(model, image, call)
+    return found.get(path[1:-1], 0.0)
 
 
 def _refuse(what: str, faults: list[str]) -> None:

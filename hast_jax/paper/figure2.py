@@ -44,7 +44,7 @@ def base(sweep: Sweep) -> Base:
     folder, config = open_for_reading(sweep.path(cell, seed))
     teacher, variables = from_config.teacher(config)
     student = from_config.student(config)
-    images, labels = synthetic_set.load(sweep.images({}, seed), tuple(config.teacher.image))
+    images, labels = synthetic_set.load(sweep.images({}, seed), tuple(config.teacher.image), config.teacher.classes)
     most = max(BATCHES * config.finetune.batch, HESSIAN_IMAGES)  # that are looked at
     count = min(most, config.synthesis.images)
     constants = jnp.asarray(images[:count]), jnp.asarray(labels[:count])

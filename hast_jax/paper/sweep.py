@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from hast_jax import config as config_lib
 from hast_jax import from_config, paths, pipeline
 from hast_jax.errors import UserError, sentence
+from hast_jax.fields import FIELDS
 from hast_jax.networks.weights import Variables
 from hast_jax.paper.experiments import Cell, effective
 from hast_jax.runs import run_folder, synthetic_set
@@ -144,7 +145,7 @@ class Sweep:
 def _check_source(config: ConfigDict) -> None:
     """Raise UserError where the given set is not what the base would make: other cells would differ in more than they say."""
     source = paths.local(config.synthesis.source)
-    images, _ = synthetic_set.load(source, tuple(config.teacher.image))
+    images, _ = synthetic_set.load(source, tuple(config.teacher.image), config.teacher.classes)
     _, made = run_folder.open_for_reading(source.parent)
     dicts = [config_lib.to_dict(c) for c in (made, config)]
     old, new = ({name: c[name] for name in ("seed", "teacher", "synthesis")} for c in dicts)
@@ -155,5 +156,14 @@ def _check_source(config: ConfigDict) -> None:
 
 
 def _name(changes: dict[str, Any]) -> str:
-    text = lambda value: f"{value:g}" if isinstance(value, int | float) else str(value)
-    return ",".join(f"{path.split('.')[-1]}={text(value)}" for path, value in sorted(changes.items())) or "base"
+    """The name of a cell's folder: each field that it changes, and the value; other changes have another name."""
+    last = [path.split(".")[-1] for path in FIELDS]
+    short = lambda path: path.split(".")[-1] if last.count(path.split(".")[-1]) == 1 else path
+    return ",".join(f"{short(path)}={_value(value)}" for path, value in sorted(changes.items())) or "base"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    brief = f"{value:g}"
+    return brief if float(brief) == value else repr(value)

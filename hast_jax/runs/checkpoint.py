@@ -1,5 +1,6 @@
 """The only room that knows Orbax: saving a tree of arrays by step, and restoring the newest that is whole."""
 
+import errno
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from hast_jax.errors import CheckpointWarning, UserError
 from hast_jax.runs.files import crc32
 
+NOT_DAMAGED = (errno.EACCES, errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)  # of a file system that fails for now
 DISK_MARGIN = 2**20  # bytes beside the arrays of a checkpoint
 
 
@@ -57,10 +59,21 @@ class Checkpoints:
             try:
                 return self._restore(step, like, rows)
             except Exception as error:  # Orbax and TensorStore raise many kinds on damaged files
-                words = f"checkpoint {self._folder}/{step} is damaged and passed over: {_first_line(error)}"
-                warnings.warn(f"{words}.", CheckpointWarning, stacklevel=2)
+                words = _first_line(error)
+                if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_DAMAGED:
+                    raise UserError(
+                        f"checkpoint {self._folder}/{step} cannot be read now ({words}): run the same command again later."
+                    ) from error
+                warnings.warn(
+                    f"checkpoint {self._folder}/{step} cannot be read and is passed over: {words}.",
+                    CheckpointWarning,
+                    stacklevel=2,
+                )
         if steps:
-            raise UserError(f"every checkpoint in {self._folder} is damaged: delete that folder to start this stage anew.")
+            raise UserError(
+                f"no checkpoint in {self._folder} can be read ({words}): where that cannot be mended, delete that folder to "
+                "start this stage anew."
+            )
         return None
 
     def restore_each(self, like: Any) -> Iterator[tuple[int, Any]]:
@@ -69,7 +82,9 @@ class Checkpoints:
             try:
                 yield step, self._restore(step, like, None)
             except Exception as error:  # as above
-                words = f"checkpoint {self._folder}/{step} is damaged ({_first_line(error)}): delete the run and repeat it."
+                words = (
+                    f"checkpoint {self._folder}/{step} cannot be read ({_first_line(error)}): repeat the run in another folder."
+                )
                 raise UserError(words) from error
 
     def _restore(self, step: int, like: Any, rows: int | None) -> Any:
@@ -96,4 +111,4 @@ class Checkpoints:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]

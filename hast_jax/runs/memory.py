@@ -35,7 +35,7 @@ class MemoryRun:
     def check_images(self, images: np.ndarray, labels: np.ndarray) -> None:
         """A run in memory has but one set of images."""
 
-    def check_teacher(self, variables: Tree, remember: bool = True) -> None:
+    def check_teacher(self, variables: Tree, program: int | None = None, remember: bool = True) -> None:
         """A run in memory has but one teacher."""
 
     def teacher_accuracy(self) -> dict[str, float] | None:

@@ -76,15 +76,24 @@ class RunFolder:
         elif read_json(self.images) != found:
             raise UserError(f"{self} began with other images: use another --workdir, or the images it began with.")
 
-    def check_teacher(self, variables: Tree, remember: bool = True) -> None:
-        """Remember the teacher that this run follows, or raise UserError where it began with another of the same name."""
-        found = crc32(variables)
+    def check_teacher(self, variables: Tree, program: int | None = None, remember: bool = True) -> None:
+        """Remember the teacher that this run follows, or raise UserError where it began with another one.
+
+        program: the checksum of what the network computes (`Structure.program`), which is compared within one version of JAX.
+        """
+        found = {"crc32": crc32(variables), "program": program, "jax": jax.__version__}
         if self.teacher.exists():
             known = read_json(self.teacher)
-            if not isinstance(known, dict) or known.get("crc32") != found:
+            if not isinstance(known, dict) or known.get("crc32") != found["crc32"]:
                 raise UserError(f"{self} began with a teacher of other weights: use another --workdir, or those weights.")
+            before = known.get("program")
+            if None not in (before, program) and known["jax"] == found["jax"] and before != program:
+                raise UserError(
+                    f"{self} began with a network that computes something else: its code was changed since; "
+                    "use another --workdir, or that code."
+                )
         elif remember:
-            write_json(self.teacher, {"crc32": found})
+            write_json(self.teacher, found)
 
     def check_test(self, checksum: int | None) -> None:
         """Remember the real images that this run is judged by (None: none), or raise UserError where it began with others."""

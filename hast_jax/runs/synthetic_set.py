@@ -17,6 +17,8 @@ import numpy as np
 from hast_jax.errors import UserError
 from hast_jax.runs.files import crc32, write_json
 
+AT_ONCE = 256  # images that are looked at together
+
 
 class SyntheticSet:
     """Batches of synthetic images in a folder. `batches`: how many there are, done or not."""
@@ -69,10 +71,11 @@ class SyntheticSet:
         write_json(self._index_path, {"batch": self.batch, "done": {str(b): c for b, c in self._done.items()}})
 
 
-def load(folder: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+def load(folder: Path, shape: tuple[int, int, int], classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of a finished set that another run or tool made, whatever their number.
 
-    A folder without `index.json` is taken as it is. Raises UserError where files are missing, damaged or misshapen.
+    classes: how many there are. A folder without `index.json` is taken as it is. Raises UserError where files are missing,
+    damaged or misshapen, or hold values that no network can learn from.
     """
     images_path, labels_path, index_path = (folder / name for name in ("images.npy", "labels.npy", "index.json"))
     try:
@@ -89,7 +92,22 @@ def load(folder: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndar
         missing = -(-len(images) // batch) - len(done)
         if missing or _first_damaged(images, labels, batch, done) is not None:
             raise UserError(f"the synthetic set {folder} is unfinished or damaged: use another config.synthesis.source.")
+    _refuse_values(folder, images, labels, classes)
     return images, labels
+
+
+def _refuse_values(folder: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
+    """Raise UserError for the first label that is no class, and for the first image with a value that is not finite."""
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"the labels of {folder} are {labels.dtype}: they must be whole numbers, the index of each class.")
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        said = f"label {wrong[0]} of {folder} is {labels[wrong[0]]}"
+        raise UserError(f"{said}: labels must be from 0 to {classes - 1}, as the network knows {classes} classes.")
+    for start in range(0, len(images), AT_ONCE):
+        finite = np.isfinite(images[start : start + AT_ONCE]).all((1, 2, 3))
+        if not finite.all():
+            raise UserError(f"image {start + int(np.argmin(finite))} of {folder} holds values that are not finite.")
 
 
 def _first_damaged(images: np.ndarray, labels: np.ndarray, batch: int, done: dict[int, int]) -> int | None:
