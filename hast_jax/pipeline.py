@@ -20,6 +20,7 @@ from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.deliver.pictures import save_picture
 from hast_jax.errors import AccuracyWarning, Notice, UserError, sentence
+from hast_jax.method import losses
 from hast_jax.networks import weights
 from hast_jax.runs import parallel, run_folder, synthetic_set
 from hast_jax.runs.files import crc32
@@ -115,6 +116,7 @@ def _prepare(
         raise UserError("the network has no batch norms whose outputs could be aligned: set finetune.lam to 0.")
     if given is not None:
         _check_enough(config, len(given[0]))
+    _refuse_overflow(teacher, variables, tuple(config.teacher.image))
     _held_out_images(config)
     recorder = Recorder(workdir, progress, writing=parallel.is_main())
     job = lambda storage: Job(config, devices, storage, recorder, teacher, student, variables)
@@ -140,6 +142,22 @@ def _prepare(
         run_folder.release(workdir)
         raise
     return job(storage), given, dataset
+
+
+def _refuse_overflow(teacher: networks.Network, variables: weights.Variables, image: tuple[int, ...]) -> None:
+    """Raise UserError where the teacher's logits or batch-norm statistics are not finite on noise, where synthesis begins."""
+
+    @jax.jit
+    def look(variables: weights.Variables, images: jax.Array) -> tuple[jax.Array, ...]:
+        logits, taps = networks.apply(teacher, variables, images)
+        return logits, *losses.bn_statistics(losses.bn_moments(taps.batch_norms))
+
+    found = look(variables, jax.random.normal(jax.random.key(0), (2, *image)))
+    if not all(np.isfinite(each).all() for each in jax.device_get(found)):
+        raise UserError(
+            "the teacher's logits or the inputs of its batch norms are not finite on images of noise: its weights are damaged, "
+            "or too large for float32."
+        )
 
 
 def _checksum(dataset: datasets.Dataset | None) -> int | None:

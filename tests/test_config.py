@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -361,3 +362,20 @@ def test_each_field_with_each_odd_value_is_valid_or_refused_in_one_line(path: st
             assert "\n" not in str(error)
         else:
             assert "nan" not in repr(value) and "inf" not in repr(value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"synthesis.real_split": "all"}, "config.synthesis.real_split is 'all'"),
+        ({"synthesis.real_split": "train", "eval.split": "all"}, "config.synthesis.real_split is 'train'"),
+        ({"synthesis.real_split": "all[:10]", "eval.split": "validation"}, "config.synthesis.real_split is"),
+        ({"finetune.direction": "fa", "finetune.lam": 0.0}, "no image would be promoted"),
+        ({"synthesis.return_to_best": True, "synthesis.crop_probability": 0.5}, "losses of two crops say nothing"),
+    ],
+)
+def test_fields_that_undo_each_other_are_refused(changes: dict, words: str) -> None:
+    config = config_lib.default()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=re.escape(words)):
+        config_lib.validate(config)

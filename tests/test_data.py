@@ -47,3 +47,20 @@ def test_the_built_in_teachers_reach_their_accuracy(name: str, top1: float, requ
     assert len(dataset.labels) == 10_000
     found = evaluator(lambda v, x: networks.apply(model, v, x)[0], dataset, config, devices, silent)(variables)
     assert found.top1 == pytest.approx(top1, abs=0.03) and found.top5 > found.top1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ModuleNotFoundError("No module named 'six'"), r"a package is missing \(No module named 'six'\): install that package"),
+        (AssertionError("could not find data"), "prepare it once with"),
+        (ValueError("Unknown split 'tset'"), "TFDS cannot read the test split .*: ValueError: Unknown split 'tset'"),
+    ],
+)
+def test_each_cause_for_which_tfds_fails_has_its_own_sentence(monkeypatch: pytest.MonkeyPatch, error, words: str) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("tensorflow_datasets.data_source", fail)
+    with pytest.raises(UserError, match=words):
+        datasets.load(tiny.config(eval__dataset="cifar10"), "test")

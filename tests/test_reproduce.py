@@ -15,9 +15,9 @@ from hast_jax import config as config_lib
 from hast_jax import pipeline, reproduce
 from hast_jax.data import datasets
 from hast_jax.errors import UserError
-from hast_jax.paper import figure2, landscape, tables
+from hast_jax.paper import experiments, figure2, landscape, tables
 from hast_jax.paper.experiments import EXPERIMENTS, FINDINGS, Cell
-from hast_jax.paper.sweep import Sweep
+from hast_jax.paper.sweep import Sweep, _name
 from hast_jax.stages import calibrate
 
 
@@ -305,3 +305,24 @@ def test_an_unknown_experiment_is_refused_with_those_there_are(tmp_path: Path, a
 def test_without_evaluation_data_there_is_no_table(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"set config.eval.dataset"):
         reproduce.run(["table1"], sweep(tmp_path, eval__dataset="none"))
+
+
+def test_cells_that_change_other_things_have_other_folders() -> None:
+    cells = [
+        {"synthesis.batch": 64},
+        {"finetune.batch": 64},
+        {"finetune.lr": 1e-5},
+        {"finetune.lr": 1.0000001e-5},
+        {"finetune.lr": 1.0000002e-5},
+        {"synthesis.images": 1234567},
+        {"synthesis.images": 1234568},
+        {"finetune.augment": True},
+        {"finetune.b": 1.0},
+    ]
+    assert len({_name(cell) for cell in cells}) == len(cells)
+    assert _name({"finetune.eps": 0.02}) == "eps=0.02" and _name({}) == "base"
+
+
+def test_without_alignment_table_1_has_no_direction_of_the_alignment() -> None:
+    labels = lambda lam: [cell.label for cell in experiments.table1(tiny.config(finetune__lam=lam)).cells]
+    assert labels(2000.0) == ["kl", "fa", "kl+fa"] and labels(0.0) == ["kl", "kl+fa"]
