@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hast_jax.stages.evaluate import Accuracy
     from hast_jax.student import Student, load
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "Accuracy",

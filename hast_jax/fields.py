@@ -1,7 +1,7 @@
 """Every field of the config, described once: its default, what it may be, and what it is for.
 
-The defaults are the paper's for CIFAR-100 (supplement, and the authors' config files). The README's table is what
-`python -m hast_jax.fields` prints.
+The defaults are the paper's for CIFAR-100 (supplement, and the authors' config files). The table in
+docs/configuration.md is what `python -m hast_jax.fields` prints.
 """
 
 from hast_jax.data import image_files
@@ -103,7 +103,11 @@ FIELDS: dict[str, Field] = {
     ),
     "teacher.classes": Field(100, "Classes that the network tells apart.", count),
     "teacher.image": Field((32, 32, 3), "Height, width and channels of an image.", square),
-    "teacher.mean": Field((0.4914, 0.4822, 0.4465), "Mean of each channel, of images in [0, 1]."),
+    "teacher.mean": Field(
+        (0.4914, 0.4822, 0.4465),
+        "Mean of each channel, of images in [0, 1].",
+        holds(lambda mean: all(0 <= value <= 1 for value in mean), "between 0 and 1 for each channel: divide by 255"),
+    ),
     "teacher.std": Field(
         (0.2023, 0.1994, 0.2010),
         "Standard deviation of each channel, of images in [0, 1].",
@@ -291,7 +295,7 @@ def help_text() -> str:
 
 
 def markdown() -> str:
-    """The README's table of the fields."""
+    """The table of the fields in docs/configuration.md."""
     escape = lambda text: text.replace("|", "\\|")
     mark = lambda field: " †" if field.free else ""
     rows = [

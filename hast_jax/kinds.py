@@ -35,7 +35,8 @@ class Field:
     """One field of the config.
 
     default: its type is the field's kind: bool, int, float, str, or a tuple of what its first element is.
-    help: what the field is, for README and --helpfull. choices: the texts that it may be, where it has no other rule.
+    help: what the field is, for docs/configuration.md and --helpfull. choices: the texts that it may be, where it has no
+    other rule.
     free: whether it may change when a run goes on. own: whether it may differ between the processes of one run.
     """
 

@@ -316,11 +316,9 @@ def test_the_commands_help_lists_all_fields_with_their_defaults() -> None:
         assert " ".join(field.help.split()) in text
 
 
-def test_the_readme_has_the_table_of_the_fields() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    table = readme.partition("<!-- config: what python -m hast_jax.fields prints -->\n")[2].partition("<!-- end of config -->")[
-        0
-    ]
+def test_the_page_of_the_configuration_has_the_table_of_the_fields() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
+    table = page.partition("<!-- config: what python -m hast_jax.fields prints -->\n")[2].partition("<!-- end of config -->")[0]
     assert table == fields.markdown() + "\n"
 
 
@@ -367,6 +365,7 @@ def test_each_field_with_each_odd_value_is_valid_or_refused_in_one_line(path: st
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"teacher.mean": (103.9, 116.8, 123.7)}, "between 0 and 1 for each channel: divide by 255"),
         ({"synthesis.real_split": "all"}, "config.synthesis.real_split is 'all'"),
         ({"synthesis.real_split": "train", "eval.split": "all"}, "config.synthesis.real_split is 'train'"),
         ({"synthesis.real_split": "all[:10]", "eval.split": "validation"}, "config.synthesis.real_split is"),

@@ -180,6 +180,7 @@ def quantize_own(place: Path, *arguments: str, workdir: Path | None = None) -> t
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_weights_and_network_may_move_and_the_network_may_not_compute_something_else(own: Path, tmp_path: Path) -> None:
     status, _, errors = quantize_own(own)
     assert status == 0, errors

@@ -1,0 +1,65 @@
+"""Every link of the pages leads somewhere, every number of the README's table is that of the full results, commands exist."""
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+import hast_jax
+from hast_jax import cli
+
+PAGES = sorted([*tiny.ROOT.glob("*.md"), *(tiny.ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(tiny.ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for match in LINK.finditer(page.read_text()):
+        target = match[1] or match[2]
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        found = (page.parent / name) if name else page
+        assert found.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(found), f"{page.name}: {target}"
+
+
+def rows(text: str, width: int) -> list[list[str]]:
+    cells = ([cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| ")
+    return [row for row in cells if len(row) == width and not row[0].startswith(("data", "network"))]
+
+
+def test_the_readmes_results_are_those_of_the_full_table() -> None:
+    full = (tiny.ROOT / "docs" / "results.md").read_text()
+    known = {(row[0], row[1], row[3], row[5], row[6]) for row in rows(full, 12)}
+    shown = rows((tiny.ROOT / "README.md").read_text(), 7)
+    assert len(shown) >= 8
+    for data, bits, _, teacher, student, drop, _ in shown:
+        assert (f"resnet20, {data.lower().replace('-', '')}", bits, teacher, student, drop) in known, (data, bits, student)
+        assert float(teacher) - float(student) == pytest.approx(float(drop), abs=0.006)
+
+
+def test_every_command_that_a_page_names_exists() -> None:
+    known = {f"hast_jax.{module}" for module in cli.COMMANDS.values()} | {"hast_jax.fields"}
+    named = {name for page in PAGES for name in re.findall(r"python -m (hast_jax\.\w+)", page.read_text())}
+    assert named <= known, named - known
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = yaml.safe_load((tiny.ROOT / "CITATION.cff").read_text())
+    changes = (tiny.ROOT / "CHANGELOG.md").read_text()
+    assert citation["version"] == hast_jax.__version__ == re.search(r"^## (\d+\.\d+\.\d+)", changes, re.M)[1]
+    assert importlib.metadata.metadata("hast_jax")["Name"] == "hast_jax" and citation["license"] == "MIT"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((tiny.ROOT / "README.md").read_text().split()) < 850
