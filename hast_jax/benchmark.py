@@ -88,21 +88,21 @@ def synthesis(config: ConfigDict, devices: int) -> Part:
         return jax.vmap(start)(jnp.arange(stack)), teacher.module.init(key, image, **teacher.call)
 
     step = synthesize.on_each(lambda state, variables: synthesize.step(state, variables, teacher, key, settings))
-    return Part(step, build, settings.batch, parallel.together(devices) * stack * settings.batch)
+    return Part(step, build, settings.batch, parallel.device_total(devices) * stack * settings.batch)
 
 
 def fine_tuning(config: ConfigDict, devices: int) -> Part:
     """One step of fine-tuning, augmentation and promotion included."""
     teacher, student = from_config.bare_teacher(config), from_config.student(config)
     key, settings, image = jax.random.key(config.seed), config.finetune, tuple(config.teacher.image)
-    shape = (1, settings.batch // parallel.together(devices)) if settings.stream else (max(256, settings.batch),)
+    shape = (1, settings.batch // parallel.device_total(devices)) if settings.stream else (max(256, settings.batch),)
 
-    def build() -> tuple[finetune.State, finetune.Frozen]:
+    def build() -> tuple[finetune.State, finetune.FixedInputs]:
         variables = teacher.module.init(key, jnp.zeros((1, *image)), **teacher.call)
         some = jax.random.normal(key, (config.calibration.batch, *image))
         ranges = calibrate.step(student, variables, {}, some)
         data = jax.random.normal(key, (*shape, *image)), jnp.zeros(shape, jnp.int32)
-        return finetune.init(variables["params"], ranges, settings), finetune.freeze(variables, ranges, *data, config)
+        return finetune.init(variables["params"], ranges, settings), finetune.fixed_inputs(variables, ranges, *data, config)
 
     return Part(finetune.make_step(teacher, student, settings), build, settings.batch, settings.batch)
 
@@ -112,7 +112,7 @@ PARTS: dict[str, Callable[[ConfigDict, int], Part]] = {"synthesize": synthesis, 
 
 def measure(part: Part, devices: int, calls: int, repeats: int, arithmetic: str) -> dict[str, Any]:
     """The JSON line of a part: `calls` steps a call, `repeats` timed calls; 0: compiled only."""
-    step = parallel.pmap_steps(part.step, devices, calls, together=True)
+    step = parallel.pmap_steps(part.step, devices, calls, all_processes=True)
     if repeats:
         box, constants = parallel.replicate(jax.jit(part.build)(), devices)
         lowered = step.lower(box, constants)
@@ -140,7 +140,7 @@ def measure(part: Part, devices: int, calls: int, repeats: int, arithmetic: str)
             "step_seconds": round(seconds, 4),
             "matmul_fraction": round(flops / seconds / matmul_rate(devices, arithmetic), 3),
         }
-    return line | {"devices": parallel.together(devices), "device": jax.devices()[0].device_kind}
+    return line | {"devices": parallel.device_total(devices), "device": jax.devices()[0].device_kind}
 
 
 COLUMNS = {
@@ -158,7 +158,7 @@ COLUMNS = {
 
 def head(devices: int) -> str:
     """The head of the table, with what it is of."""
-    of = f"{parallel.together(devices)} x {jax.devices()[0].device_kind}, JAX {jax.__version__}"
+    of = f"{parallel.device_total(devices)} x {jax.devices()[0].device_kind}, JAX {jax.__version__}"
     return "\n".join([of, "", row(list(COLUMNS.values())), row(["---"] * len(COLUMNS))])
 
 
@@ -178,7 +178,7 @@ def main(_: list[str]) -> None:
         given = flags.FLAGS
         config = given.config
         config_lib.validate(config)
-        cli.join(together=not given.compile_only)
+        cli.join(several=not given.compile_only)
         if given.device == "cpu":  # the others are what JAX takes first, where they are there
             jax.config.update("jax_platforms", "cpu")
         devices = parallel.setup(config.devices, config.finetune.batch)

@@ -85,13 +85,13 @@ def define_processes() -> None:
     flags.DEFINE_string("processes", "", words)
 
 
-def join(together: bool = True) -> None:
+def join(several: bool = True) -> None:
     """Join the other processes, where there are some. The first thing that a command does.
 
-    together: whether this command knows how to work in several processes. Raises UserError where it does not and is asked to.
+    several: whether this command knows how to work in several processes. Raises UserError where it does not and is asked to.
     """
     processes = flags.FLAGS.processes
-    if processes and not together:
+    if processes and not several:
         raise UserError("this command works in one process: leave out --processes.")
     if processes:
         parallel.join(processes)

@@ -122,7 +122,7 @@ def table(found: Exported, title: str) -> Table:
 def main(_: list[str]) -> None:
     """Export a run folder."""
     with cli.user_errors():
-        cli.join(together=False)
+        cli.join(several=False)
         given = flags.FLAGS
         parallel.setup(1)
         workdir = paths.local(given.workdir)

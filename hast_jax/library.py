@@ -95,7 +95,7 @@ def quantize(
     dataset = real_images(test, setting.image, setting.classes) if test is not None else None
     if given is not None:
         setting.config.synthesis.source = GIVEN
-    own = pipeline.Own(model, setting.variables, dataset, given)
+    own = pipeline.GivenNetwork(model, setting.variables, dataset, given)
     path = None if workdir is None else paths.local(workdir)
     with _shown(progress) as shown:
         return pipeline.quantize(setting.config, path, shown, own)

@@ -35,7 +35,7 @@ from hast_jax.student import Student
 Given = tuple[np.ndarray, np.ndarray]  # images and labels
 
 
-class Own(NamedTuple):
+class GivenNetwork(NamedTuple):
     """A network given in Python instead of named by the config, and real images to judge it by, where there are some."""
 
     module: nn.Module
@@ -49,7 +49,7 @@ def run(config: ConfigDict, workdir: Path, progress: Progress = silent) -> dict[
     return dict(quantize(config, workdir, progress).record)
 
 
-def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = silent, own: Own | None = None) -> Student:
+def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = silent, own: GivenNetwork | None = None) -> Student:
     """The same, of a network that may be given in Python; returns the student, whose record is what `result.json` holds.
 
     Without `workdir` nothing is written. Raises UserError.
@@ -97,7 +97,7 @@ def run_synthesis(config: ConfigDict, workdir: Path, progress: Progress = silent
 
 
 def _prepare(
-    config: ConfigDict, workdir: Path | None, progress: Progress, own: Own | None
+    config: ConfigDict, workdir: Path | None, progress: Progress, own: GivenNetwork | None
 ) -> tuple[Job, Given | None, datasets.Dataset | None]:
     """The job of this config, the images that it gives, and those that it is judged by.
 
@@ -128,7 +128,7 @@ def _prepare(
     storage = RunFolder(workdir)
     try:
         known = crc32(np.fromfile(storage.config, np.uint8)) if storage.config.exists() else 0
-        parallel.agree(
+        parallel.require_same(
             {
                 "config": config_lib.checksum(config),
                 "weights": crc32(variables),
@@ -221,7 +221,7 @@ def _training_images(job: Job, given: Given | None) -> Given:
     else:
         images, labels = given
         if parallel.process_count() > 1:
-            parallel.agree({"images": crc32((images, labels))})
+            parallel.require_same({"images": crc32((images, labels))})
     held_out = _held_out_images(job.config)
     if held_out is not None and crc32(held_out) == crc32(images):
         raise UserError("config.eval.held_out holds the images that the student is trained on: give others, of another seed.")

@@ -94,7 +94,7 @@ def train(model: nn.Module, dataset: datasets.Arrays, config: ConfigDict, say: C
 def main(_: list[str]) -> None:
     """Train, evaluate, write."""
     with cli.user_errors():
-        cli.join(together=False)
+        cli.join(several=False)
         config, console = flags.FLAGS.config, Console()
         config_lib.validate(config)
         output = paths.local(flags.FLAGS.output)

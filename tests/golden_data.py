@@ -80,7 +80,7 @@ def student_of(name: str, classes: int, bits: tuple[int, int]) -> Any:
 
 
 def forward(network: Any, variables: weights.Variables, images: jax.Array) -> tuple[jax.Array, networks.Taps]:
-    """Logits and taps; of a student, `variables` hold the frozen `ranges`."""
+    """Logits and taps; of a student, `variables` hold the fixed `ranges`."""
     return networks.apply(network, variables, images)
 
 

@@ -38,8 +38,8 @@ def test_stacked_batches_are_those_made_one_after_the_other(tmp_path, devices: i
 
 
 def test_a_device_is_dealt_as_many_batches_as_the_others() -> None:
-    assert parallel.deal([3, 4, 5, 6, 7], 2) == (2, [3, 4, 5, 6, 7, 3])
-    assert parallel.deal([3], 4) == (1, [3]) and parallel.deal([3, 4], 4) == (2, [3, 4])
+    assert parallel.distribute([3, 4, 5, 6, 7], 2) == (2, [3, 4, 5, 6, 7, 3])
+    assert parallel.distribute([3], 4) == (1, [3]) and parallel.distribute([3, 4], 4) == (2, [3, 4])
     assert parallel.stack(0, 10**9) == 1 and parallel.stack(7, 10**9) == 7
 
 
@@ -51,13 +51,13 @@ def trajectory(devices: int, steps: int, **changes) -> list[dict[str, float]]:
     student = from_config.student(config)
     images, labels = jax.random.normal(jax.random.key(1), (64, 8, 8, 1)), jnp.arange(64) % 10
     ranges = networks.observe(student, variables, {}, images)
-    frozen = parallel.replicate(finetune.freeze(variables, ranges, images, labels, config), devices)
+    fixed = parallel.replicate(finetune.fixed_inputs(variables, ranges, images, labels, config), devices)
     state = parallel.replicate(finetune.init(variables["params"], ranges, config.finetune), devices)
     step = finetune.make_step(teacher, student, config.finetune)
     run = parallel.pmap_steps(step, devices)
     found = []
     for _ in range(steps):
-        state, metrics = run(state, frozen)
+        state, metrics = run(state, fixed)
         found.append({name: float(np.mean(value)) for name, value in metrics.items()})
     return found
 
@@ -145,16 +145,16 @@ def test_streamed_images_are_those_of_the_set_on_the_device(devices: int, steps:
 
     def batches(stream: bool) -> list[jax.Array]:
         cfg = tiny.config(finetune__stream=stream).finetune
-        frozen = finetune.Frozen({}, {}, images, labels, jnp.uint32(7), ())
+        fixed = finetune.FixedInputs({}, {}, images, labels, jnp.uint32(7), ())
 
-        def step(state: jax.Array, frozen: finetune.Frozen):
-            return state + 1, finetune.draw(frozen, state, cfg)
+        def step(state: jax.Array, fixed: finetune.FixedInputs):
+            return state + 1, finetune.draw(fixed, state, cfg)
 
         found = []
         for start, stop in ((0, 6), (6, 12)):
             state = parallel.replicate(jnp.int32(start), devices)
             run = parallel.pmap_steps(step, devices, steps)
-            for inputs in itertools.islice(finetune.inputs(frozen, range(start, stop, steps), devices, cfg), 6 // steps):
+            for inputs in itertools.islice(finetune.inputs(fixed, range(start, stop, steps), devices, cfg), 6 // steps):
                 state, drawn = run(state, *inputs)
                 found += drawn
         return found

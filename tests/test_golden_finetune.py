@@ -74,7 +74,7 @@ class Case(NamedTuple):
         config = config_lib.default()
         config.finetune.lam, config.finetune.eps = self.config.lam, self.config.eps
         labels = jnp.zeros(len(self.images), jnp.int32)  # in no loss of the method
-        return look(params, finetune.freeze(self.variables, self.ranges, self.images, labels, config))
+        return look(params, finetune.fixed_inputs(self.variables, self.ranges, self.images, labels, config))
 
 
 @functools.cache
@@ -82,12 +82,12 @@ def compiled(bits: tuple[int, int], classes: int):
     teacher, student = teacher_of("resnet20", classes), student_of("resnet20", classes, bits)
 
     @jax.jit
-    def look(params, frozen):
+    def look(params, fixed):
         config = config_lib.default().finetune
-        between = finetune.distances(teacher, student, frozen, frozen.labels, config)
+        measure = finetune.distances(teacher, student, fixed, fixed.labels, config)
         trained = {"params": params}
-        images, student_variables = frozen.images, {**frozen.teacher, "ranges": frozen.ranges, **trained}
-        teacher_logits, teacher_taps = forward(teacher, frozen.teacher, images)
+        images, student_variables = fixed.images, {**fixed.teacher, "ranges": fixed.ranges, **trained}
+        teacher_logits, teacher_taps = forward(teacher, fixed.teacher, images)
         logits, taps = forward(student, student_variables, images)
         found = {
             "teacher_logits": teacher_logits,
@@ -96,11 +96,11 @@ def compiled(bits: tuple[int, int], classes: int):
             "ca_student": [losses.attention(f) for f in taps.branches],
         }
         for name, parts in (("KL", ["kl"]), ("FA", ["fa"]), ("KLFA", ["kl", "fa"])):
-            scalar = lambda x: sum(between(trained, x)[part] for part in parts)
+            scalar = lambda x: sum(measure(trained, x)[part] for part in parts)
             found[f"grad_{name}_img"] = jax.grad(scalar)(images)
-        _, _, found["hard_images"] = promotion.promote(between, trained, images, frozen.strengths.eps, "kl+fa")
+        _, _, found["hard_images"] = promotion.promote(measure, trained, images, fixed.strengths.eps, "kl+fa")
         found["logits_perturbed"], _ = forward(student, student_variables, found["hard_images"])
-        found["metrics"], gradient = finetune.loss_and_gradient(between, trained, images, frozen.strengths, config)
+        found["metrics"], gradient = finetune.loss_and_gradient(measure, trained, images, fixed.strengths, config)
         found["gradient"] = gradient["params"]
         return found
 

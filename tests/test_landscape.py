@@ -112,10 +112,10 @@ def test_cosines_are_those_of_the_gradients_of_each_loss_alone() -> None:
     student = from_config.student(config)
     images, labels = jax.random.normal(jax.random.key(1), (8, 8, 8, 1)), jnp.arange(8)
     ranges = networks.observe(student, variables, {}, images)
-    frozen = finetune.freeze(variables, ranges, images, labels, config)
+    fixed = finetune.fixed_inputs(variables, ranges, images, labels, config)
     params = variables["params"]
     losses = landscape.losses(teacher, student, config.finetune)
-    found = jax.jit(lambda p: landscape.gradient_cosines(losses, {"params": p}, frozen, images, labels))(params)
+    found = jax.jit(lambda p: landscape.gradient_cosines(losses, {"params": p}, fixed, images, labels))(params)
 
     def cross_entropy(p):
         logits, _ = networks.apply(student, {**variables, "params": p, "ranges": ranges}, images)
@@ -123,8 +123,8 @@ def test_cosines_are_those_of_the_gradients_of_each_loss_alone() -> None:
 
     gradients = {
         "ce": jax.jit(jax.grad(cross_entropy))(params),
-        "kl": jax.jit(jax.grad(lambda p: losses({"params": p}, frozen, images, labels)["kl"]))(params),
-        "fa": jax.jit(jax.grad(lambda p: losses({"params": p}, frozen, images, labels)["fa"]))(params),
+        "kl": jax.jit(jax.grad(lambda p: losses({"params": p}, fixed, images, labels)["kl"]))(params),
+        "fa": jax.jit(jax.grad(lambda p: losses({"params": p}, fixed, images, labels)["fa"]))(params),
     }
     flat = {name: np.asarray(ravel_pytree(gradient)[0], np.float64) for name, gradient in gradients.items()}
     for name in ("ce", "fa"):

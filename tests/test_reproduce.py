@@ -168,7 +168,7 @@ def test_figure_2_comes_from_the_kept_checkpoints(tmp_path: Path) -> None:
     angles = json.loads((tmp_path / "figure2a.json").read_text())
     assert angles["epochs"] == [0, 1, 2, 3, 4]
     found = figure2.base(small)
-    batch = found.students[-1][1], found.frozen, found.frozen.images[:16], found.frozen.labels[:16]
+    batch = found.students[-1][1], found.fixed, found.fixed.images[:16], found.fixed.labels[:16]
     expected = jax.jit(functools.partial(landscape.gradient_cosines, found.losses))(*batch)
     for loss, cosines in angles["cosine_with_kl"].items():
         assert np.shape(cosines) == (5, 6) and np.abs(cosines).max() <= 1

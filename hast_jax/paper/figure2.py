@@ -30,7 +30,7 @@ class Base(NamedTuple):
     """The finished base cell of the first seed. students: (epoch, params) before fine-tuning and at its kept checkpoints."""
 
     losses: landscape.LossFunctions
-    frozen: finetune.Frozen
+    fixed: finetune.FixedInputs
     students: list[tuple[int, Any]]
     config: Any
 
@@ -48,10 +48,10 @@ def base(sweep: Sweep) -> Base:
     most = max(BATCHES * config.finetune.batch, HESSIAN_IMAGES)  # that are looked at
     count = min(most, config.synthesis.images)
     constants = jnp.asarray(images[:count]), jnp.asarray(labels[:count])
-    frozen = finetune.freeze(variables, folder.read_ranges(student.range_names), *constants, config)
+    fixed = finetune.fixed_inputs(variables, folder.read_ranges(student.range_names), *constants, config)
     losses = landscape.losses(teacher, student, config.finetune)
     students = list(_students(folder, variables, config.finetune, student.range_names))
-    return Base(losses, frozen, students, config)
+    return Base(losses, fixed, students, config)
 
 
 def _students(folder: RunFolder, variables: Variables, settings: Any, range_names: set[str]) -> Iterator[tuple[int, Any]]:
@@ -68,13 +68,13 @@ def _students(folder: RunFolder, variables: Variables, settings: Any, range_name
 def gradient_angles(sweep: Sweep) -> Section:
     """Figure 2a: cosine similarity of gradients, on clean images as they are, without augmentation."""
     found = base(sweep)
-    batch, images, labels = found.config.finetune.batch, found.frozen.images, found.frozen.labels
+    batch, images, labels = found.config.finetune.batch, found.fixed.images, found.fixed.labels
     batches = max(1, min(BATCHES, len(labels) // batch))
     cosines = jax.jit(partial(landscape.gradient_cosines, found.losses))
     values: dict[str, list[list[float]]] = {"fa": [], "ce": []}
     for _, trained in found.students:
         rows = (slice(i * batch, (i + 1) * batch) for i in range(batches))
-        each = [cosines(trained, found.frozen, images[r], labels[r]) for r in rows]
+        each = [cosines(trained, found.fixed, images[r], labels[r]) for r in rows]
         for loss, by_epoch in values.items():
             by_epoch.append([float(one[loss]) for one in each])
     epochs = [epoch for epoch, _ in found.students]
@@ -102,7 +102,7 @@ def hessian_spectra(sweep: Sweep) -> Section:
     """Figure 2b: eigenvalue densities at the end of fine-tuning, without the losses' constant weights alpha and lambda."""
     found = base(sweep)
     trained, settings = found.students[-1][1], found.config.finetune
-    constants = (found.frozen, found.frozen.images[:HESSIAN_IMAGES], found.frozen.labels[:HESSIAN_IMAGES])
+    constants = (found.fixed, found.fixed.images[:HESSIAN_IMAGES], found.fixed.labels[:HESSIAN_IMAGES])
     key = jax.random.fold_in(jax.random.key(found.config.seed), 5)
     probes = {}
     for loss, factor in {"ce": 1.0, "kl": 1 / settings.alpha, "fa": 1 / settings.lam}.items():

@@ -1,4 +1,4 @@
-"""What the losses look like around a student: angles between their gradients, eigenvalues of their Hessians.
+"""What the losses look like around a student: angles measure their gradients, eigenvalues of their Hessians.
 
 Supplement, Figure 2. Derivatives are with respect to what is trained of the student, on clean images, and pass the quantizers
 straight through.
@@ -31,7 +31,7 @@ class Quadrature(NamedTuple):
 
 
 def losses(teacher: Network, student: Network, settings: ConfigDict) -> LossFunctions:
-    """(trained, frozen, images, labels) -> {"ce", "kl", "fa"}: the losses with the method's factors; that of CE is 1.
+    """(trained, fixed, images, labels) -> {"ce", "kl", "fa"}: the losses with the method's factors; that of CE is 1.
 
     settings: `config.finetune`. Raises UserError where L_FA weighs nothing.
     """
@@ -40,18 +40,18 @@ def losses(teacher: Network, student: Network, settings: ConfigDict) -> LossFunc
     settings = settings.copy_and_resolve_references()
     settings.ce = 1.0
 
-    def of(trained: Any, frozen: finetune.Frozen, images: Array, labels: Array) -> dict[str, Array]:
-        frozen = frozen._replace(strengths=frozen.strengths._replace(ce=jnp.ones(())))
-        return finetune.distances(teacher, student, frozen, labels, settings)(trained, images)
+    def of(trained: Any, fixed: finetune.FixedInputs, images: Array, labels: Array) -> dict[str, Array]:
+        fixed = fixed._replace(strengths=fixed.strengths._replace(ce=jnp.ones(())))
+        return finetune.distances(teacher, student, fixed, labels, settings)(trained, images)
 
     return of
 
 
 def gradient_cosines(
-    losses: LossFunctions, trained: Any, frozen: finetune.Frozen, images: Array, labels: Array
+    losses: LossFunctions, trained: Any, fixed: finetune.FixedInputs, images: Array, labels: Array
 ) -> dict[str, Array]:
     """Cosine similarity of the gradients of CE and KL, and of FA and KL, on one batch (Figure 2a); scalars."""
-    values, pull_back = jax.vjp(lambda t: losses(t, frozen, images, labels), trained)
+    values, pull_back = jax.vjp(lambda t: losses(t, fixed, images, labels), trained)
 
     def gradient(name: str) -> Array:
         one_hot = {n: jnp.asarray(n == name, value.dtype) for n, value in values.items()}

@@ -13,10 +13,10 @@ from hast_jax.runs import preemption
 Metrics = dict[str, float]
 
 
-class Look(NamedTuple):
+class Snapshot(NamedTuple):
     """Steps done, the state and the metrics after them; preempted: the run is to be saved and ended here.
 
-    A look that is there only for that has no metrics, so that a log does not show where a run was broken.
+    A snapshot that is there only for that has no metrics, so that a log does not show where a run was broken.
     """
 
     done: int
@@ -35,9 +35,9 @@ def drive(
     steps_per_call: int,
     every: tuple[int, ...],
     what: str,
-    together: bool = True,
-) -> Iterator[Look]:
-    """Call `step(state, *next(inputs))` from `start` to `stop`; yield what a look shows now and then.
+    all_processes: bool = True,
+) -> Iterator[Snapshot]:
+    """Call `step(state, *next(inputs))` from `start` to `stop`; yield what a snapshot shows now and then.
 
     It yields after each call that reaches a multiple of any number in `every`, at `stop`, and where SIGTERM asks the run to
     end: then for the last time, with `preempted` true. Several processes end at the next of those steps, one at any.
@@ -57,11 +57,11 @@ def drive(
         if due:
             values = {name: float(np.mean(value)) for name, value in jax.device_get(metrics).items()}
             _check_finite(values, what, done)
-            if together:
+            if all_processes:
                 preempted = preemption.agreed()  # here alone, where all wait for their devices anyway
-            yield Look(done, state, values, preempted)
+            yield Snapshot(done, state, values, preempted)
         elif preempted:
-            yield Look(done, state, {}, preempted)
+            yield Snapshot(done, state, {}, preempted)
         if preempted:
             return
 

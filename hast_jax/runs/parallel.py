@@ -89,8 +89,10 @@ def choose(devices: int, batch: int | None = None) -> int:
         used = min(_cpu_devices(batch), found) if THREADS in os.environ else 1
     if used > found:
         raise UserError(f"config.devices is {devices}, but there are {found} local devices: lower it.")
-    if batch is not None and batch % together(used):
-        raise UserError(f"config.finetune.batch {batch} is not divisible by the {together(used)} devices: change one of them.")
+    if batch is not None and batch % device_total(used):
+        raise UserError(
+            f"config.finetune.batch {batch} is not divisible by the {device_total(used)} devices: change one of them."
+        )
     return used
 
 
@@ -145,7 +147,7 @@ def total(values: np.ndarray) -> np.ndarray:
     return np.sum(multihost_utils.process_allgather(values), 0)
 
 
-def agree(values: dict[str, int]) -> None:
+def require_same(values: dict[str, int]) -> None:
     """Raise UserError in every process where these, below 2**32, are not the same in all. Every process must call it."""
     if jax.process_count() == 1:
         return
@@ -176,9 +178,9 @@ def leave_broken(words: str) -> None:
     os._exit(1)
 
 
-def devices(count: int, together: bool = False) -> list[jax.Device]:
-    """The first `count` local devices; or, together, those of every process, in the order of the processes."""
-    if not together:
+def devices(count: int, all_processes: bool = False) -> list[jax.Device]:
+    """The first `count` local devices; or with `all_processes` those of every process, in the order of the processes."""
+    if not all_processes:
         return jax.local_devices()[:count]
     return [d for process in range(jax.process_count()) for d in jax.local_devices(process)[:count]]
 
@@ -221,11 +223,11 @@ def micro_batch(requested: int, batch: int) -> int:
     return min(divisors, key=lambda d: max(d / CPU_MICRO_BATCH, CPU_MICRO_BATCH / d))
 
 
-def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1, together: bool = False) -> Any:
+def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1, all_processes: bool = False) -> Any:
     """`step(state, *constants) -> (state, metrics)` run `steps` times on each of `count` local devices in one call.
 
-    All arguments carry the devices' axis; the state is donated. Returns the new state and the last step's metrics. together:
-    the devices of all processes take each step as one, and every process must call it.
+    All arguments carry the devices' axis; the state is donated. Returns the new state and the last step's metrics.
+    all_processes: the devices of all processes take each step as one, and every process must call it.
     """
 
     def run(state: Any, *constants: Any) -> tuple[Any, Any]:
@@ -234,7 +236,7 @@ def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1,
         state, metrics = lax.scan(lambda s, _: step(s, *constants), state, length=steps)
         return state, jax.tree.map(lambda m: m[-1], metrics)
 
-    return jax.pmap(run, axis_name=AXIS, devices=devices(count, together), donate_argnums=0)
+    return jax.pmap(run, axis_name=AXIS, devices=devices(count, all_processes), donate_argnums=0)
 
 
 def pmap(function: Callable[..., Any], count: int) -> Callable[..., Any]:
@@ -252,18 +254,18 @@ def mean(tree: Any) -> Any:
     return unravel(lax.pmean(flat, AXIS))
 
 
-def own_share(batch: jax.Array) -> jax.Array:
+def device_share(batch: jax.Array) -> jax.Array:
     """This device's rows of a batch that all devices know, inside a pmapped step."""
     rows = batch.shape[0] // lax.axis_size(AXIS)
     return lax.dynamic_slice_in_dim(batch, lax.axis_index(AXIS) * rows, rows)
 
 
-def together(count: int) -> int:
+def device_total(count: int) -> int:
     """How many devices all processes use, each `count`."""
     return count * jax.process_count()
 
 
-def deal(items: list[Any], count: int) -> tuple[int, list[Any]]:
+def distribute(items: list[Any], count: int) -> tuple[int, list[Any]]:
     """How many of `count` devices each process needs for its part of `items`, and the part of this one.
 
     Every device gets as many; the first item is repeated where they do not divide.
@@ -286,7 +288,7 @@ def stack(requested: int, size: int) -> int:
     return requested or int(default)
 
 
-def own_rows(batch: np.ndarray, count: int) -> np.ndarray:
+def process_rows(batch: np.ndarray, count: int) -> np.ndarray:
     """The shares of this process's `count` devices of a batch on the host [..., batch]: [count, ..., batch / all devices]."""
     shares = np.split(batch, jax.process_count() * count, -1)
     return np.stack(shares[jax.process_index() * count :][:count])

@@ -30,7 +30,7 @@ class Strengths(NamedTuple):
     eps: Array
 
 
-class Frozen(NamedTuple):
+class FixedInputs(NamedTuple):
     """What fine-tuning does not change.
 
     teacher: its variables. ranges: of the activations. images [n, h, w, c], labels [n]: the synthetic set. seed: scalar.
@@ -46,10 +46,10 @@ class Frozen(NamedTuple):
     strengths: Strengths
 
 
-def freeze(teacher: Variables, ranges: Variables, images: Images, labels: Images, config: ConfigDict) -> Frozen:
-    """`Frozen`, with the seed and the strengths of the whole `config`."""
+def fixed_inputs(teacher: Variables, ranges: Variables, images: Images, labels: Images, config: ConfigDict) -> FixedInputs:
+    """`FixedInputs`, with the seed and the strengths of the whole `config`."""
     strengths = Strengths(*(jnp.asarray(config.finetune[name]) for name in Strengths._fields))
-    return Frozen(teacher, ranges, images, labels, jnp.uint32(config.seed), strengths)
+    return FixedInputs(teacher, ranges, images, labels, jnp.uint32(config.seed), strengths)
 
 
 def step_key(seed: Array, step: Array) -> Array:
@@ -62,47 +62,47 @@ def chosen_rows(key: Array, images: int, batch: int) -> Array:
     return jax.random.choice(key, images, (batch,), replace=False)
 
 
-def draw(frozen: Frozen, step: Array, settings: ConfigDict) -> tuple[Array, Array]:
+def draw(fixed: FixedInputs, step: Array, settings: ConfigDict) -> tuple[Array, Array]:
     """This device's share of the images and labels of this step, augmented.
 
     The global batch depends on the seed and the step, not on the number of devices, nor on whether images are streamed.
     """
-    key = step_key(frozen.seed, step)
+    key = step_key(fixed.seed, step)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(settings.batch))
     if settings.stream:
-        rows = step % len(frozen.images)
+        rows = step % len(fixed.images)
     else:
-        rows = parallel.own_share(chosen_rows(key, len(frozen.images), settings.batch))
-    images, labels = frozen.images[rows], frozen.labels[rows]
+        rows = parallel.device_share(chosen_rows(key, len(fixed.images), settings.batch))
+    images, labels = fixed.images[rows], fixed.labels[rows]
     if settings.augment:
-        keys = parallel.own_share(keys)
+        keys = parallel.device_share(keys)
         images = augmentation.random_resized_crop_and_flip(keys, images, (settings.crop_scale, 1.0))
     return jnp.asarray(images), jnp.asarray(labels)
 
 
-def inputs(frozen: Frozen, calls: range, count: int, settings: ConfigDict) -> Iterator[tuple[Frozen]]:
+def inputs(fixed: FixedInputs, calls: range, count: int, settings: ConfigDict) -> Iterator[tuple[FixedInputs]]:
     """What each call gets beside the state, on `count` devices of this process.
 
-    frozen: with all images, as NumPy arrays that may be memory-mapped. calls: the first step of each call. All images are
+    fixed: with all images, as NumPy arrays that may be memory-mapped. calls: the first step of each call. All images are
     copied to every device, once; or, with `settings.stream`, a thread that runs ahead of the device reads those of each call.
     """
     if settings.stream:
-        return _stream(frozen, calls, count, settings)
-    return itertools.repeat((parallel.replicate(frozen, count),))
+        return _stream(fixed, calls, count, settings)
+    return itertools.repeat((parallel.replicate(fixed, count),))
 
 
-def _stream(frozen: Frozen, calls: range, count: int, settings: ConfigDict) -> Iterator[tuple[Frozen]]:
+def _stream(fixed: FixedInputs, calls: range, count: int, settings: ConfigDict) -> Iterator[tuple[FixedInputs]]:
     import grain
 
-    images, labels = frozen.images, frozen.labels
-    rows_of = jax.jit(jax.vmap(lambda step: chosen_rows(step_key(frozen.seed, step), len(images), settings.batch)))
+    images, labels = fixed.images, fixed.labels
+    rows_of = jax.jit(jax.vmap(lambda step: chosen_rows(step_key(fixed.seed, step), len(images), settings.batch)))
 
     def read(first: int) -> tuple[Images, Images]:
         rows = np.asarray(rows_of(first + np.arange(calls.step)))  # [steps, batch]
-        rows = parallel.own_rows(rows, count)
+        rows = parallel.process_rows(rows, count)
         return images[rows], labels[rows]
 
-    rest = parallel.replicate(frozen._replace(images=np.zeros(0), labels=np.zeros(0)), count)
+    rest = parallel.replicate(fixed._replace(images=np.zeros(0), labels=np.zeros(0)), count)
     reader = grain.MapDataset.range(calls.start, calls.stop, calls.step).map(read)
     for batch in reader.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)):
         chosen, of_labels = parallel.shard(batch, count)

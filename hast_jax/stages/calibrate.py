@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hast_jax import networks
@@ -31,13 +32,15 @@ def run(job: Job, images: np.ndarray) -> State:
     """
     settings, key = job.config.calibration, job.key(2)
 
-    @jax.jit
     def choose(index: Array) -> Array:
         return jax.random.choice(jax.random.fold_in(key, index), len(images), (settings.batch,), replace=False)
 
+    # All at once: a choice that is fetched for each batch would make the device wait for the host.
+    rows = np.asarray(jax.lax.map(choose, jnp.arange(settings.batches)))
+
     def batches() -> Iterator[tuple[np.ndarray]]:
-        for index in range(settings.batches):
-            yield (images[np.asarray(choose(index))],)
+        for chosen in rows:
+            yield (images[chosen],)
 
     observe = jax.jit(partial(step, job.student))
     with job.recorder.stage("calibrate", settings.batches) as stage:
@@ -50,7 +53,7 @@ def run(job: Job, images: np.ndarray) -> State:
             steps_per_call=1,
             every=(job.config.log_every,),
             what="calibration",
-            together=False,
+            all_processes=False,
         )
         ranges: State = {}
         for done, latest, _, preempted in loop:

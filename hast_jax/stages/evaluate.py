@@ -74,7 +74,7 @@ def evaluator(
             steps_per_call=1,
             every=(max(1, total // 100),),
             what="evaluation",
-            together=False,  # a process may have one batch less
+            all_processes=False,  # a process may have one batch less
         )
         for done, counted, _, preempted in loop:
             state = counted

@@ -16,7 +16,7 @@ from hast_jax.networks import Network
 from hast_jax.networks.network import proper_ranges
 from hast_jax.runs import parallel, preemption
 from hast_jax.runs.loop import call_length, drive
-from hast_jax.stages.batches import Frozen, Images, Strengths, draw, freeze, inputs
+from hast_jax.stages.batches import FixedInputs, Images, Strengths, draw, fixed_inputs, inputs
 from hast_jax.stages.job import Job
 
 Array = jax.Array
@@ -34,39 +34,39 @@ class State(NamedTuple):
     step: Array
 
 
-def distances(teacher: Network, student: Network, frozen: Frozen, labels: Array, settings: ConfigDict) -> Distances:
+def distances(teacher: Network, student: Network, fixed: FixedInputs, labels: Array, settings: ConfigDict) -> Distances:
     """(trained, images) -> {"kl": L_KL, "fa": L_FA} between the teacher and the student with these trained collections.
 
     With `settings.ce` above zero also "ce": the weighted cross-entropy of the student with `labels` [batch], for comparison
     with methods that train on labels.
     """
 
-    def between(trained: Variables, images: Array) -> dict[str, Array]:
-        target, teacher_taps = networks.apply(teacher, frozen.teacher, images)
-        logits, taps = networks.apply(student, {**frozen.teacher, "ranges": frozen.ranges, **trained}, images)
+    def measure(trained: Variables, images: Array) -> dict[str, Array]:
+        target, teacher_taps = networks.apply(teacher, fixed.teacher, images)
+        logits, taps = networks.apply(student, {**fixed.teacher, "ranges": fixed.ranges, **trained}, images)
         kl = losses.distillation(target, logits, settings.temperature, settings.alpha)
-        fa = frozen.strengths.lam * losses.ALIGNMENTS[settings.alignment](teacher_taps.branches, taps.branches)
+        fa = fixed.strengths.lam * losses.ALIGNMENTS[settings.alignment](teacher_taps.branches, taps.branches)
         if settings.ce == 0:
             return {"kl": kl, "fa": fa}
-        return {"kl": kl, "fa": fa, "ce": frozen.strengths.ce * losses.cross_entropy(logits, labels)}
+        return {"kl": kl, "fa": fa, "ce": fixed.strengths.ce * losses.cross_entropy(logits, labels)}
 
-    return between
+    return measure
 
 
 def loss_and_gradient(
-    between: Distances, trained: Variables, images: Array, strengths: Strengths, settings: ConfigDict
+    measure: Distances, trained: Variables, images: Array, strengths: Strengths, settings: ConfigDict
 ) -> tuple[dict[str, Array], Any]:
     """L = a * [L_KL(x) + L_FA(x)] + b * [L_KL(x') + L_FA(x')] on images x and promoted images x', with its gradient.
 
-    Where `between` gives a cross-entropy too, it is part of both brackets.
+    Where `measure` gives a cross-entropy too, it is part of both brackets.
     """
-    clean, clean_gradient, hard_images = promote(between, trained, images, strengths.eps, settings.direction)
+    clean, clean_gradient, hard_images = promote(measure, trained, images, strengths.eps, settings.direction)
     loss, gradient = strengths.a * sum(clean.values()), jax.tree.map(lambda g: strengths.a * g, clean_gradient)
     metrics = clean
     if settings.b > 0:
 
         def hard_loss(t: Variables) -> tuple[Array, dict[str, Array]]:
-            parts = between(t, hard_images)
+            parts = measure(t, hard_images)
             return strengths.b * sum(parts.values(), jnp.zeros(())), parts
 
         (hard_value, hard), hard_gradient = jax.value_and_grad(hard_loss, has_aux=True)(trained)
@@ -77,14 +77,14 @@ def loss_and_gradient(
 
 def make_step(
     teacher: Network, student: Network, settings: ConfigDict
-) -> Callable[[State, Frozen], tuple[State, dict[str, Array]]]:
+) -> Callable[[State, FixedInputs], tuple[State, dict[str, Array]]]:
     """One step of fine-tuning for `parallel.pmap_steps`. settings: `config.finetune`."""
     schedule, transform = learning_rate(settings), student_optimizer(settings)
 
-    def step(state: State, frozen: Frozen) -> tuple[State, dict[str, Array]]:
-        images, labels = draw(frozen, state.step, settings)
-        between = distances(teacher, student, frozen, labels, settings)
-        metrics, gradient = loss_and_gradient(between, state.trained, images, frozen.strengths, settings)
+    def step(state: State, fixed: FixedInputs) -> tuple[State, dict[str, Array]]:
+        images, labels = draw(fixed, state.step, settings)
+        measure = distances(teacher, student, fixed, labels, settings)
+        metrics, gradient = loss_and_gradient(measure, state.trained, images, fixed.strengths, settings)
         metrics, gradient = parallel.mean((metrics, gradient))
         updates, opt_state = transform.update(gradient, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
@@ -125,7 +125,7 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
     """
     config, settings = job.config, job.config.finetune
     stop, every = settings.epochs * settings.steps_per_epoch, settings.steps_per_epoch
-    frozen = freeze(job.variables, ranges, images, labels, config)
+    fixed = fixed_inputs(job.variables, ranges, images, labels, config)
 
     def judge(state: State) -> None:
         epoch = int(state.step) // every
@@ -148,9 +148,9 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
             if due(start) and start // every not in evaluations:
                 judge(state)
             loop = drive(
-                parallel.pmap_steps(make_step(job.teacher, job.student, settings), job.devices, calls, together=True),
+                parallel.pmap_steps(make_step(job.teacher, job.student, settings), job.devices, calls, all_processes=True),
                 parallel.replicate(state, job.devices),
-                inputs(frozen, range(start, stop, calls), job.devices, settings),
+                inputs(fixed, range(start, stop, calls), job.devices, settings),
                 start=start,
                 stop=stop,
                 steps_per_call=calls,
@@ -178,7 +178,7 @@ def _resume(job: Job, ranges: Variables, latest: Any) -> tuple[State, dict[int, 
     """The newest saved state and the accuracies up to it; else a fresh state and none."""
     fresh = init(job.variables["params"], ranges, job.config.finetune)
     saved = latest.restore(fresh)
-    parallel.agree({"newest checkpoint": 0 if saved is None else int(saved.step)})
+    parallel.require_same({"newest checkpoint": 0 if saved is None else int(saved.step)})
     if saved is None:
         return fresh, {}
     known = job.storage.read_evaluations()

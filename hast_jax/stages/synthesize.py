@@ -173,13 +173,13 @@ def _fill(job: Job, store: Any, checkpoints: Any) -> None:
     pending = store.pending()
     begun = _begun(checkpoints, jax.eval_shape(start, jax.ShapeDtypeStruct((1,), jnp.int32)), store)
     reached = {batch: int(row.iteration) for batch, row in begun.items()}
-    parallel.agree({"half-made images": crc32((np.asarray(pending), np.asarray(sorted(reached.items()))))})
+    parallel.require_same({"half-made images": crc32((np.asarray(pending), np.asarray(sorted(reached.items()))))})
     done = (store.batches - len(pending)) * settings.iterations + sum(reached.values())
     stack = parallel.stack(settings.stack, memory(job.teacher, job.variables, shape, settings))
-    together = parallel.together(job.devices) * stack
+    together = parallel.device_total(job.devices) * stack
     with job.recorder.stage("synthesis", store.batches * settings.iterations, done) as stage:
         for batches, first in plan(pending, reached, together):
-            count, own = parallel.deal(batches, job.devices)
+            count, own = parallel.distribute(batches, job.devices)
             if first:
                 rows = parallel.split(_stack([begun[batch] for batch in own]), count)
                 state = parallel.shard(rows, count)
