@@ -5,13 +5,20 @@ BIN := $(VENV)/bin
 # Memory in huge pages: steps on a CPU allocate hundreds of MiB each (docs/performance.md). Only Linux's C library heeds it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-oldest lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m hast_jax.main --config=configs/digits.py:w3a3,best --workdir=runs/digits
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The oldest dependencies that pyproject.toml allows, in an environment and with compiled programs of their own.
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable '.[dev]'
+	HAST_JAX_CACHE=$(VENV)-oldest/compiled $(VENV)-oldest/bin/python -m pytest tests/test_quant.py tests/test_losses.py \
+		tests/test_learned.py tests/test_golden_quantizer.py tests/test_run.py tests/test_library.py tests/test_export.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

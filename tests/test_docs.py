@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,15 @@ def test_the_version_is_the_same_everywhere() -> None:
     changes = (tiny.ROOT / "CHANGELOG.md").read_text()
     assert citation["version"] == hast_jax.__version__ == re.search(r"^## (\d+\.\d+\.\d+)", changes, re.M)[1]
     assert importlib.metadata.metadata("hast_jax")["Name"] == "hast_jax" and citation["license"] == "MIT"
+
+
+def test_the_oldest_dependencies_that_are_tested_are_the_oldest_that_are_allowed() -> None:
+    pins = dict(line.split("==") for line in (tiny.ROOT / "tests" / "oldest.txt").read_text().splitlines() if "==" in line)
+    project = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text())["project"]
+    allowed = [*project["dependencies"], *project["optional-dependencies"]["onnx"]]
+    bounds = dict(each.split(">=") for each in allowed if ">=" in each)
+    for name, bound in bounds.items():
+        assert pins[name] == bound or pins[name].startswith(f"{bound}."), name
 
 
 def test_the_readme_is_short() -> None:
