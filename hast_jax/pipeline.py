@@ -103,21 +103,22 @@ def _prepare(
 
     Everything that can be refused is refused here, before any stage starts. Raises UserError.
     """
-    config_lib.validate(config)
-    devices = parallel.choose(config.devices, config.finetune.batch)
-    if own is None:
-        teacher, variables = from_config.teacher(config)
-        dataset, given = datasets.load(config, config.eval.split), _given_images(config)
-    else:
-        teacher, variables = from_config.bare_teacher(config, own.module), own.variables
-        dataset, given = own.dataset, own.images
-    student = from_config.student(config, own.module if own else None)
-    if config.finetune.lam > 0 and not teacher.branches:
-        raise UserError("the network has no batch norms whose outputs could be aligned: set finetune.lam to 0.")
-    if given is not None:
-        _check_enough(config, len(given[0]))
-    _refuse_overflow(teacher, variables, tuple(config.teacher.image))
-    _held_out_images(config)
+    with parallel.failing_as_one():
+        config_lib.validate(config)
+        devices = parallel.choose(config.devices, config.finetune.batch)
+        if own is None:
+            teacher, variables = from_config.teacher(config)
+            dataset, given = datasets.load(config, config.eval.split), _given_images(config)
+        else:
+            teacher, variables = from_config.bare_teacher(config, own.module), own.variables
+            dataset, given = own.dataset, own.images
+        student = from_config.student(config, own.module if own else None)
+        if config.finetune.lam > 0 and not teacher.branches:
+            raise UserError("the network has no batch norms whose outputs could be aligned: set finetune.lam to 0.")
+        if given is not None:
+            _check_enough(config, len(given[0]))
+        _refuse_overflow(teacher, variables, tuple(config.teacher.image))
+        _held_out_images(config)
     recorder = Recorder(workdir, progress, writing=parallel.is_main())
     job = lambda storage: Job(config, devices, storage, recorder, teacher, student, variables)
     if workdir is None:

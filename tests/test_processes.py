@@ -202,6 +202,7 @@ def test_where_one_process_dies_the_other_ends_with_a_sentence(tmp_path: Path, d
     ("words", "second"),
     [
         ("the processes of this run do not have the same config:", ["--config.log_every=3"]),
+        ("holds no synthetic set", ["--config.eval.held_out=/nowhere"]),  # only the second one looks there
         pytest.param("the processes of this run have [2, 1] devices:", ["--config.devices=1"], marks=pytest.mark.slow),
     ],
 )

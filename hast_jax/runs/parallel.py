@@ -9,7 +9,7 @@ import contextlib
 import faulthandler
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -127,12 +127,38 @@ def on_main(action: Callable[[], Any]) -> None:
                 raise
             message = str(told)
     if jax.process_count() > 1:
-        text = np.zeros(MAX_MESSAGE, np.uint8)
-        encoded = np.frombuffer(message.encode()[:MAX_MESSAGE], np.uint8)
-        text[: len(encoded)] = encoded
-        message = bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b"\0").decode(errors="ignore")
+        message = _text(multihost_utils.broadcast_one_to_all(_bytes(message)))
     if message:
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def failing_as_one() -> Iterator[None]:
+    """A UserError that any process raises within the block is raised in all. No process may wait for another one within it."""
+    error = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    if jax.process_count() > 1:
+        messages = map(_text, multihost_utils.process_allgather(_bytes(str(error or ""))))
+        if error is None:
+            for index, message in enumerate(messages):
+                if message:
+                    raise UserError(f"process {index} of this run cannot start: {message}")
+    if error is not None:
+        raise error
+
+
+def _bytes(message: str) -> np.ndarray:
+    """The message in an array of a fixed size, which processes can exchange."""
+    text, encoded = np.zeros(MAX_MESSAGE, np.uint8), np.frombuffer(message.encode()[:MAX_MESSAGE], np.uint8)
+    text[: len(encoded)] = encoded
+    return text
+
+
+def _text(array: np.ndarray) -> str:
+    return bytes(array).rstrip(b"\0").decode(errors="ignore")
 
 
 def process_index() -> int:
@@ -161,7 +187,7 @@ def require_same(values: dict[str, int]) -> None:
 
 
 def gather(tree: Any) -> Any:
-    """What `deal` dealt out: a tree of leaves [devices, rows, ...] of each process as NumPy arrays [all rows, ...] in each.
+    """A tree of leaves [devices, rows, ...] of each process (`distribute`) as NumPy arrays [all rows, ...] in each process.
 
     Every process must call it.
     """
