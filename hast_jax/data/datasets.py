@@ -155,7 +155,7 @@ def _tfds(name: str, split: str, data_dir: str, **options: Any) -> Any:
         return tfds.data_source(name, split=split, data_dir=os.path.expanduser(data_dir) or None, download=False, **options)
     except ImportError as error:
         raise UserError(f"TFDS cannot be used, as a package is missing ({error}): install that package.") from error
-    except (AssertionError, FileNotFoundError, NotImplementedError, tfds.core.DatasetNotFoundError) as error:
+    except (AssertionError, FileNotFoundError, NotImplementedError) as error:  # data that are not there
         place = f" --data_dir={data_dir}" if data_dir else ""
         raise UserError(
             f"the {split} split of {name} is not in {folder}, or not as array_record: prepare it once with "

@@ -1,4 +1,4 @@
-"""What the losses look like around a student: angles measure their gradients, eigenvalues of their Hessians.
+"""What the losses look like around a student: angles between their gradients, eigenvalues of their Hessians.
 
 Supplement, Figure 2. Derivatives are with respect to what is trained of the student, on clean images, and pass the quantizers
 straight through.
