@@ -65,7 +65,10 @@ def row(name: str, file: str, found: Exported) -> str:
     times = ("", "") if found.milliseconds is None else (f"{found.milliseconds:.2f} ms", f"{found.float_milliseconds:.2f} ms")
     others = "; ".join(f"{each.different} of {each.images:,} {each.name}{rounding(each)}" for each in found.comparisons)
     top1 = "; ".join(f"{each.top1:.2f} and {each.student_top1:.2f}" for each in found.comparisons if each.top1 is not None)
-    size = lambda count: f"{count / 1000:,.0f} kB"
+
+    def size(count):
+        return f"{count / 1000:,.0f} kB"
+
     return f"| {name} | {file} | {size(found.bytes)} | {size(found.float_bytes)} | {' | '.join(times)} | {others} | {top1} |"
 
 

@@ -130,8 +130,13 @@ def _arrow(edge: Edge, edges: list[Edge], kind: str) -> str:
 
 def _place(room: str, edge: Edge, edges: list[Edge]) -> int:
     """Where on a box an arrow begins or ends, beside the others on the same side of it."""
-    other = lambda e: ROOMS[e[e[0] == room]]
-    side = lambda e: other(e).row > ROOMS[room].row
+
+    def other(e):
+        return ROOMS[e[e[0] == room]]
+
+    def side(e):
+        return other(e).row > ROOMS[room].row
+
     beside = sorted((e for e in edges if room in e and side(e) == side(edge)), key=lambda e: (_middle(other(e)), e))
     return _middle(ROOMS[room]) + round(SPREAD * (beside.index(edge) - (len(beside) - 1) / 2))
 

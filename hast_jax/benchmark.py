@@ -84,7 +84,9 @@ def synthesis(config: ConfigDict, devices: int) -> Part:
     stack = parallel.stack(settings.stack, size)
 
     def build() -> tuple[synthesize.State, Any]:
-        start = lambda batch: synthesize.init(batch, key, shape, config.teacher.classes, settings)
+        def start(batch):
+            return synthesize.init(batch, key, shape, config.teacher.classes, settings)
+
         return jax.vmap(start)(jnp.arange(stack)), teacher.module.init(key, image, **teacher.call)
 
     step = synthesize.on_each(lambda state, variables: synthesize.step(state, variables, teacher, key, settings))
@@ -124,7 +126,10 @@ def measure(part: Part, devices: int, calls: int, repeats: int, arithmetic: str)
     line: dict[str, Any] = {"batch": part.batch, "compile_seconds": round(time.perf_counter() - start, 1)}
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     flops = devices * (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
-    gib = lambda size: round(size / 2**30, 3)
+
+    def gib(size):
+        return round(size / 2**30, 3)
+
     line["flops"] = flops * parallel.process_count()
     line["arguments_gib"], line["intermediate_gib"] = gib(memory.argument_size_in_bytes), gib(memory.temp_size_in_bytes)
     if repeats:

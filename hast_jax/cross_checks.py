@@ -24,7 +24,10 @@ def _images_have_one_origin(config: ConfigDict) -> Faults:
     split = config.synthesis.real_split
     if config.synthesis.source and split:
         yield "synthesis.real_split", "empty where synthesis.source is set"
-    bases = lambda text: {part.split("[")[0].strip() for part in text.split("+")}
+
+    def bases(text):
+        return {part.split("[")[0].strip() for part in text.split("+")}
+
     learned, judged = bases(split) - {""}, bases(config.eval.split)
     if learned and (learned & judged or "all" in learned | judged):
         yield "synthesis.real_split", "without images of the evaluation's split, eval.split"

@@ -78,7 +78,10 @@ def run(
     student = from_config.student(config)
     folder.check_teacher(variables, teacher.structure.program, remember=False)
     student_variables, steps = pipeline.restore_student(folder, variables, config, checkpoint, student)
-    judge = lambda network: evaluator(lambda v, x: networks.apply(network, v, x)[0], images, config, devices, progress)
+
+    def judge(network):
+        return evaluator(lambda v, x: networks.apply(network, v, x)[0], images, config, devices, progress)
+
     full, quantized = judge(teacher)(variables), judge(student)(student_variables)
     judged_on = f"{len(images.labels)} images, {config.eval.dataset} {config.eval.split}"
     table = Table("", "top-1 %", "drop", "top-5 %", title=f"{config.teacher.network} on {judged_on}")

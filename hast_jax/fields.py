@@ -296,8 +296,13 @@ def help_text() -> str:
 
 def markdown() -> str:
     """The table of the fields in docs/configuration.md."""
-    escape = lambda text: text.replace("|", "\\|")
-    mark = lambda field: " †" if field.free else ""
+
+    def escape(text):
+        return text.replace("|", "\\|")
+
+    def mark(field):
+        return " †" if field.free else ""
+
     rows = [
         f"| `{path}`{mark(field)} | {escape(_default(field))} | {escape(_meaning(field))} |" for path, field in FIELDS.items()
     ]

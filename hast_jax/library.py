@@ -220,7 +220,10 @@ def evaluate(
         variables = {**setting.variables, "ranges": ranges}
     dataset = real_images((images, labels), shape, network.classes)
     with _shown(progress) as shown:
-        logits = lambda v, x: networks.apply(network, v, x)[0]
+
+        def logits(v, x):
+            return networks.apply(network, v, x)[0]
+
         return evaluate_stage.evaluator(logits, dataset, config, parallel.choose(0), shown)(variables)
 
 

@@ -120,7 +120,10 @@ def _prepare(
         _refuse_overflow(teacher, variables, tuple(config.teacher.image))
         _held_out_images(config)
     recorder = Recorder(workdir, progress, writing=parallel.is_main())
-    job = lambda storage: Job(config, devices, storage, recorder, teacher, student, variables)
+
+    def job(storage):
+        return Job(config, devices, storage, recorder, teacher, student, variables)
+
     if workdir is None:
         if parallel.process_count() > 1:
             raise UserError("several processes share a run by its folder: give a workdir on one file system.")
@@ -195,7 +198,10 @@ def _teacher_accuracy(job: Job, dataset: datasets.Dataset | None) -> Callable[[A
     if dataset is None:
         return None
     progress = job.recorder.progress
-    judge = lambda network: evaluator(lambda v, x: networks.apply(network, v, x)[0], dataset, job.config, job.devices, progress)
+
+    def judge(network):
+        return evaluator(lambda v, x: networks.apply(network, v, x)[0], dataset, job.config, job.devices, progress)
+
     accuracy = job.storage.teacher_accuracy()
     if accuracy is None:
         found = judge(job.teacher)(job.variables)
@@ -256,7 +262,10 @@ def _held_out(job: Job, variables: weights.Variables) -> dict[str, Any] | None:
     images = _held_out_images(job.config)
     if images is None:
         return None
-    logits = lambda network: lambda v, x: networks.apply(network, v, x)[0]
+
+    def logits(network):
+        return lambda v, x: networks.apply(network, v, x)[0]
+
     teacher, student = logits(job.teacher), logits(job.student)
     found = agreement(teacher, student, (job.variables, variables), images, job.config.eval.batch)
     return {"images": len(images), "agreement": found.top1, "kl": found.kl}

@@ -48,7 +48,10 @@ def shift(images: Array, key: Array, pixels: int) -> Array:
         return images
     padded = jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
     corners = jax.random.randint(key, (len(images), 2), 0, 2 * pixels + 1)
-    crop = lambda image, corner: jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:])
+
+    def crop(image, corner):
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:])
+
     return jax.vmap(crop)(padded, corners)
 
 

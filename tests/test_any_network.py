@@ -52,7 +52,10 @@ def given(name: str) -> SimpleNamespace:
     call = structure.inference_arguments(module)
     variables = random_variables(module, image, call)
     images = jax.random.normal(jax.random.key(1), (4, *image))
-    apply = lambda variables, images: module.apply(variables, images, **call)
+
+    def apply(variables, images):
+        return module.apply(variables, images, **call)
+
     return SimpleNamespace(module=module, image=image, call=call, variables=variables, images=images, apply=apply)
 
 
@@ -76,7 +79,10 @@ def test_full_precision_is_the_networks_own_apply(name: str) -> None:
     its = given(name)
     teacher = networks.create(its.module, its.image, fast_convolution=False)
     assert teacher.classes == 10
-    logits = lambda variables, images: networks.apply(teacher, variables, images)[0]
+
+    def logits(variables, images):
+        return networks.apply(teacher, variables, images)[0]
+
     expected = its.apply(its.variables, its.images)
     assert logits(its.variables, its.images).dtype == jnp.float32 and np.ptp(expected) > 0.1
     np.testing.assert_array_equal(logits(its.variables, its.images), expected)
@@ -89,7 +95,10 @@ def test_full_precision_is_the_networks_own_apply(name: str) -> None:
 def test_the_fast_convolution_changes_rounding_alone(name: str) -> None:
     its = given(name)
     teacher = networks.create(its.module, its.image)
-    loss = lambda logits: (jnp.sum(jnp.sin(jnp.asarray(logits, jnp.float32))), logits)
+
+    def loss(logits):
+        return (jnp.sum(jnp.sin(jnp.asarray(logits, jnp.float32))), logits)
+
     slow, fast = (
         jax.jit(jax.grad(lambda images: loss(logits(its.variables, images)), has_aux=True))(its.images)
         for logits in (its.apply, lambda variables, images: networks.apply(teacher, variables, images)[0])
@@ -137,7 +146,10 @@ class Record:
     def _look(self, function: Callable, axis_of: Callable) -> Callable:
         def product(x: Any, kernel: Any, *arguments: Any, **named: Any) -> Any:
             path, axis = "/".join(nn.module._context.module_stack[-1].path), axis_of(kernel, *arguments[:1])
-            plain = lambda array: np.asarray(array).astype(np.float32)
+
+            def plain(array):
+                return np.asarray(array).astype(np.float32)
+
             jax.debug.callback(lambda *arrays: self.products.append(Product(path, *map(plain, arrays), axis)), x, kernel)
             return function(x, kernel, *arguments, **named)
 
@@ -276,8 +288,12 @@ def test_a_workdir_is_free_again_afterwards(tmp_path: Path) -> None:
 
 
 def test_branches_are_found() -> None:
-    paths = lambda name: ["/".join(call.path) for call in networks.create(*NETWORKS[name]).branches]
-    norms = lambda name: ["/".join(call.path) for call in networks.create(*NETWORKS[name]).structure.norms]
+    def paths(name):
+        return ["/".join(call.path) for call in networks.create(*NETWORKS[name]).branches]
+
+    def norms(name):
+        return ["/".join(call.path) for call in networks.create(*NETWORKS[name]).structure.norms]
+
     assert paths("resnet") == [f"ResNetBlock_{i}/BatchNorm_1" for i in range(9)]
     assert paths("mobilenetv2") == ["expanded_conv_project_BN", *(f"block_{i}_project_BN" for i in range(1, 5))]
     assert paths("mobilenetv3") == ["first_project", "second_project"]

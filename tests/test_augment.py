@@ -51,6 +51,9 @@ def test_one_key_gives_the_batch_one_crop_and_many_keys_give_many() -> None:
 
 def test_it_is_linear_in_the_images_so_that_gradients_flow_through_it() -> None:
     images = jax.random.normal(jax.random.key(0), (2, SIZE, SIZE, 3))
-    see = lambda x: augmentation.random_resized_crop_and_flip(jax.random.key(3), x, (0.4, 1.0))
+
+    def see(x):
+        return augmentation.random_resized_crop_and_flip(jax.random.key(3), x, (0.4, 1.0))
+
     _, tangent = jax.jvp(see, (images,), (2 * images,))
     np.testing.assert_allclose(tangent, 2 * see(images), rtol=1e-5, atol=1e-6)

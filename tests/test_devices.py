@@ -93,7 +93,9 @@ def test_without_promotion_there_are_no_promoted_losses() -> None:
 
 
 def test_several_steps_in_one_call_are_the_same_steps() -> None:
-    step = lambda state, add: (state + add, {"sum": state + add})
+    def step(state, add):
+        return (state + add, {"sum": state + add})
+
     state, add = parallel.replicate(jnp.zeros(()), 2), parallel.replicate(jnp.ones(()), 2)
     one = parallel.pmap_steps(step, 2)
     many = parallel.pmap_steps(step, 2, steps=3)

@@ -167,7 +167,9 @@ class Assorted(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        norm = lambda x: nn.BatchNorm(use_running_average=not train)(x)
+        def norm(x):
+            return nn.BatchNorm(use_running_average=not train)(x)
+
         x = nn.softplus(norm(nn.Conv(12, (3, 3))(x)))
         a, b, c = jnp.split(x, (3, 8), axis=-1)  # parts of a channel axis
         x = jnp.concatenate([jnp.sin(c), 1 - a, b[..., ::2], -b], axis=-1)  # 4 + 3 + 3 + 5 channels
@@ -301,7 +303,10 @@ def test_a_file_may_differ_where_rounding_alone_changes_the_student(monkeypatch)
     def compared(of: int, by_double_precision: int) -> comparison.Comparison:
         changed = np.where(np.arange(64)[:, None] < by_double_precision, -1, 1) * precise
         monkeypatch.setattr(comparison, "_in_double_precision", lambda *_: changed)
-        run = lambda given: np.where(np.arange(64)[:, None] < of, -1, 1) * np.asarray(its(given))
+
+        def run(given):
+            return np.where(np.arange(64)[:, None] < of, -1, 1) * np.asarray(its(given))
+
         return comparison.compare(its, run, [comparison.Judged("images", images)])[0]
 
     few, many, excused = compared(1, 5), compared(5, 0), compared(5, 2)
@@ -374,7 +379,10 @@ def test_a_hostile_run_folder_gets_nothing_written_but_the_file_and_none_of_its_
     config["teacher"]["network"] = f"{tmp_path}/evil.py:Net"
     (folder / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    files = lambda: sorted(path for path in tmp_path.rglob("*") if path.name != ".lock")
+
+    def files():
+        return sorted(path for path in tmp_path.rglob("*") if path.name != ".lock")
+
     before = files()
     ended = tiny.call([*tiny.module("export"), f"--workdir={folder}", f"--output={tmp_path}/out.onnx"])
     assert ended.returncode == 1 and "code of its maker's own" in ended.stderr

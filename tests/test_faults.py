@@ -65,7 +65,10 @@ KILLS = {"synthesis": 7, "calibration": 6, "finetune": 7}
 def test_no_kill_at_any_moment_changes_the_result(finished: Path, tmp_path: Path) -> None:
     """Runs that are killed again and again, in every stage, end like the unbroken one."""
     rng, hits, runs = random.Random(0), collections.Counter(), 0
-    lacks = lambda workdir: hits[stage(workdir)] < KILLS.get(stage(workdir), 0)
+
+    def lacks(workdir):
+        return hits[stage(workdir)] < KILLS.get(stage(workdir), 0)
+
     while hits.total() < sum(KILLS.values()):
         workdir, runs = tmp_path / str(runs), runs + 1
         while not (workdir / "result.json").exists():

@@ -35,9 +35,12 @@ NAMES = sorted(STATE)
 tiny.config()  # it imports other tests, which must not happen within one of these
 
 pytestmark = pytest.mark.slow
-many = lambda count: settings(
-    max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
+
+
+def many(count):
+    return settings(
+        max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -276,5 +279,8 @@ def test_synthetic_sets(shape, dtype, value, of_labels, label_dtype, label, inde
         found = one_sentence_or(lambda: synthetic_set.load(Path(place), (8, 8, 1), 10))
         if found is not None:
             assert np.isfinite(found[0]).all() and found[1].min(initial=0) >= 0 and found[1].max(initial=0) < 10
-        prepared = lambda: prepare(tiny.config(synthesis__source=place, synthesis__images=64, eval__dataset="none"))
+
+        def prepared():
+            return prepare(tiny.config(synthesis__source=place, synthesis__images=64, eval__dataset="none"))
+
         one_sentence_or(prepared)

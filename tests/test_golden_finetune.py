@@ -96,7 +96,10 @@ def compiled(bits: tuple[int, int], classes: int):
             "ca_student": [losses.attention(f) for f in taps.branches],
         }
         for name, parts in (("KL", ["kl"]), ("FA", ["fa"]), ("KLFA", ["kl", "fa"])):
-            scalar = lambda x: sum(measure(trained, x)[part] for part in parts)
+
+            def scalar(x):
+                return sum(measure(trained, x)[part] for part in parts)
+
             found[f"grad_{name}_img"] = jax.grad(scalar)(images)
         _, _, found["hard_images"] = promotion.promote(measure, trained, images, fixed.strengths.eps, "kl+fa")
         found["logits_perturbed"], _ = forward(student, student_variables, found["hard_images"])

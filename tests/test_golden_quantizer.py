@@ -134,7 +134,10 @@ def test_a_quantized_linear_layer_and_its_gradients_agree(golden: Golden) -> Non
     x, kernel = jnp.asarray(golden["lin/x"]), jnp.asarray(golden["lin/w"].T)
     for bits in bits_of(golden):
         expected = golden.under(f"lin/b{bits}")
-        layer = lambda x, kernel, bias: x @ quantizer.fake_quantize_weight(kernel, bits) + bias[None]
+
+        def layer(x, kernel, bias):
+            return x @ quantizer.fake_quantize_weight(kernel, bits) + bias[None]
+
         y, pull_back = jax.vjp(layer, x, kernel, jnp.asarray(golden["lin/b"]))
         gx, gw, gb = pull_back(jnp.asarray(golden["lin/gy"]))
         same = weights_agree(golden["lin/w"], expected["wq"], bits)

@@ -168,9 +168,10 @@ def test_class_folders_that_are_numbers_are_refused_where_text_and_number_order_
     with pytest.raises(UserError, match="as text 10 comes before 2") as refused:
         image_files.folder(place, (32, 32, 3), CROP)
     assert "--config.eval.class_order=number" in str(refused.value)
-    first = lambda order: [
-        int(image[0, 0, 0]) // 10 for image in image_files.folder(place, (32, 32, 3), 1, order).read(np.arange(12))
-    ]
+
+    def first(order):
+        return [int(image[0, 0, 0]) // 10 for image in image_files.folder(place, (32, 32, 3), 1, order).read(np.arange(12))]
+
     assert first("number") == list(range(12)) and first("name") == [0, 1, 10, 11, *range(2, 10)]
     padded = classes_of(tmp_path / "padded", [f"{i:02d}" for i in range(12)])
     assert image_files.folder(padded, (32, 32, 3), CROP).classes == 12

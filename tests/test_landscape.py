@@ -21,7 +21,10 @@ def symmetric(size: int) -> np.ndarray:
 
 def test_the_spectrum_of_a_quadratic_is_that_of_its_matrix() -> None:
     matrix = symmetric(30)
-    loss = lambda p: 0.5 * p["x"] @ matrix @ p["x"]
+
+    def loss(p):
+        return 0.5 * p["x"] @ matrix @ p["x"]
+
     found = landscape.hessian_spectrum(loss, {"x": jnp.ones(30)}, (), jax.random.key(0), probes=3, depth=30)
     assert len(found) == 3
     for nodes, weights in found:
@@ -31,7 +34,10 @@ def test_the_spectrum_of_a_quadratic_is_that_of_its_matrix() -> None:
 
 def test_few_lanczos_steps_find_the_largest_eigenvalue_and_the_mean() -> None:
     eigenvalues = jnp.concatenate([jnp.linspace(-1, 1, 399), jnp.asarray([25.0])])
-    loss = lambda p: 0.5 * jnp.sum(eigenvalues * p**2)
+
+    def loss(p):
+        return 0.5 * jnp.sum(eigenvalues * p**2)
+
     found = landscape.hessian_spectrum(loss, jnp.ones(400), (), jax.random.key(0), probes=32, depth=12)
     nodes, weights = landscape.average(found)
     np.testing.assert_allclose(nodes.max(), 25, rtol=1e-4)
@@ -58,7 +64,10 @@ def test_the_spectrum_of_a_small_quantized_network_is_that_of_its_exact_hessian(
 
 def test_it_stops_where_the_krylov_space_is_exhausted() -> None:
     eigenvalues = jnp.asarray([1.0, 1.0, 1.0, 4.0, 4.0])
-    loss = lambda p: 0.5 * jnp.sum(eigenvalues * p**2)
+
+    def loss(p):
+        return 0.5 * jnp.sum(eigenvalues * p**2)
+
     [(nodes, weights)] = landscape.hessian_spectrum(loss, jnp.ones(5), (), jax.random.key(0), probes=1, depth=5)
     np.testing.assert_allclose(nodes, [1, 4], rtol=1e-5)
     np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
@@ -95,13 +104,18 @@ def test_the_error_of_a_tail_is_that_of_its_probes() -> None:
 def test_cross_entropy_has_the_longer_tail_where_it_leads_both_by_more_than_the_error(
     ce: float, kl: float, fa: float, verdict: str
 ) -> None:
-    row = lambda ratio: {"largest_by_rms": ratio, "largest_by_rms_error": 5.0}
+    def row(ratio):
+        return {"largest_by_rms": ratio, "largest_by_rms_error": 5.0}
+
     assert f"**{verdict}**" in figure2.tail_finding({"ce": row(ce), "kl": row(kl), "fa": row(fa)})
 
 
 def test_gradients_agree_where_every_epochs_mean_is_positive() -> None:
     positive, mixed, negative = [[0.5, -0.1], [0.2, 0.1]], [[0.5, 0.4], [-0.2, 0.1]], [[-0.5, 0.4], [-0.2, -0.1]]
-    verdicts = lambda fa, ce: [line.split("**")[1] for line in figure2.angle_findings([0, 1], {"fa": fa, "ce": ce})]
+
+    def verdicts(fa, ce):
+        return [line.split("**")[1] for line in figure2.angle_findings([0, 1], {"fa": fa, "ce": ce})]
+
     assert verdicts(positive, negative) == ["holds", "holds"]
     assert verdicts(mixed, mixed) == verdicts(negative, positive) == ["does not hold", "does not hold"]
 

@@ -38,7 +38,10 @@ def test_the_grid_is_that_of_the_paper(x, below, above, k) -> None:
     off = np.abs(ours - theirs)
     tolerance = 1e-5 * (below + above)
     assert np.all((off <= tolerance) | (np.abs(off - step) <= tolerance))  # where a tie is rounded the other way
-    tie = lambda position: np.abs(position % 1 - 0.5) < 1e-3
+
+    def tie(position):
+        return np.abs(position % 1 - 0.5) < 1e-3
+
     assert tie(low / step) or np.all(tie(x[off > tolerance] / step))
 
 
@@ -48,7 +51,10 @@ def test_the_gradients_are_the_written_formulas(x, below, above, k) -> None:
     with jax.enable_x64(True):
         x, low, high = np.asarray(x, np.float64), np.float64(-below), np.float64(above)
         y = np.asarray(fake(x, low, high, k))
-        each = lambda v, a, b: fake(v, a, b, k)
+
+        def each(v, a, b):
+            return fake(v, a, b, k)
+
         dx, dlow, dhigh = (np.asarray(jax.vmap(jax.grad(each, argnum), (0, None, None))(x, low, high)) for argnum in range(3))
         step, z = (np.asarray(leaf) for leaf in learned.grid(jnp.asarray(low), jnp.asarray(high), k))
         width, position = high - low, x / step
@@ -88,7 +94,10 @@ def test_where_127_cuts_the_grid_of_eight_bits_the_slopes_are_right_too() -> Non
     """The integer stands still there, and only the step moves."""
     with jax.enable_x64(True):
         x, low, high, h = np.asarray([-1.4, -0.3, 0.9, 2.5]), -1.2, 1.31, 1e-6
-        last = lambda low, high: 127 * (high - low) / 255  # of the largest integer
+
+        def last(low, high):
+            return 127 * (high - low) / 255  # of the largest integer
+
         found = jax.jacobian(lambda r: fake(x, r[0], r[1], 8, 127))((low, high))
         assert fake(x, low, high, 8, 127)[-1] == pytest.approx(last(low, high))
         assert found[0][-1] == pytest.approx((last(low + h, high) - last(low - h, high)) / (2 * h))

@@ -247,7 +247,9 @@ assert callable(hast_jax.evaluate) and hast_jax.__version__
 
 @pytest.mark.slow
 def test_an_installed_wheel_works_away_from_the_checkout(tmp_path: Path) -> None:
-    run = lambda *command: subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    def run(*command):
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(tiny.ROOT))
     run(sys.executable, "-m", "venv", str(tmp_path / "venv"))
     binaries = tmp_path / "venv" / "bin"

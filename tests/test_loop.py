@@ -35,7 +35,9 @@ def test_the_metrics_are_those_of_the_step_just_done() -> None:
 
 
 def test_a_value_that_is_not_finite_stops_it_with_the_step_and_what_to_do() -> None:
-    bad = lambda state: (state, {"loss": jnp.asarray([jnp.nan]), "lr": jnp.ones(1)})
+    def bad(state):
+        return (state, {"loss": jnp.asarray([jnp.nan]), "lr": jnp.ones(1)})
+
     with pytest.raises(UserError, match=r"synthesis diverged: loss not finite at step 3; lower config\.synthesis\.lr"):
         list(drive(bad, 0, itertools.repeat(()), start=0, stop=9, steps_per_call=1, every=(3,), what="synthesis"))
 

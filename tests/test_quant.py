@@ -60,7 +60,10 @@ def test_no_gradient_reaches_the_range() -> None:
 
 def test_the_second_derivative_is_that_of_the_identity_too() -> None:
     x, v = jnp.linspace(-2, 2, 9), jnp.arange(9.0)
-    cube_sum = lambda x: jnp.sum(quantizer.fake_quantize(x, jnp.float32(-1), jnp.float32(1), 3) ** 3)
+
+    def cube_sum(x):
+        return jnp.sum(quantizer.fake_quantize(x, jnp.float32(-1), jnp.float32(1), 3) ** 3)
+
     _, hessian_vector = jax.jvp(jax.grad(cube_sum), (x,), (v,))
     levels = quantizer.fake_quantize(x, jnp.float32(-1), jnp.float32(1), 3)
     np.testing.assert_allclose(hessian_vector, 6 * levels * v, rtol=1e-6)
@@ -77,7 +80,10 @@ def test_each_output_channel_of_a_weight_has_its_own_range() -> None:
 @pytest.mark.parametrize("k", [2, 3, 4])
 def test_the_mse_range_loses_less_than_the_minmax_range_where_there_are_outliers(k: int) -> None:
     x = jax.nn.relu(jax.random.normal(jax.random.key(0), (10_000,))).at[0].set(50.0)
-    loss = lambda rule: jnp.mean(jnp.square(quantizer.fake_quantize(x, *rule(x, k), k) - x))
+
+    def loss(rule):
+        return jnp.mean(jnp.square(quantizer.fake_quantize(x, *rule(x, k), k) - x))
+
     assert loss(quantizer.mse_range) < 0.9 * loss(quantizer.minmax_range)
 
 
@@ -88,7 +94,9 @@ def test_the_clipped_gradient_changes_no_value_and_is_zero_outside_the_range_alo
     def output(straight_through: str, x: jax.Array) -> jax.Array:
         return quantizer.fake_quantize_activation(jax.nn.relu(x), jnp.float32(0), jnp.float32(1.234), k, straight_through)
 
-    gradient = lambda rule: jax.grad(lambda x: output(rule, x).sum())(x)
+    def gradient(rule):
+        return jax.grad(lambda x: output(rule, x).sum())(x)
+
     np.testing.assert_array_equal(output("clipped", x), output("identity", x))
     np.testing.assert_array_equal(gradient("identity"), x > 0)
     np.testing.assert_array_equal(gradient("clipped"), (x > 0) & (x < 1.234))

@@ -89,7 +89,10 @@ def test_cells_share_images_equal_cells_are_one_run_and_seeds_differ(tmp_path: P
     assert len(np.load(more / "images.npy")) == 128
     fewer, noise = small.run_one(Cell("fewer", {"synthesis.images": 32}), 0), small.images({"synthesis.iterations": 0}, 0)
     assert base == again and [r["seed"] for r in base] == [0, 1] and (base[0]["images"], fewer["images"]) == (96, 32)
-    names = lambda folder: {path.name for path in (tmp_path / folder).iterdir()}
+
+    def names(folder):
+        return {path.name for path in (tmp_path / folder).iterdir()}
+
     assert names("images") == {"base-seed0", "base-seed1", "iterations=0-seed0", "images=128,iterations=0-seed0"}
     assert names("cells") == {
         "base-seed0",
@@ -102,7 +105,10 @@ def test_cells_share_images_equal_cells_are_one_run_and_seeds_differ(tmp_path: P
     images = {path.parent.name: np.load(path / "images.npy") for path in (tmp_path / "images").glob("*/synthetic")}
     assert np.abs(images["base-seed0"] - images["base-seed1"]).max() > 1
     np.testing.assert_allclose(np.load(noise / "images.npy").std(), 1, atol=0.05)
-    ranges = lambda name: (tmp_path / "cells" / name / "ranges.json").read_text()
+
+    def ranges(name):
+        return (tmp_path / "cells" / name / "ranges.json").read_text()
+
     assert len({ranges(name) for name in ("base-seed0", "base-seed1", "images=32-seed0")}) == 3
     assert ranges("eps=0-seed0") == ranges("base-seed0")
 
@@ -324,5 +330,7 @@ def test_cells_that_change_other_things_have_other_folders() -> None:
 
 
 def test_without_alignment_table_1_has_no_direction_of_the_alignment() -> None:
-    labels = lambda lam: [cell.label for cell in experiments.table1(tiny.config(finetune__lam=lam)).cells]
+    def labels(lam):
+        return [cell.label for cell in experiments.table1(tiny.config(finetune__lam=lam)).cells]
+
     assert labels(2000.0) == ["kl", "fa", "kl+fa"] and labels(0.0) == ["kl", "kl+fa"]

@@ -153,7 +153,10 @@ def test_a_student_is_judged_by_synthetic_images_that_it_has_not_seen(finished: 
     teacher, variables = from_config.teacher(config)
     target = np.asarray(networks.apply(teacher, variables, images)[0], np.float64)
     logits = np.asarray(student(images), np.float64)
-    log = lambda z: z - np.log(np.exp(z).sum(1, keepdims=True))
+
+    def log(z):
+        return z - np.log(np.exp(z).sum(1, keepdims=True))
+
     kl = np.mean(np.sum(np.exp(log(target)) * (log(target) - log(logits)), 1))
     assert result["held_out"]["agreement"] == pytest.approx(100 * np.mean(target.argmax(1) == logits.argmax(1)))
     assert result["held_out"]["kl"] == pytest.approx(kl, rel=1e-3)

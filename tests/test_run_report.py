@@ -243,6 +243,9 @@ def test_in_a_browser_nothing_is_cut_off_and_the_colours_can_be_read(
     assert "CONSOLE" not in ended.stderr, ended.stderr
     found = json.loads(html.unescape(re.search("<title>(.*?)</title>", ended.stdout)[1]))
     assert not found["wide"] and not found["cut"] and found["scroll"] <= 0, found
-    brightness = lambda colour: sum(map(int, re.findall(r"\d+", colour)[:3]))
+
+    def brightness(colour):
+        return sum(map(int, re.findall(r"\d+", colour)[:3]))
+
     assert abs(brightness(found["ink"]) - brightness(found["page"])) > 450
     assert (brightness(found["page"]) > 600) == (scheme == "light")

@@ -18,9 +18,10 @@ def test_every_other_step_sees_a_crop_and_leaves_the_pixels_outside_it_alone() -
     teacher, variables = from_config.teacher(config)
     key, shape = jax.random.key(0), (8, *config.teacher.image)
     state = synthesize.init(0, key, shape, config.teacher.classes, config.synthesis)
-    do = lambda config: jax.jit(
-        partial(synthesize.step, variables=variables, teacher=teacher, key=key, settings=config.synthesis)
-    )
+
+    def do(config):
+        return jax.jit(partial(synthesize.step, variables=variables, teacher=teacher, key=key, settings=config.synthesis))
+
     step, whole = do(config), do(tiny.config(synthesis__crop_probability=0.0))
     without, expected = whole(state)
     assert (np.asarray(without.images) != state.images).all()

@@ -331,7 +331,9 @@ def keras_3(file: Any, variables: Any, named: bool = True) -> None:
 
 
 def config(scale: bool = True) -> dict:
-    layer = lambda kind, name, **more: {"class_name": kind, "config": {"name": name, **more}}
+    def layer(kind, name, **more):
+        return {"class_name": kind, "config": {"name": name, **more}}
+
     inner = [layer("DepthwiseConv2D", "dw"), layer("BatchNormalization", "bn", scale=scale, center=True)]
     outer = [layer("Conv2D", "stem"), layer("Functional", "block", layers=inner), layer("Dropout", "d"), layer("Dense", "head")]
     return layer("Functional", "net", layers=outer)
@@ -397,7 +399,10 @@ def test_layers_of_other_names_are_found_by_a_name_map(tmp_path: Path) -> None:
     theirs = {"stem": variables["params"]["first"], "head": variables["params"]["last"]}
     keras_3(tmp_path / "a.weights.h5", {"params": theirs})
     called = {"first": "stem", "last": "head"}
-    names = lambda path: "/".join(called.get(part, part) for part in path)
+
+    def names(path):
+        return "/".join(called.get(part, part) for part in path)
+
     assert same(load(tmp_path / "a.weights.h5", Renamed(), names=names), {"params": variables["params"]})
 
 
@@ -469,7 +474,10 @@ def test_names_that_are_all_others_are_counted_and_one_of_each_kind_shown() -> N
 
 def test_a_map_of_ones_own_replaces_those_of_the_libraries() -> None:
     variables = values()
-    mine = lambda path: f"mine.{'-'.join(path)}"
+
+    def mine(path):
+        return f"mine.{'-'.join(path)}"
+
     assert weights.name_map(Net(), None, IMAGE, mine, CALL)["mine.params-stem-bias"] == ("params", "stem", "bias")
     state = {mine(tuple(name.split("/"))): weights.to_torch_layout(array) for name, array in by_name(variables).items()}
     assert same(take(state, names=mine), variables)

@@ -86,7 +86,10 @@ def load(config: ConfigDict, split: str) -> Dataset | None:
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
     """uint8 images to the teacher's space: float32 (x / 255 - mean) / std for each channel."""
     scaled = images.astype(jnp.float32) / 255
-    channel = lambda values: jnp.asarray(values, jnp.float32)[None, None, None]
+
+    def channel(values):
+        return jnp.asarray(values, jnp.float32)[None, None, None]
+
     return (scaled - channel(mean)) / channel(std)
 
 

@@ -26,8 +26,13 @@ def curves(series: Mapping[str, Points], x: str, y: str) -> str:
     ticks = _ticks(low, high, logarithmic)
     bottom, top = scale(min(low, ticks[0])), scale(max(high, ticks[-1]))
     right = max(xs)
-    place_x = lambda v: LEFT + (WIDTH - LEFT - 12) * (v / right if right else 0)
-    place_y = lambda v: HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * ((scale(v) - bottom) / ((top - bottom) or 1))
+
+    def place_x(v):
+        return LEFT + (WIDTH - LEFT - 12) * (v / right if right else 0)
+
+    def place_y(v):
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * ((scale(v) - bottom) / ((top - bottom) or 1))
+
     parts = []
     for tick in ticks:
         at = place_y(tick)
@@ -52,7 +57,10 @@ def histogram(values: Histogram) -> str:
     ordered = np.sort(counts)
     top = max(1, min(ordered[-1], 2 * ordered[-2] if len(ordered) > 1 else ordered[-1]))
     height = SMALL_HEIGHT - SMALL_BOTTOM
-    place = lambda step: SMALL_WIDTH * (step - edges[0]) / (edges[-1] - edges[0])
+
+    def place(step):
+        return SMALL_WIDTH * (step - edges[0]) / (edges[-1] - edges[0])
+
     parts = []
     if values.highest - values.lowest < MOST_LINES:
         for step in np.arange(values.lowest, values.highest + 1):

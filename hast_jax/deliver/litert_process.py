@@ -64,7 +64,10 @@ def _judge(run: Any, image: np.ndarray) -> np.ndarray:
 
 def _operators(run: Any) -> list[tuple[str, str, int]]:
     """(type, "integer", "between" or "float", number) of the operators."""
-    kind = lambda tensor: np.dtype(run._get_tensor_details(int(tensor), 0)["dtype"]).kind
+
+    def kind(tensor):
+        return np.dtype(run._get_tensor_details(int(tensor), 0)["dtype"]).kind
+
     counted: Counter[tuple[str, str]] = Counter()
     for each in run._get_ops_details():
         if each["op_name"] != "DELEGATE":  # stands for operators that are listed too

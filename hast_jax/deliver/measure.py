@@ -151,7 +151,10 @@ def sensitivities(
     target = jax.jit(lambda v, x: networks.apply(teacher, v, x)[0])(teacher_variables, batch)
     ranges = student_variables["ranges"]
     names = {"/".join(site.name): site.bits for site in student.sites.values()}
-    switches = lambda on, *other: {name: jnp.asarray(on != (name in other)) for name in names}
+
+    def switches(on, *other):
+        return {name: jnp.asarray(on != (name in other)) for name in names}
+
     rest = {name: tree for name, tree in teacher_variables.items() if name not in ("params", "ranges")}
     start = flatten_dict(teacher_variables["params"])
     rounded = flatten_dict(
@@ -159,7 +162,10 @@ def sensitivities(
     )
     trained = flatten_dict(student_variables["params"])
     codes = flatten_dict(networks.quantized_params(student, student_variables["params"], ranges))
-    measure = lambda params, on: float(divergence({**rest, "params": unflatten_dict(params)}, ranges, on, target))
+
+    def measure(params, on):
+        return float(divergence({**rest, "params": unflatten_dict(params)}, ranges, on, target))
+
     found = []
     for layer, bits in student.kernels.items():
         alone = measure({**start, layer.kernel: rounded[layer.kernel]}, switches(False))
@@ -195,7 +201,10 @@ def suggested_bits(found: Sequence[Sensitivity], costs: Sequence[Cost], average:
     loss = {each.name: each.alone * 4.0**each.bits for each in found if each.kind == "weights" and each.name in sizes}
     bits = dict.fromkeys(loss, quantizer.MIN_BITS)
     left = average * sum(sizes[name] for name in loss) - sum(sizes[name] * bits[name] for name in loss)
-    gain = lambda name: loss[name] * (4.0 ** -bits[name] - 4.0 ** -(bits[name] + 1)) / sizes[name]
+
+    def gain(name):
+        return loss[name] * (4.0 ** -bits[name] - 4.0 ** -(bits[name] + 1)) / sizes[name]
+
     while fitting := [name for name in loss if sizes[name] <= left and bits[name] < quantizer.MAX_BITS]:
         best = max(fitting, key=gain)
         bits[best] += 1

@@ -109,7 +109,10 @@ def _metadata(student: Student) -> dict[str, str]:
 def _walk(graph: Graph, jaxpr: Any, constants: Sequence[Value], arguments: Sequence[Value]) -> list[Value]:
     """The outputs of a traced function, whose operations become nodes; of constants alone they are computed."""
     values: dict[Any, Value] = dict(zip(jaxpr.constvars, constants)) | dict(zip(jaxpr.invars, arguments))
-    read = lambda atom: constant(atom.val) if isinstance(atom, Literal) else values[atom]
+
+    def read(atom):
+        return constant(atom.val) if isinstance(atom, Literal) else values[atom]
+
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
         values.update(zip(equation.outvars, _results(graph, equation, operands)))

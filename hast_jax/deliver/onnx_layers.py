@@ -63,7 +63,10 @@ def convolution(graph: Graph, given: dict[str, Any], operands: list[Value], shap
         "group": given["feature_group_count"],
     }
     order, channel = tuple(numbers.lhs_spec), numbers.out_spec[1]
-    out = lambda name, scale=None: Value(shape, name, tuple(numbers.out_spec), scale=scale)
+
+    def out(name, scale=None):
+        return Value(shape, name, tuple(numbers.out_spec), scale=scale)
+
     axes = tuple(numbers.rhs_spec)
     integers = _integers(graph, x, kernel, order, axes, axes[0])
     if integers is None:

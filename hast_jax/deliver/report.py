@@ -123,7 +123,10 @@ def _cost_rows(
 ) -> list[tuple[str, str, str]]:
     tested, rows = _tested(folder, record), []
     if tested:
-        words = lambda top1: "{:.2f} ({:.1f} to {:.1f})".format(top1, *interval(top1, tested))
+
+        def words(top1):
+            return "{:.2f} ({:.1f} to {:.1f})".format(top1, *interval(top1, tested))
+
         rows.append(("top-1 in per cent, last epoch", words(record["teacher"]), words(record["last"])))
         rows.append(("the same without fine-tuning", "", f"{record['no_finetuning']:.2f}"))
     before, after = _sizes(costs, student)
@@ -188,7 +191,10 @@ def _picture(images: np.ndarray, student: Student) -> str:
 def _curves(folder: RunFolder, record: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
     """Words, chart and legend of each stage that logged something."""
     lines = read_metrics(folder.metrics)
-    series = lambda stage, name: [(line["step"], line[name]) for line in lines if line["stage"] == stage and name in line]
+
+    def series(stage, name):
+        return [(line["step"], line[name]) for line in lines if line["stage"] == stage and name in line]
+
     found: list[tuple[str, str, list[str]]] = []
     loss = series("synthesis", "loss")
     if loss:

@@ -36,9 +36,16 @@ class Moments(NamedTuple):
 
 def bn_moments(taps: Sequence[BatchNormTap]) -> tuple[Moments, ...]:
     """The moments of every batch-norm layer, over batch, height and width, in one pass over its input."""
-    over = lambda x: tuple(range(x.ndim - 1))
-    mean = lambda tap: jnp.mean(tap.inputs, over(tap.inputs))
-    spread = lambda tap: jnp.mean(jnp.square(tap.inputs - jnp.expand_dims(tap.mean, over(tap.inputs))), over(tap.inputs))
+
+    def over(x):
+        return tuple(range(x.ndim - 1))
+
+    def mean(tap):
+        return jnp.mean(tap.inputs, over(tap.inputs))
+
+    def spread(tap):
+        return jnp.mean(jnp.square(tap.inputs - jnp.expand_dims(tap.mean, over(tap.inputs))), over(tap.inputs))
+
     return tuple(Moments(mean(tap), spread(tap), tap.mean, tap.var) for tap in taps)
 
 

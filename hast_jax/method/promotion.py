@@ -29,7 +29,10 @@ def promote(distances: Distances, params: Any, images: Array, eps: Array | float
     costs a second backward pass.
     """
     losses, pull_back = jax.vjp(distances, params, images)
-    cotangents = lambda chosen: {name: jnp.asarray(name in chosen, loss.dtype) for name, loss in losses.items()}
+
+    def cotangents(chosen):
+        return {name: jnp.asarray(name in chosen, loss.dtype) for name, loss in losses.items()}
+
     params_gradient, images_gradient = pull_back(cotangents(losses.keys()))
     if DIRECTIONS[direction] != losses.keys():
         _, images_gradient = pull_back(cotangents(DIRECTIONS[direction]))

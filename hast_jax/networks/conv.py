@@ -62,7 +62,10 @@ def _depthwise(x: Array, kernel: Array, strides: Pair, padding: Padding, dilatio
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     sizes = kernel.shape[:2]
     counts = [(x.shape[1 + a] - (sizes[a] - 1) * dilation[a] - 1) // strides[a] + 1 for a in (0, 1)]
-    window = lambda a, i: slice(i * dilation[a], i * dilation[a] + strides[a] * (counts[a] - 1) + 1, strides[a])
+
+    def window(a, i):
+        return slice(i * dilation[a], i * dilation[a] + strides[a] * (counts[a] - 1) + 1, strides[a])
+
     terms = (x[:, window(0, i), window(1, j)] * kernel[i, j][None, None] for i in range(sizes[0]) for j in range(sizes[1]))
     return functools.reduce(jnp.add, terms)
 

@@ -141,7 +141,10 @@ def _bytes(leaf: Any) -> int:
 
 def _restore(handler: ocp.PyTreeCheckpointHandler, folder: Path, like: Any) -> Any:
     """The part of a tree whose description is `like`, as NumPy arrays."""
-    each = lambda make: jax.tree.map(make, like, is_leaf=_is_array)
+
+    def each(make):
+        return jax.tree.map(make, like, is_leaf=_is_array)
+
     arguments = ocp.args.PyTreeRestore(
         item=each(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)),
         restore_args=each(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray)),

@@ -123,7 +123,10 @@ def apply(network: Network, variables: Variables, images: Array) -> tuple[Array,
     computes in: losses of a few per cent would be lost in less.
     """
     logits, left = _call(network, variables, images, observing=False)
-    moment = lambda call, name: _below(variables["batch_stats"], call.path)[name]
+
+    def moment(call, name):
+        return _below(variables["batch_stats"], call.path)[name]
+
     norms = tuple(
         BatchNormTap(_wide(_left(left, c, "input")), moment(c, "mean"), moment(c, "var")) for c in network.structure.norms
     )

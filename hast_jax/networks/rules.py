@@ -41,7 +41,10 @@ def parse_rules(text: str) -> dict[str, Bits]:
 
 def text_of(rules: Rules) -> str:
     """The text from which `parse_rules` reads these rules, none of which is the default."""
-    form = lambda bits: "".join(f"{letter}{each}" for letter, each in zip("wa", bits) if each is not None) or "full"
+
+    def form(bits):
+        return "".join(f"{letter}{each}" for letter, each in zip("wa", bits) if each is not None) or "full"
+
     return "; ".join(f"{pattern}={form(bits)}" for pattern, bits in rules)
 
 

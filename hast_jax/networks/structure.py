@@ -142,7 +142,10 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
             f"{name_of(module)} has no nn.BatchNorm: images are made from the statistics of batch norms, so a network "
             "without any (a transformer, a network with layer or group norm) cannot be quantized without data."
         )
-    value = lambda call, name: _value(module, left, call, name)
+
+    def value(call, name):
+        return _value(module, left, call, name)
+
     params = flatten_dict(variables["params"])
     kernels = {layer.kernel for layer in seen.layers.values()}
     matrices = [path for path, leaf in params.items() if leaf.ndim > 1 and math.prod(leaf.shape[:-1]) > 1]

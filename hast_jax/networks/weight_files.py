@@ -70,8 +70,13 @@ def _read_safetensors(path: Path) -> StateDict:
 def _safetensors_metadata(path: Path) -> Metadata:
     with safetensors.safe_open(path, "np") as file:
         raw = file.metadata() or {}
-    numbers = lambda key: tuple(map(float, json.loads(raw[key]))) if key in raw else None
-    number = lambda key: float(raw[key]) if key in raw else None
+
+    def numbers(key):
+        return tuple(map(float, json.loads(raw[key]))) if key in raw else None
+
+    def number(key):
+        return float(raw[key]) if key in raw else None
+
     return Metadata(raw.get("dataset"), numbers("mean"), numbers("std"), number("crop"), number("test_top1"))
 
 

@@ -91,7 +91,10 @@ def gradient_angles(sweep: Sweep) -> Section:
 def angle_findings(epochs: list[int], values: dict[str, list[list[float]]]) -> tuple[str, str]:
     """What the supplement says of Figure 2a, and whether it holds. values: loss -> [epochs, batches]."""
     means = {loss: np.mean(by_epoch, 1) for loss, by_epoch in values.items()}
-    say = lambda loss: f"cosine {means[loss].min():+.3f} to {means[loss].max():+.3f}, epochs 0 to {epochs[-1]}"
+
+    def say(loss):
+        return f"cosine {means[loss].min():+.3f} to {means[loss].max():+.3f}, epochs 0 to {epochs[-1]}"
+
     return (
         f"the paper: gradients of FA and KL agree throughout: **{_holds(bool(np.all(means['fa'] > 0)))}** ({say('fa')})",
         f"the paper: those of CE and KL oppose throughout: **{_holds(bool(np.all(means['ce'] < 0)))}** ({say('ce')})",
@@ -106,7 +109,10 @@ def hessian_spectra(sweep: Sweep) -> Section:
     key = jax.random.fold_in(jax.random.key(found.config.seed), 5)
     probes = {}
     for loss, factor in {"ce": 1.0, "kl": 1 / settings.alpha, "fa": 1 / settings.lam}.items():
-        one = lambda *arguments, loss=loss, factor=factor: factor * found.losses(*arguments)[loss]
+
+        def one(*arguments, loss=loss, factor=factor):
+            return factor * found.losses(*arguments)[loss]
+
         probes[loss] = landscape.hessian_spectrum(one, trained, constants, key, PROBES, DEPTH)
     width = 1e-4 * max(float(np.abs(one.nodes).max()) for each in probes.values() for one in each)
     curves = {_LABELS[loss]: _density(landscape.average(each), width) for loss, each in probes.items()}
@@ -164,8 +170,13 @@ def tail_finding(spectra: dict[str, dict[str, float]]) -> str:
     By itself it would compare the losses' weights. A difference decides where it is larger than twice its standard error.
     """
     ce, *others = (spectra[loss] for loss in ("ce", "kl", "fa"))
-    lead = lambda other: ce["largest_by_rms"] - other["largest_by_rms"]
-    error = lambda other: 2 * float(np.hypot(ce["largest_by_rms_error"], other["largest_by_rms_error"]))
+
+    def lead(other):
+        return ce["largest_by_rms"] - other["largest_by_rms"]
+
+    def error(other):
+        return 2 * float(np.hypot(ce["largest_by_rms_error"], other["largest_by_rms_error"]))
+
     if any(lead(other) < -error(other) for other in others):
         decision = "does not hold"
     else:

@@ -77,10 +77,14 @@ def hessian_spectrum(
 
     @jax.jit
     def hessian_vector(vector: Array, point: Array, *constants: Any) -> Array:
-        gradient = lambda p: jax.grad(lambda q: loss(unravel(q), *constants))(p)
+        def gradient(p):
+            return jax.grad(lambda q: loss(unravel(q), *constants))(p)
+
         return jax.jvp(gradient, (point,), (vector,))[1]
 
-    product = lambda vector: np.asarray(hessian_vector(jnp.asarray(vector, flat.dtype), flat, *constants), np.float64)
+    def product(vector):
+        return np.asarray(hessian_vector(jnp.asarray(vector, flat.dtype), flat, *constants), np.float64)
+
     starts = np.asarray(jax.random.normal(key, (probes, len(flat))), np.float64)
     return [lanczos(product, start, depth) for start in starts]
 

@@ -158,7 +158,10 @@ def _check_source(config: ConfigDict) -> None:
 def _name(changes: dict[str, Any]) -> str:
     """The name of a cell's folder: each field that it changes, and the value; other changes have another name."""
     last = [path.split(".")[-1] for path in FIELDS]
-    short = lambda path: path.split(".")[-1] if last.count(path.split(".")[-1]) == 1 else path
+
+    def short(path):
+        return path.split(".")[-1] if last.count(path.split(".")[-1]) == 1 else path
+
     return ",".join(f"{short(path)}={_value(value)}" for path, value in sorted(changes.items())) or "base"
 
 

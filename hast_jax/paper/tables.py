@@ -150,7 +150,10 @@ def verdict(finding: Finding, sections: dict[str, Section], images: int) -> str:
     """Whether a finding holds, by the experiment's rows. images: real ones, of the evaluation."""
     rows = sections[finding.experiment].data.get("rows", [])
     by_label = {row["label"]: row for row in rows}
-    pick = lambda key: (rows[key] if rows else {}) if isinstance(key, int) else by_label.get(key, {})
+
+    def pick(key):
+        return (rows[key] if rows else {}) if isinstance(key, int) else by_label.get(key, {})
+
     pair = pick(finding.better), pick(finding.worse)
     if any("mean" not in row or row["failed"] for row in pair):
         return f"{finding.sentence}: not measured, a cell failed or was left out"

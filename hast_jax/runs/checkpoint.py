@@ -89,7 +89,10 @@ class Checkpoints:
 
     def _restore(self, step: int, like: Any, rows: int | None) -> Any:
         metadata = self._checkpointer.metadata(step)
-        tail = lambda leaf: leaf.shape[0 if rows is None else 1 :]
+
+        def tail(leaf):
+            return leaf.shape[0 if rows is None else 1 :]
+
         saved_leaves, wanted_leaves = jax.tree.leaves(metadata.metadata), jax.tree.leaves(like)
         # Before any array is read: a forged shape could fill the memory.
         if sorted(map(tail, saved_leaves)) != sorted(map(tail, wanted_leaves)):

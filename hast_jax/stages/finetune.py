@@ -143,7 +143,10 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
         state, evaluations = _resume(job, ranges, latest)
         start = int(state.step)
         calls = call_length(parallel.steps_per_call(config.steps_per_call), every, start)
-        due = lambda step: step % every == 0 and (step // every % config.eval.every == 0 or step == stop)
+
+        def due(step):
+            return step % every == 0 and (step // every % config.eval.every == 0 or step == stop)
+
         with job.recorder.stage("finetune", stop, start) as stage:
             if due(start) and start // every not in evaluations:
                 judge(state)

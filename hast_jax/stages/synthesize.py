@@ -115,7 +115,10 @@ def step(
     plateau = plateau_update(state.plateau, metrics["loss"], settings)
     best = state.best
     if best is not None:
-        choose = lambda condition, a, b: jax.tree.map(partial(jnp.where, condition), a, b)
+
+        def choose(condition, a, b):
+            return jax.tree.map(partial(jnp.where, condition), a, b)
+
         best = choose(metrics["loss"] < best.loss, Best(metrics["loss"], state.images), best)
         again = best.images, optax.scale_by_adam().init(best.images)
         images, adam = choose(plateau.lr < state.plateau.lr, again, (images, adam))
