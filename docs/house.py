@@ -45,7 +45,7 @@ ROOMS = {
         20,
         940,
         "quantize, each stage as a function",
-        ("from_config", "given", "library", "pipeline"),
+        ("from_config", "given", "library", "pipeline", "record"),
     ),
     "stages": Room(3, 20, 470, "synthesize, calibrate, finetune, evaluate"),
     "deliver": Room(3, 495, 940, "exports, progress bars, tables, pictures"),

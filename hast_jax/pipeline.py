@@ -1,10 +1,6 @@
 """The stages in their order, each going on where a killed run left it."""
 
 import contextlib
-import datetime
-import platform
-import shlex
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +11,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from hast_jax import __version__, from_config, networks, paths
 from hast_jax import config as config_lib
+from hast_jax import from_config, networks, paths, record
 from hast_jax.data import datasets
 from hast_jax.deliver.pictures import save_picture
 from hast_jax.errors import AccuracyWarning, Notice, UserError, sentence
@@ -57,14 +53,14 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
     job, given, dataset = _prepare(config, workdir, progress, own)
     with job.storage.held(), contextlib.closing(job.recorder):
         evaluate = _teacher_accuracy(job, dataset)
-        segment = _begin_segment(job)
+        segment = record.begin_segment(job)
         images, labels = _training_images(job, given)
         ranges = _activation_ranges(job, images)
         state, evaluations = finetune.run(job, images, labels, ranges, evaluate)
-        _end_segment(job, segment)
+        record.end_segment(job, segment)
         finished = job.storage.read_result()
         variables = finetune.student_variables(job.student, job.variables, ranges, state.trained)
-        result = finished or {**_summary(job, len(images), evaluations), "held_out": _held_out(job, variables)}
+        result = finished or {**record.summary(job, len(images), evaluations), "held_out": _held_out(job, variables)}
         student = _student(job, variables, result)
         if finished is None:
             if isinstance(job.storage, RunFolder):
@@ -291,74 +287,3 @@ def restore_student(
     if state is None:
         raise UserError(f"{folder} holds no {checkpoint} student yet: let its run reach the end of an epoch.")
     return finetune.student_variables(student, variables, ranges, state.trained), int(state.step)
-
-
-def _hardware(job: Job) -> str:
-    return f"{job.devices * parallel.process_count()} x {jax.devices()[0].device_kind} ({platform.machine()})"
-
-
-STAGES = ("synthesis", "calibrate", "finetune")
-
-
-def _begin_segment(job: Job) -> dict[str, Any] | None:
-    """Note that this run was started here; None where it is finished already."""
-    if job.storage.read_result() is not None:
-        return None
-    segment = {
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": _hardware(job),
-        "command": _command(),
-        "hast_jax": __version__,
-        "jax": jax.__version__,
-        "spent_before": {name: round(job.recorder.seconds(name), 1) for name in STAGES},
-    }
-    segments = [*(_ended(job, each) for each in job.storage.read_segments()), segment]
-    parallel.on_main(lambda: job.storage.write_segments(segments))
-    return segment
-
-
-def _command() -> str | None:
-    """The command that started this process; None where it is not one of ours."""
-    words = sys.orig_argv[1:]
-    return shlex.join(["python", *words]) if any("hast_jax" in word for word in words[:2]) else None
-
-
-def _end_segment(job: Job, segment: dict[str, Any] | None) -> None:
-    """Note how long the stages took since this start."""
-    if segment is not None:
-        segment["seconds"] = {name: round(job.recorder.own_seconds.get(name, 0.0), 1) for name in STAGES}
-        segments = [*job.storage.read_segments()[:-1], segment]
-        parallel.on_main(lambda: job.storage.write_segments(segments))
-
-
-def _ended(job: Job, segment: dict[str, Any]) -> dict[str, Any]:
-    """A segment that was broken off, with its seconds by what it logged."""
-    before = segment["spent_before"]
-    return {"seconds": {name: round(job.recorder.seconds(name) - before[name], 1) for name in STAGES}, **segment}
-
-
-def _summary(job: Job, images: int, evaluations: dict[int, float]) -> dict[str, Any]:
-    """What `result.json` holds: accuracies in per cent, the budget, the time of each stage, the hardware."""
-    config, best, teacher = job.config, finetune.best_epoch(evaluations), job.storage.teacher_accuracy()
-    segments = job.storage.read_segments()
-    return {
-        "network": config.teacher.network,
-        "weights": config.teacher.weights,
-        "dataset": config.eval.dataset,
-        "bits": config.bits.to_dict(),
-        "seed": config.seed,
-        "teacher": teacher["top1"] if teacher else None,
-        "no_finetuning": evaluations.get(0),
-        "last": evaluations[max(evaluations)] if best else None,
-        "best": evaluations[best] if best else None,
-        "best_epoch": best,
-        "images": images,
-        "iterations": None if config.synthesis.source or config.synthesis.real_split else config.synthesis.iterations,
-        "real_split": config.synthesis.real_split,
-        "steps": config.finetune.epochs * config.finetune.steps_per_epoch,
-        "batch": config.finetune.batch,
-        "seconds": {name: round(job.recorder.seconds(name), 1) for name in STAGES},
-        "hardware": ", then ".join(dict.fromkeys(segment["hardware"] for segment in segments)),
-        "segments": segments,
-        "config": config_lib.to_dict(config),
-    }

@@ -1,0 +1,85 @@
+"""What a run reports of itself: each start of it, and the summary that `result.json` holds."""
+
+import datetime
+import platform
+import shlex
+import sys
+from typing import Any
+
+import jax
+
+from hast_jax import __version__
+from hast_jax import config as config_lib
+from hast_jax.runs import parallel
+from hast_jax.stages import finetune
+from hast_jax.stages.job import Job
+
+STAGES = ("synthesis", "calibrate", "finetune")
+
+
+def begin_segment(job: Job) -> dict[str, Any] | None:
+    """Note that this run was started here; None where it is finished already."""
+    if job.storage.read_result() is not None:
+        return None
+    segment = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": _hardware(job),
+        "command": _command(),
+        "hast_jax": __version__,
+        "jax": jax.__version__,
+        "spent_before": {name: round(job.recorder.seconds(name), 1) for name in STAGES},
+    }
+    segments = [*(_ended(job, each) for each in job.storage.read_segments()), segment]
+    parallel.on_main(lambda: job.storage.write_segments(segments))
+    return segment
+
+
+def _command() -> str | None:
+    """The command that started this process; None where it is not one of ours."""
+    words = sys.orig_argv[1:]
+    return shlex.join(["python", *words]) if any("hast_jax" in word for word in words[:2]) else None
+
+
+def end_segment(job: Job, segment: dict[str, Any] | None) -> None:
+    """Note how long the stages took since this start."""
+    if segment is not None:
+        segment["seconds"] = {name: round(job.recorder.own_seconds.get(name, 0.0), 1) for name in STAGES}
+        segments = [*job.storage.read_segments()[:-1], segment]
+        parallel.on_main(lambda: job.storage.write_segments(segments))
+
+
+def _ended(job: Job, segment: dict[str, Any]) -> dict[str, Any]:
+    """A segment that was broken off, with its seconds by what it logged."""
+    before = segment["spent_before"]
+    return {"seconds": {name: round(job.recorder.seconds(name) - before[name], 1) for name in STAGES}, **segment}
+
+
+def summary(job: Job, images: int, evaluations: dict[int, float]) -> dict[str, Any]:
+    """What `result.json` holds: accuracies in per cent, the budget, the time of each stage, the hardware."""
+    config, best, teacher = job.config, finetune.best_epoch(evaluations), job.storage.teacher_accuracy()
+    segments = job.storage.read_segments()
+    return {
+        "network": config.teacher.network,
+        "weights": config.teacher.weights,
+        "dataset": config.eval.dataset,
+        "bits": config.bits.to_dict(),
+        "seed": config.seed,
+        "teacher": teacher["top1"] if teacher else None,
+        "no_finetuning": evaluations.get(0),
+        "last": evaluations[max(evaluations)] if best else None,
+        "best": evaluations[best] if best else None,
+        "best_epoch": best,
+        "images": images,
+        "iterations": None if config.synthesis.source or config.synthesis.real_split else config.synthesis.iterations,
+        "real_split": config.synthesis.real_split,
+        "steps": config.finetune.epochs * config.finetune.steps_per_epoch,
+        "batch": config.finetune.batch,
+        "seconds": {name: round(job.recorder.seconds(name), 1) for name in STAGES},
+        "hardware": ", then ".join(dict.fromkeys(segment["hardware"] for segment in segments)),
+        "segments": segments,
+        "config": config_lib.to_dict(config),
+    }
+
+
+def _hardware(job: Job) -> str:
+    return f"{job.devices * parallel.process_count()} x {jax.devices()[0].device_kind} ({platform.machine()})"
