@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # Memory in huge pages: steps on a CPU allocate hundreds of MiB each (docs/performance.md). Only Linux's C library heeds it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-oldest lint clean
+.PHONY: quickstart test test-oldest site lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m hast_jax.main --config=configs/digits.py:w3a3,best --workdir=runs/digits
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The pages as a site, in the folder site.
+site: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict
 
 # The oldest dependencies that pyproject.toml allows, in an environment and with compiled programs of their own.
 test-oldest:

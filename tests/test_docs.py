@@ -1,7 +1,10 @@
 """Every link of the pages leads somewhere, every number of the README's table is that of the full results, commands exist."""
 
 import importlib.metadata
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -69,6 +72,22 @@ def test_the_oldest_dependencies_that_are_tested_are_the_oldest_that_are_allowed
     bounds = dict(each.split(">=") for each in allowed if ">=" in each)
     for name, bound in bounds.items():
         assert pins[name] == bound or pins[name].startswith(f"{bound}."), name
+
+
+def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="needs pip install -e '.[docs]'")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, cwd=tiny.ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for page in (tiny.ROOT / "docs").rglob("*.md"):
+        assert (tmp_path / "site" / page.relative_to(tiny.ROOT / "docs").with_suffix(".html")).exists(), page
+    reference = (tmp_path / "site" / "api.html").read_text()
+    assert all(f">{name}<" in reference for name in ("quantize", "synthesize", "Student", "UserError")), (
+        "the library's reference"
+    )
 
 
 def test_the_readme_is_short() -> None:
