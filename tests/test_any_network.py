@@ -397,6 +397,7 @@ def train(module: nn.Module, images: np.ndarray, labels: np.ndarray, steps: int)
     return state[0]
 
 
+@pytest.mark.slow
 def test_a_trained_network_is_better_after_fine_tuning_than_before() -> None:
     digits = load_digits()
     pixels, labels = np.uint8(np.round(digits.images[..., None] * 255 / 16)), digits.target.astype(np.int32)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+from hast_jax import paths
 from hast_jax.errors import UserError
 from hast_jax.runs import synthetic_set
 from hast_jax.runs.checkpoint import Checkpoints
@@ -107,8 +108,15 @@ def test_a_checkpoint_that_cannot_be_read_for_now_is_not_passed_over(copy: Path,
         tiny.run(copy)
 
 
-@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run"])
-def test_the_address_of_a_bucket_is_refused_before_anything_is_made(tmp_path: Path, address: str) -> None:
+@pytest.mark.parametrize("address", ["gs://b/run", "s3://b/run", "hdfs:/b", "https://b/run"])
+def test_the_address_of_a_bucket_is_no_path_and_the_home_folder_is(address: str) -> None:
+    with pytest.raises(UserError, match="is no path of this machine"):
+        paths.local(address)
+    assert paths.local("~/run") == Path.home() / "run" and paths.local("a:/b") == Path("a:/b")
+
+
+def test_the_address_of_a_bucket_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    address = "gs://bucket/run"
     for flag in (f"--workdir={address}", "--config.synthesis.source=" + address, "--config.teacher.weights=" + address):
         done = subprocess.run(
             [*tiny.command(tmp_path / "run"), flag], cwd=tmp_path, env=tiny.environment(), capture_output=True, text=True

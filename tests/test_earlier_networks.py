@@ -30,6 +30,7 @@ class Net(nn.Module):
 IMAGES = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
 
 
+@pytest.mark.slow
 def test_such_a_network_is_quantized_at_its_activations() -> None:
     variables = Net(10).init(jax.random.key(0), IMAGES)
     assert variables["params"]["stem"].keys() == {"conv", "bn"} and variables["params"]["conv"]["kernel"].shape == (4, 4, 2, 8)

@@ -178,7 +178,7 @@ def test_sigterm_to_one_process_or_both_saves_and_ends_both_with_status_75(
 @pytest.mark.parametrize(
     ("dies", "stage"),
     [
-        (1, "finetune"),
+        pytest.param(1, "finetune", marks=pytest.mark.slow),
         pytest.param(0, "finetune", marks=pytest.mark.slow),
         pytest.param(1, "synthesis", marks=pytest.mark.slow),
     ],
