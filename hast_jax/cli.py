@@ -171,5 +171,6 @@ def _last_line(error: Exception) -> str:
 
 
 def _fail(message: str) -> None:
+    parallel.tell_failure(message)
     print(f"hast_jax: {message}", file=sys.stderr)
     sys.exit(1)

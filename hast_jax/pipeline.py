@@ -127,6 +127,7 @@ def _prepare(
     parallel.on_main(lambda: run_folder.open_for_run(workdir, config))
     storage = RunFolder(workdir)
     try:
+        parallel.share_failures(workdir)
         known = crc32(np.fromfile(storage.config, np.uint8)) if storage.config.exists() else 0
         parallel.require_same(
             {

@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -210,6 +211,24 @@ def test_processes_that_were_not_given_the_same_command_are_refused(tmp_path: Pa
     ends = end(twice(tiny.command(tmp_path / "run", *CALM), second))
     assert [status for status, _, _ in ends] == [1, 1], ends
     assert all(words in errors and "Traceback" not in errors for _, _, errors in ends), ends
+
+
+def test_a_process_that_meets_a_broken_one_says_what_that_one_said(tmp_path: Path) -> None:
+    """The part of the other process is played by the same one: it leaves its sentence, and then meets the broken connection."""
+    code = f"""
+import jax
+from pathlib import Path
+from hast_jax.runs import parallel
+jax.process_count = lambda: 2
+parallel.on_main = lambda action: action()
+Path({str(tmp_path)!r}, parallel.FAILURE).write_text("of an earlier start")
+parallel.share_failures(Path({str(tmp_path)!r}))
+parallel.tell_failure("synthesis diverged; lower config.synthesis.lr.")
+parallel.leave_broken("Connection closed by peer")
+"""
+    done = tiny.call([sys.executable, "-c", code])
+    words = "hast_jax: another process of this run has ended, process 0: synthesis diverged; lower config.synthesis.lr."
+    assert done.returncode == 1 and done.stderr.strip() == words
 
 
 @pytest.mark.slow

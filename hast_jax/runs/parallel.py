@@ -10,6 +10,7 @@ import faulthandler
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 
 from hast_jax.errors import UserError, refused_by_disk
+from hast_jax.runs.files import write_text
 
 AXIS = "devices"
 MAX_DEFAULT_CPU_DEVICES = 8
@@ -29,6 +31,9 @@ CPU_STEPS_PER_CALL, ACCELERATOR_STEPS_PER_CALL = 1, 50
 CPU_MICRO_BATCH = 32
 HEARTBEAT_SECONDS = 30  # without a sign of life of another process, until JAX ends this one
 MAX_MESSAGE = 4096  # bytes of a sentence that one process tells the others
+FAILURE = "failure.txt"  # in the run folder: why a process of several ended
+
+_failure: Path | None = None
 
 
 def join(processes: str) -> None:
@@ -197,9 +202,26 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), multihost_utils.process_allgather(own))
 
 
+def share_failures(folder: Path) -> None:
+    """From now on, the sentence with which a process ends is left in `folder` for the others. Every process must call it."""
+    global _failure
+    _failure = folder / FAILURE if jax.process_count() > 1 else None
+    if _failure is not None:
+        on_main(lambda: (folder / FAILURE).unlink(missing_ok=True))
+
+
+def tell_failure(message: str) -> None:
+    """Leave the sentence with which this process ends, where there are others (`share_failures`)."""
+    if _failure is not None:
+        with contextlib.suppress(OSError):
+            write_text(_failure, f"process {jax.process_index()}: {message}")
+
+
 def leave_broken(words: str) -> None:
     """End this process at once, with a sentence: another one seems to have died, and JAX's shutdown would wait for it."""
     message = f"most likely another process of this run has ended ({words}); start all again, they go on where they were."
+    if _failure is not None and _failure.exists():
+        message = f"another process of this run has ended, {_failure.read_text()}"
     print(f"hast_jax: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 

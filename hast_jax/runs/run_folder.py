@@ -30,7 +30,8 @@ class RunFolder:
     """What a run keeps, in a folder.
 
     config.json, teacher.json, synthetic/ (see synthetic_set.py), images.json, ranges.json, checkpoints/{synthesis,latest,best},
-    metrics.jsonl, tensorboard/, evaluations.json, segments.json, student/, result.json, synthetic.png, report.html, README.md.
+    metrics.jsonl, tensorboard/, evaluations.json, segments.json, student/, result.json, synthetic.png, report.html, README.md;
+    of several processes failure.txt, why one of them ended.
     """
 
     def __init__(self, path: Path):
