@@ -1,8 +1,8 @@
-# make quickstart: install, and run the main job on what is built in. make test: install what tests need, and run them.
+# make quickstart: install, and quantize the built-in digits network. make test: install what tests need, and run the tests.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# Memory in huge pages: steps on a CPU allocate hundreds of MiB each (docs/performance.md). Only Linux's C library heeds it.
+# Memory in huge pages, because each step on a CPU allocates hundreds of MiB (docs/performance.md). Only glibc reads this.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: quickstart test test-oldest site lint clean
@@ -13,11 +13,11 @@ quickstart: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest
 
-# The pages as a site, in the folder site.
+# Build the pages of docs as a site, in the folder site.
 site: $(VENV)/.installed-dev
 	$(BIN)/mkdocs build --strict
 
-# The oldest dependencies that pyproject.toml allows, in an environment and with compiled programs of their own.
+# Test with the oldest dependencies that pyproject.toml allows, in a separate environment with its own compiled programs.
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable '.[dev]'

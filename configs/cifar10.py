@@ -2,14 +2,14 @@
 
     python -m hast_jax.main --config=configs/cifar10.py:w3a3,best,small --workdir=runs/c10-w3a3
 
-`best` is the recipe that loses least (docs/recipe.md). `small` is meant for two cores: 1,024 images x 400 iterations and 1,600
-steps of 64, in some twenty minutes. With seed 0, W3A3 gave 87.00 and W4A4 89.39.
+`best` is the recipe that loses least (docs/recipe.md). `small` is a budget for two cores. `best,small` makes 1,024 images with
+400 iterations each and trains for 1,600 steps of 64, in about twenty minutes. With seed 0, W3A3 gave 87.00 and W4A4 89.39.
 
-Without `best` the settings are HAST's, from its supplement and its config file for CIFAR-10. Paper, from a teacher of 94.03 %:
-W4A4 92.36, W3A3 88.34. Without `small` the budget is the paper's, 5,120 images x 1,000 iterations and 29,400 steps of 256
-(4,000 with `best`), and meant for an accelerator.
+Without `best` the settings are HAST's, from its supplement and its config file for CIFAR-10. The paper reports 92.36 for W4A4
+and 88.34 for W3A3, from a teacher of 94.03 %. Without `small` the budget is the paper's, which is meant for an accelerator:
+5,120 images x 1,000 iterations, and 29,400 steps of 256 (4,000 with `best`).
 
-HAST's settings with `small` (1,536 images x 500 iterations, 4,000 steps of 64), seed 0: W4A4 gave 88.99, W3A3 85.11.
+HAST's settings with `small` (1,536 images x 500 iterations, 4,000 steps of 64) gave 88.99 for W4A4 and 85.11 for W3A3, seed 0.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ from hast_jax import config as config_lib
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """argument: bits such as w4a4, `best` and `small`, joined by commas."""
+    """The config. argument: bits such as w4a4, `best` and `small`, in any order, joined by commas."""
     config = config_lib.default()
     config.teacher.weights = "cifar10"
     config.teacher.classes = 10

@@ -1,10 +1,10 @@
-"""A small ResNet on scikit-learn's 1,797 handwritten digits: everything is built in, nothing is downloaded.
+"""A small ResNet on scikit-learn's 1,797 handwritten digits. Everything is built in, and nothing is downloaded.
 
     python -m hast_jax.main --config=configs/digits.py:w3a3,best --workdir=runs/digits
 
-Under a minute on two cores. W3A3 gave 98.75, 98.33 and 98.05 % of 719 held-out digits with the seeds 0, 1 and 2. Without `best`
-the settings are HAST's and take a minute and a half; they gave 98.05 with seed 0. The paper has no such row.
-The teacher (99.58 %) ships with the package; it was trained by
+This takes less than a minute on two cores. W3A3 gave 98.75, 98.33 and 98.05 % on 719 held-out digits, with seeds 0, 1 and 2.
+Without `best` the settings are HAST's, which take a minute and a half and gave 98.05 with seed 0. The paper has no results for
+digits. The teacher (99.58 %) is part of the package. It was trained by
 
     python -m hast_jax.pretrain --config=configs/digits.py
 """
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from hast_jax import config as config_lib
 
 VARIANTS = {
-    # Of eight pixels a crop leaves little, and a digit in a mirror is another one: the images stay as they are.
+    # A crop leaves little of eight pixels, and a mirrored digit is another shape: images are neither cropped nor flipped.
     "best": {
         **config_lib.BEST,
         "synthesis.crop_probability": 0.0,
@@ -27,7 +27,7 @@ VARIANTS = {
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """argument: bits such as w4a4, `best`, `small` (for trying things out), joined by commas."""
+    """The config. argument: bits such as w4a4, `best`, `small` (a quick trial), in any order, joined by commas."""
     config = config_lib.default()
     config.teacher.network = "resnet8"
     config.teacher.weights = "digits"

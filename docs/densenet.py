@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 class DenseNet(nn.Module):
-    """Every layer sees what all layers before it made."""
+    """Each convolution reads the outputs of all convolutions before it."""
 
     classes: int
 
@@ -23,6 +23,6 @@ class DenseNet(nn.Module):
 
 
 def torch_names(path: tuple[str, ...]) -> str:
-    """("params", "Conv_3", "kernel") -> "layers.conv3.weight", as somebody's PyTorch code may call it."""
+    """The name of a variable in a PyTorch file: ("params", "Conv_3", "kernel") -> "layers.conv3.weight", for example."""
     leaves = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
     return ".".join(["layers", path[1].lower().replace("_", ""), leaves[path[-1]]])

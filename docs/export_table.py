@@ -2,7 +2,7 @@
 
     python docs/export_table.py runs/c100-w3a3 runs/digits
 
-Rows of run folders, then of networks with made-up weights, whose ranges are those of random images.
+The first rows are of run folders. The other rows are of networks with random weights and the ranges of random images.
 """
 
 import sys
@@ -22,7 +22,10 @@ from hast_jax.export import run as export_run
 from hast_jax.networks import rules
 from hast_jax.student import Student
 
-HEADER = "| network | file | size | float32 | one image | float32 | judged otherwise | top-1 of file and student |"
+HEADER = (
+    "| network | file | size | size in float32 | one image | one image in float32 | other class than the student "
+    "| top-1 of file and student |"
+)
 OTHERS = {
     "onnx, int4": ("onnx", {"weights": "int4"}),
     "onnx, exact operators": ("onnx", {"operators": "exact"}),
@@ -38,20 +41,20 @@ MADE_UP = {
 
 
 def made_up(module, size: int) -> Student:
-    """A network with random weights, the batch-norm moments of `patches`, and learned ranges, quantized to W4A4."""
+    """A student with random weights and learned ranges, quantized to W4A4. Batch-norm moments and ranges are of `patches`."""
     image, bits, mean, std = (size, size, 3), rules.normalise("w4a4"), (0.5,) * 3, (0.25,) * 3
     network = networks.create(module, image, rules=bits, learned_ranges=True)
     variables = jax.jit(module.init)(jax.random.key(0), np.zeros((1, *image), np.float32))
     images = normalise(patches(8, size), mean, std)
     moved = jax.jit(lambda variables: module.apply(variables, images, train=True, mutable=["batch_stats"])[1])
-    for _ in range(100):  # until the running averages have forgotten where they began
+    for _ in range(100):  # until the running averages no longer depend on their initial values
         variables = {**variables, **moved(variables)}
     ranges = networks.observe(network, variables, {}, images)
     return Student(network, {**variables, "ranges": ranges}, bits, image, mean, std, {"network": type(module).__name__})
 
 
 def patches(count: int, size: int) -> np.ndarray:
-    """Random images uint8 [count, size, size, 3] that differ: patches of colour, of 1 to 32 pixels."""
+    """Random images uint8 [count, size, size, 3] of square patches of colour, with sides from 1 to 32 pixels."""
     rng, found = np.random.default_rng(count), []
     for i in range(count):
         side = 2 ** (i % 6)
@@ -61,7 +64,7 @@ def patches(count: int, size: int) -> np.ndarray:
 
 
 def row(name: str, file: str, found: Exported) -> str:
-    """A line of the table."""
+    """One line of the table. name: of the network. file: format and options."""
     times = ("", "") if found.milliseconds is None else (f"{found.milliseconds:.2f} ms", f"{found.float_milliseconds:.2f} ms")
     others = "; ".join(f"{each.different} of {each.images:,} {each.name}{rounding(each)}" for each in found.comparisons)
     top1 = "; ".join(f"{each.top1:.2f} and {each.student_top1:.2f}" for each in found.comparisons if each.top1 is not None)
@@ -73,18 +76,18 @@ def row(name: str, file: str, found: Exported) -> str:
 
 
 def rounding(compared: Comparison) -> str:
-    """What is said of rounding, where it was looked at."""
+    """A remark on rounding, if it was measured."""
     return "" if compared.rounded is None else f" (rounding alone: {compared.rounded})"
 
 
 def print_others(name: str, student: Student, images, path: Path) -> None:
-    """The lines of the other formats, without real images."""
+    """Print the lines of the other formats and options, compared without real images."""
     for file, (format, options) in OTHERS.items():
         print(row(name, file, hast_jax.export(student, path, format, images=images, **options)), flush=True)
 
 
 def main() -> None:
-    """Print the rows as they are made."""
+    """Print each row as soon as it is made."""
     print("\n".join([HEADER, "|" + "---|" * (HEADER.count("|") - 1)]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file"

@@ -1,8 +1,8 @@
-"""Draw docs/house.svg, the rooms of hast_jax and who imports whom, from the imports in the code.
+"""Draw docs/house.svg from the imports in the code. It shows the rooms of hast_jax (groups of modules), and who imports whom.
 
     python docs/house.py
 
-An arrow that other arrows imply is left out. An import that goes up is drawn dashed and red: it should not be there.
+An arrow that other arrows imply is left out. An import that goes up should not exist, and is drawn dashed and red.
 """
 
 import ast
@@ -18,11 +18,14 @@ HEAD = (
     '<path d="M0,0 L8,4 L0,8" fill="{}"/></marker>'
 )
 
-Edge = tuple[str, str]  # a room, and one that it imports
+Edge = tuple[str, str]  # a room, and a room that it imports
 
 
 class Room(NamedTuple):
-    """A box of the picture. row: from the top. left, right: its edges. modules: below hast_jax; empty: its folder."""
+    """A box of the picture. row: counted from the top. left, right: its edges. words: its second line.
+
+    modules: those in the folder hast_jax; empty if the room is a folder in hast_jax.
+    """
 
     row: int
     left: int
@@ -53,14 +56,14 @@ ROOMS = {
     "runs": Room(5, 20, 940, "folders, checkpoints, devices, loop, progress"),
     "config": Room(6, 20, 940, "every field, described once", ("config", "cross_checks", "fields")),
     "networks": Room(7, 20, 625, "any Linen module, weights from files", ("models", "networks")),
-    "data": Room(7, 650, 940, "real images, to judge by"),
+    "data": Room(7, 650, 940, "real images, for evaluation"),
     "method": Room(8, 20, 625, "the paper, as functions of arrays"),
 }
-COMMON = ("__init__", "errors", "kinds", "paths")  # of no room: what is known everywhere, and the list of public names
+COMMON = ("__init__", "errors", "kinds", "paths")  # in no room: modules for everyone, and the list of public names
 
 
 def imports() -> set[Edge]:
-    """(room, room that it imports), of different rooms. Raises ValueError for a module without a room."""
+    """Every (room, other room that it imports). Raises ValueError for a module without a room."""
     files = {_module(path): path for path in sorted((ROOT / "hast_jax").rglob("*.py"))}
     found = set()
     for module, path in files.items():
@@ -82,7 +85,7 @@ def shown(edges: set[Edge]) -> tuple[list[Edge], list[Edge]]:
 
 
 def draw() -> str:
-    """The picture, as the text of an SVG file. It has a background of its own, so that it can be read on any page."""
+    """The picture as the text of an SVG file. It has its own background, so that it can be read on any page."""
     down, up = shown(imports())
     boxes = [line for name, room in ROOMS.items() for line in _box(name, room)]
     arrows = [_arrow(edge, [*down, *up], "down") for edge in down] + [_arrow(edge, [*down, *up], "up") for edge in up]
@@ -117,7 +120,7 @@ def _below(room: str, down: set[Edge]) -> set[str]:
 def _arrow(edge: Edge, edges: list[Edge], kind: str) -> str:
     start, end = (ROOMS[room] for room in edge)
     x0, x1 = (_place(room, edge, edges) for room in edge)
-    if end.right - end.left > 2 * (start.right - start.left):  # between a narrow box and a wide one: straight down
+    if end.right - end.left > 2 * (start.right - start.left):  # between a narrow and a wide box the arrow is vertical
         x1 = x0
     if start.right - start.left > 2 * (end.right - end.left):
         x0 = x1
@@ -129,7 +132,7 @@ def _arrow(edge: Edge, edges: list[Edge], kind: str) -> str:
 
 
 def _place(room: str, edge: Edge, edges: list[Edge]) -> int:
-    """Where on a box an arrow begins or ends, beside the others on the same side of it."""
+    """The x coordinate where an arrow meets a box, beside the other arrows on the same side of the box."""
 
     def other(e):
         return ROOMS[e[e[0] == room]]

@@ -1,7 +1,8 @@
 """Run a ResNet from its integers, with numpy alone: python docs/run_integers.py student.safetensors images.npy logits.npy
 
-student.safetensors: what `python -m hast_jax.export --format=safetensors` wrote of a ResNet for small images (resnet8,
-resnet20). images.npy: uint8 [n, height, width, channels]. docs/export.md describes the layout of the file.
+student.safetensors: written by `python -m hast_jax.export --format=safetensors` from a ResNet for small images (resnet8,
+resnet20). images.npy: uint8 [n, height, width, channels]. logits.npy: the result, [n, classes]. docs/export.md describes the
+layout of student.safetensors.
 """
 
 import json
@@ -12,7 +13,7 @@ import numpy as np
 
 
 def read(path):
-    """The arrays of a safetensors file by name, and what hast_jax says of them."""
+    """The arrays of a safetensors file by name, and the description that hast_jax wrote into its header."""
     content = Path(path).read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
@@ -29,7 +30,7 @@ ARRAYS, SAID = read(sys.argv[1])
 
 
 def kernel(name):
-    """The weights of a layer: integers times the step of their output channel."""
+    """The weights of a layer: its integers, each times the step of its output channel."""
     integers, said = ARRAYS[name], SAID["kernels"][name]
     if said["packed"]:  # `bits` bits each, the lowest bit first
         bits = np.unpackbits(integers, count=said["bits"] * int(np.prod(said["shape"])), bitorder="little")
@@ -39,7 +40,7 @@ def kernel(name):
 
 
 def convolution(x, name, stride):
-    """3 x 3 or 1 x 1, padded by half its size."""
+    """A convolution of 3 x 3 or 1 x 1, padded by half its size, and its batch norm."""
     w = kernel(f"{name}/conv/kernel")
     x = np.pad(x, ((0, 0), (len(w) // 2,) * 2, (len(w) // 2,) * 2, (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(x, w.shape[:2], (1, 2))[:, ::stride, ::stride]
@@ -49,7 +50,7 @@ def convolution(x, name, stride):
 
 
 def activation(x, name):
-    """ReLU, and the nearest integer of its grid times its step."""
+    """ReLU, then rounding to the grid of the activation: the nearest integer in its range, times its step."""
     grid = SAID["activations"][name]
     highest = grid["lowest"] + 2 ** grid["bits"] - 1
     integers = np.clip(np.rint(np.maximum(x, 0) / np.float32(grid["step"])), grid["lowest"], highest)

@@ -50,7 +50,7 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a part of the library when it is first used: Orbax and others take seconds."""
+    """Import a part of the library when it is first used, because Orbax and others take seconds to import."""
     if name not in _PLACES:
         raise AttributeError(f"module 'hast_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_PLACES[name]), name)

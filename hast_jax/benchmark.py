@@ -5,13 +5,16 @@
     python -m hast_jax.benchmark --config=configs/imagenet.py --device=gpu
     python -m hast_jax.benchmark --config=configs/cifar100.py --processes=HOST:PORT,NUMBER,INDEX    # in each process
 
-Prints one JSON line for each part: images (samples) a second, compile time apart; the step's FLOPs by XLA's own cost
-analysis (the zero taps of networks/conv.py included; a loop's body, as of `synthesis.remat`, counts once); its memory by XLA's
-own memory analysis, in GiB of one device: arguments, and the largest sum of intermediate arrays; the fraction of the rate of
-matrix products, of the same arithmetic, that is measured on the same devices. Weights and images are random.
+Prints one JSON line for each part. Weights and images are random. A line gives:
 
-With --device it prints a Markdown table instead, row by row, of both steps in each arithmetic of the teacher. Several processes
-take each step together, and process 0 prints.
+- images per second, without compile time;
+- FLOPs of the step, by XLA's cost analysis. They include the zero taps of networks/conv.py. A loop body, as with
+  `synthesis.remat`, counts once;
+- memory in GiB of one device, by XLA's memory analysis: arguments, and the largest sum of intermediate arrays;
+- the step's FLOP/s as a fraction of that of matrix products, which is measured on the same devices in the same arithmetic.
+
+With --device it prints a Markdown table of both steps in each arithmetic of the teacher instead. Several processes take each
+step together, and process 0 prints.
 """
 
 import json
@@ -34,7 +37,7 @@ from hast_jax.networks.conv import ARITHMETIC
 from hast_jax.runs import parallel
 from hast_jax.stages import calibrate, finetune, synthesize
 
-CPU_MATMUL_SIZE, ACCELERATOR_MATMUL_SIZE = 1024, 8192  # the larger takes an accelerator longer than it takes to be asked
+CPU_MATMUL_SIZE, ACCELERATOR_MATMUL_SIZE = 1024, 8192  # on an accelerator, dispatch would dominate the smaller product
 
 
 def define_flags() -> None:
@@ -43,11 +46,11 @@ def define_flags() -> None:
     flags.DEFINE_enum("part", "all", ["all", "synthesize", "finetune"], "The step to time.")
     flags.DEFINE_integer("steps", 10, "Timed calls of each step.", lower_bound=1)
     flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Print a table for this kind of device.")
-    flags.DEFINE_bool("compile_only", False, "Print what the compiler says of a step, without running it.")
+    flags.DEFINE_bool("compile_only", False, "Print the compiler's analysis of a step, without running the step.")
 
 
 def time_calls(call: Callable[[], Any], calls: int) -> float:
-    """Median seconds of a call, after one that is not counted."""
+    """Median seconds of a call, after one call that does not count."""
     jax.block_until_ready(call())
     seconds = []
     for _ in range(calls):
@@ -58,7 +61,7 @@ def time_calls(call: Callable[[], Any], calls: int) -> float:
 
 
 def matmul_rate(devices: int, arithmetic: str) -> float:
-    """FLOP/s of products of square matrices in this arithmetic, on all devices of this process at once."""
+    """FLOP/s of products of square matrices in this arithmetic, summed over `devices` local devices that compute at once."""
     size = CPU_MATMUL_SIZE if jax.default_backend() == "cpu" else ACCELERATOR_MATMUL_SIZE
     a = parallel.replicate(jnp.ones((size, size)), devices)
     with jax.default_matmul_precision(arithmetic):
@@ -67,7 +70,7 @@ def matmul_rate(devices: int, arithmetic: str) -> float:
 
 
 class Part(NamedTuple):
-    """A step to time. build() -> (state, constants) of one device; images: that all devices of all processes handle in it."""
+    """A step to time. build() -> (state, constants) of one device. images: in one step of all devices of all processes."""
 
     step: Callable[..., Any]
     build: Callable[[], tuple[Any, Any]]
@@ -76,7 +79,7 @@ class Part(NamedTuple):
 
 
 def synthesis(config: ConfigDict, devices: int) -> Part:
-    """One Adam step on as many batches a device as a run stacks there (`synthesis.stack`)."""
+    """One Adam step, on as many batches on each device as a run stacks there (`synthesis.stack`)."""
     teacher = from_config.bare_teacher(config)
     key, settings = jax.random.key(config.seed), config.synthesis
     image, shape = jnp.zeros((1, *config.teacher.image)), (settings.batch, *config.teacher.image)
@@ -113,7 +116,7 @@ PARTS: dict[str, Callable[[ConfigDict, int], Part]] = {"synthesize": synthesis, 
 
 
 def measure(part: Part, devices: int, calls: int, repeats: int, arithmetic: str) -> dict[str, Any]:
-    """The JSON line of a part: `calls` steps a call, `repeats` timed calls; 0: compiled only."""
+    """The JSON line of a part. calls: steps in one call. repeats: timed calls; 0: the step is only compiled."""
     step = parallel.pmap_steps(part.step, devices, calls, all_processes=True)
     if repeats:
         box, constants = parallel.replicate(jax.jit(part.build)(), devices)
@@ -162,34 +165,34 @@ COLUMNS = {
 
 
 def head(devices: int) -> str:
-    """The head of the table, with what it is of."""
+    """The head of the table: the devices, the version of JAX, and the names of the columns."""
     of = f"{parallel.device_total(devices)} x {jax.devices()[0].device_kind}, JAX {jax.__version__}"
     return "\n".join([of, "", row(list(COLUMNS.values())), row(["---"] * len(COLUMNS))])
 
 
 def cell(value: Any) -> str:
-    """A value of a line."""
+    """The text of a value in the table."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def row(cells: list[str]) -> str:
-    """A line of the table."""
+    """A row of the table."""
     return "| " + " | ".join(cells) + " |"
 
 
 def main(_: list[str]) -> None:
-    """Print a line for each part, each as soon as it is measured."""
+    """Print each line as soon as it is measured."""
     with cli.user_errors():
         given = flags.FLAGS
         config = given.config
         config_lib.validate(config)
         cli.join(several=not given.compile_only)
-        if given.device == "cpu":  # the others are what JAX takes first, where they are there
+        if given.device == "cpu":  # JAX takes an accelerator by itself, if there is one
             jax.config.update("jax_platforms", "cpu")
         devices = parallel.setup(config.devices, config.finetune.batch)
         if given.device not in (None, jax.default_backend()):
             raise UserError(f"there is no {given.device} here that JAX can use: it found only the {jax.default_backend()}.")
-        jax.config.update("jax_enable_compilation_cache", False)  # compile times are part of what is measured
+        jax.config.update("jax_enable_compilation_cache", False)  # because compile times are measured too
         calls, repeats = parallel.steps_per_call(config.steps_per_call), 0 if given.compile_only else given.steps
         show: Callable[[str], None] = partial(print, flush=True) if parallel.is_main() else lambda _: None
         if given.device:
@@ -199,7 +202,7 @@ def main(_: list[str]) -> None:
             for name in PARTS if given.part == "all" else [given.part]:
                 try:
                     line = measure(PARTS[name](config, devices), devices, calls, repeats, arithmetic)
-                except jax.errors.JaxRuntimeError as error:  # too little memory for one row leaves the others
+                except jax.errors.JaxRuntimeError as error:  # if memory is too small for one row, the others are still measured
                     if not given.device:
                         raise
                     line = {"per_second": "failed: " + str(error).split("\n")[0]}

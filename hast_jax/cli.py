@@ -1,9 +1,10 @@
-"""What the commands share: flags, and every error that a person can mend ends in one sentence and exit status 1.
+"""What the commands share: their flags, and how they end with an error.
 
-A run that SIGTERM stopped ends with exit status 75: it is not finished, and the same command goes on with it.
+Every error that the user can mend ends a command with one sentence and exit status 1. A run that SIGTERM stopped ends with
+exit status 75: it is not finished, and the same command resumes it.
 
-A command is a module with a docstring, `define_flags()` and `main(arguments)`. Its flags are defined when it is run, not when
-it is imported, so that several can be imported together.
+A command is a module with a docstring, `define_flags()` and `main(arguments)`. Its flags are defined when the command runs, not
+when the module is imported, so that several commands can be imported together.
 """
 
 import importlib
@@ -45,19 +46,19 @@ OUT_OF_MEMORY = (
 
 
 def run(command: ModuleType, arguments: list[str] | None = None) -> None:
-    """Run a command with one-sentence errors, for flags and config files too. arguments: by default those of the process."""
-    # What goes wrong in a library reaches us as an exception; its log would only hide our sentence.
+    """Run a command. Wrong flags and config files end in one sentence too. arguments: by default those of the process."""
+    # Errors of libraries arrive as exceptions. The libraries' logs would only hide our error message.
     absl_logging.set_verbosity(absl_logging.FATAL)
     plain = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *rest: (
         f"hast_jax: {message}\n" if issubclass(category, Notice) else plain(message, category, *rest)
     )
-    sys.modules["__main__"].__doc__ = command.__doc__  # what --help begins with
+    sys.modules["__main__"].__doc__ = command.__doc__  # --help begins with it
     with user_errors():
         others = set(flags.FLAGS)
         define_processes()
         command.define_flags()
-        for name in set(flags.FLAGS) - others:  # --help shows these alone
+        for name in set(flags.FLAGS) - others:  # --help shows only these flags
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
         app.run(command.main, arguments, flags_parser=_parse)
 
@@ -81,14 +82,14 @@ def define_config(required: bool = True) -> None:
 
 def define_processes() -> None:
     """Define the flag by which several processes find each other."""
-    words = "Several processes, one run: auto (Slurm, TPU, MPI), or HOST:PORT,NUMBER,INDEX with process 0's address."
+    words = "For one run in several processes: auto (Slurm, TPU, MPI), or HOST:PORT,NUMBER,INDEX (address of process 0)."
     flags.DEFINE_string("processes", "", words)
 
 
 def join(several: bool = True) -> None:
-    """Join the other processes, where there are some. The first thing that a command does.
+    """Join the other processes of the run if --processes is given. A command calls this before it uses a device.
 
-    several: whether this command knows how to work in several processes. Raises UserError where it does not and is asked to.
+    several: whether this command can work in several processes. Raises UserError if it cannot and --processes is given.
     """
     processes = flags.FLAGS.processes
     if processes and not several:
@@ -99,9 +100,11 @@ def join(several: bool = True) -> None:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn `UserError`, and what the disk refuses, into one sentence on stderr and exit status 1.
+    """End the process with one sentence on stderr and exit status 1 if the block raises an error that the user can mend.
 
-    With the environment variable HAST_JAX_DEBUG, the traceback is printed before the sentence.
+    These errors are `UserError`, errors of the disk (`refused_by_disk`), too little memory of a device, and an interrupt from
+    the keyboard. `Stopped` ends the process with exit status 75. If several processes share a run, any other error of JAX's
+    runtime ends this process (`leave_broken`). If the environment variable HAST_JAX_DEBUG is set, the traceback comes first.
     """
     try:
         try:
@@ -128,20 +131,20 @@ def user_errors() -> Iterator[None]:
             raise
         parallel.leave_broken(words)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it was.")
+        _fail("interrupted: run the same command again to resume.")
 
 
 def shipped_config(path: str) -> str:
-    """The path of a config: that of the file, or of the config of this name that ships with the package.
+    """`path` if it is a file; otherwise the path of the package's config of this name, if there is one.
 
-    path: may have a variant after a colon.
+    path: may have a variant after a colon, which is kept.
     """
     name, colon, variant = path.partition(":")
     given = Path(name).expanduser()
     if given.is_file():
         return f"{given}{colon}{variant}"
     here = Path(__file__).parent
-    for folder in (here / "configs", here.parent / "configs"):  # of an installed package, of a checkout
+    for folder in (here / "configs", here.parent / "configs"):  # in an installed package, in a checkout
         found = folder / f"{given.stem}.py"
         if found.is_file() and str(given) in (given.stem, f"configs/{given.stem}.py"):
             return f"{found}{colon}{variant}"
@@ -166,7 +169,7 @@ def _parse(arguments: list[str]) -> list[str]:
 
 
 def _last_line(error: Exception) -> str:
-    """The last line of a message, which ml_collections makes of a whole traceback, without the name of our own exception."""
+    """The last line of an error message, into which ml_collections puts a traceback, without the name of `InputError`."""
     return str(error).strip().split("\n")[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
 
 

@@ -1,7 +1,7 @@
-"""The config: its sections, the checks that refuse an impossible one before any work, and its form in JSON.
+"""The config: its sections, its checks before any work, and its form in JSON.
 
-A config file in `configs/` calls `default()` and changes what its experiment needs. Fields not named there are the
-settings of HAST for CIFAR-100. What fields there are is said in fields.py.
+A config file in `configs/` calls `default()` and changes the fields that its experiment needs. The other fields keep the
+settings of HAST for CIFAR-100. fields.py describes every field.
 """
 
 import functools
@@ -20,7 +20,7 @@ from hast_jax.fields import FIELDS
 from hast_jax.kinds import close, shown
 from hast_jax.networks import user_files
 
-# The recipe that loses least; docs/recipe.md says what each part gave. Without it a config has the paper's settings.
+# The recipe that loses the least accuracy; docs/recipe.md says what each part gains. Other configs have the paper's settings.
 BEST: dict[str, Any] = {
     "synthesis.lr": 0.2,
     "synthesis.schedule": "cosine",
@@ -41,7 +41,7 @@ BEST: dict[str, Any] = {
     "finetune.epochs": 20,
 }
 
-# Variants of the CIFAR configs. `small`: a budget for two cores; that of the recipe `best` is another.
+# Variants of the CIFAR configs. `small` is a budget for two cores; `best,small` is that budget for the recipe `best`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "best": BEST,
     "small": {
@@ -58,27 +58,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Section -> the names in it.
+# Section -> the names of its fields.
 SECTIONS: dict[str, frozenset[str]] = {
     section: frozenset(path.split(".")[-1] for path in FIELDS if path.startswith(f"{section}."))
     for section in dict.fromkeys(path.split(".")[0] for path in FIELDS if "." in path)
 }
 
-# Fields that say where and how fast, not what: a run may go on with others.
+# Fields that do not change the result, only where and how fast it is computed: a run may resume with other values.
 FREE_FIELDS = tuple(path for path, described in FIELDS.items() if described.free)
 
-# Fields in which the processes of one run may differ: where each finds things.
+# Fields that may differ between the processes of one run: local paths, and `devices`.
 OWN_FIELDS = tuple(path for path, described in FIELDS.items() if described.own)
 
 
 class Section(ConfigDict):
-    """A locked ConfigDict, of the whole config or of one section, that takes only its own fields, of their kinds.
+    """The whole config or one section: a locked ConfigDict whose fields take only values of their kinds.
 
-    Whatever else is written into it raises UserError. The values themselves are checked by `validate`.
+    Setting an unknown field or a value of another kind raises UserError. `validate` checks whether the values are possible.
     """
 
     def __setitem__(self, name: Any, value: Any) -> None:
-        """Set a field; of a section, those that a dict names."""
+        """Set a field. For a section, set the fields that a dict names."""
         if self.is_locked and not isinstance(value, FieldReference):
             path = self._path(name)
             if name not in self:
@@ -97,7 +97,7 @@ class Section(ConfigDict):
         super().update_from_flattened_dict(flattened_dict, strip_prefix)
 
     def _path(self, name: Any) -> str:
-        # Copies keep nothing of what made them but their names: these say which section it is.
+        # A copy keeps only its field names, so the names must say which section it is.
         section = next((f"{section}." for section, names in SECTIONS.items() if names == frozenset(self)), "")
         return f"{section}{name}"
 
@@ -121,28 +121,28 @@ def _refusal(path: str, value: Any, wanted: str) -> UserError:
 
 
 def check_name(path: str) -> None:
-    """Raise UserError where no config has this field or section."""
+    """Raise UserError if no config has this field or section."""
     if path not in FIELDS and path not in SECTIONS:
         raise _unknown(path)
 
 
 def _unknown(path: str) -> UserError:
-    name = shown(path).strip("'\"")  # a stranger's may hold line breaks
+    name = shown(path).strip("'\"")  # a name from a stranger's file may hold line breaks
     return InputError(f"config.{name} is unknown{close(path, FIELDS) or ' (--helpfull lists all fields)'}.")
 
 
 def default() -> ConfigDict:
-    """Every field of a config, with its default; locked."""
+    """A locked config in which every field has its default."""
     values = unflatten_dict({path: described.default for path, described in FIELDS.items()}, sep=".")
     sections = {name: Section(value) if isinstance(value, dict) else value for name, value in values.items()}
     return Section(sections).lock()
 
 
 def variant(config: ConfigDict, argument: str, variants: dict[str, Any] = VARIANTS) -> ConfigDict:
-    """Apply a config file's argument such as "w4a4,best,small": bits, and the names in `variants`, in any order.
+    """Apply the argument of a config file, such as "w4a4,best,small": bits and names in `variants`, in any order.
 
-    variants: name -> fields to change, as a flat {"finetune.lr": value}. Fields under "best,small" hold where both names are
-    given. Later variants of the dict have the last word. Raises UserError for an unknown word.
+    variants: name -> fields to change, as a flat {"finetune.lr": value}. The fields of "best,small" are changed if both names
+    are given. If two variants change the same field, the later one in `variants` wins. Raises UserError for an unknown word.
     """
     chosen, names = None, set()
     for word in filter(None, argument.split(",")):
@@ -181,7 +181,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:
-    """Path -> value. Where a field holds a dict, that is its value."""
+    """Path -> value. A dict in a field that is no section counts as a value."""
     flat = {}
     for name, value in config.to_dict().items():
         inside = isinstance(value, dict) and name in SECTIONS
@@ -195,7 +195,7 @@ def field(config: ConfigDict, path: str) -> Any:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lines "field: old -> new" for each field that differs, but for `FREE_FIELDS`."""
+    """A line "field: old -> new" for each field that differs, except `FREE_FIELDS` and a network's file that has moved."""
     lines = []
     for name in sorted(old.keys() | new.keys()):
         path, a, b = prefix + name, old.get(name), new.get(name)
@@ -207,13 +207,13 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
 
 
 def _same_class(network: Any, other: Any) -> bool:
-    """Whether two networks are classes of one name in files, which may have moved; a run knows what they compute."""
+    """Whether both are user classes of the same name, whose files may have moved. A run checks what its network computes."""
     own = user_files.is_own(str(network)) and user_files.is_own(str(other))
     return own and network.rpartition(":")[2] == other.rpartition(":")[2]
 
 
 def checksum(config: ConfigDict) -> int:
-    """Of all fields but `OWN_FIELDS`, below 2**32: the same in all processes of one run."""
+    """A checksum below 2**32 of all fields but `OWN_FIELDS`. It must be the same in all processes of one run."""
     flat = flatten_dict(to_dict(config), sep=".")
     common = {path: value for path, value in flat.items() if path not in OWN_FIELDS}
     return zlib.crc32(json.dumps(common, sort_keys=True).encode())
@@ -225,7 +225,7 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """A config from what `to_dict` gave; a field that is missing, as an older version lacked it, has its default.
+    """The config of a dict that `to_dict` made. A missing field, as in a dict of an older version, has its default.
 
     Raises UserError for an unknown field or a wrong kind.
     """

@@ -1,45 +1,45 @@
-"""The one exception that is a message to the person at the keyboard, and what such a message says of the disk."""
+"""The exceptions and warnings whose messages are for the user, and the messages for errors of the disk."""
 
 import errno
 
 CAUSES = {
-    errno.ENOSPC: "the disk is full: make room and run the same command again, it goes on where it was",
-    errno.EDQUOT: "the disk quota is used up: make room and run the same command again, it goes on where it was",
+    errno.ENOSPC: "the disk is full: make room and run the same command again; a run then resumes",
+    errno.EDQUOT: "the disk quota is used up: make room and run the same command again; a run then resumes",
     errno.EACCES: "no permission",
     errno.EROFS: "the file system is read-only",
 }
 
 
 class UserError(Exception):
-    """Something the user can mend: the message is one sentence that says what is wrong and what to do."""
+    """An error that the user can mend. Its message is one sentence that says what is wrong and what to do."""
 
 
 class InputError(UserError, ValueError):
-    """An argument of a library call that is impossible."""
+    """An impossible argument of a library call, or an impossible value in a config."""
 
 
 class Notice(UserWarning):
-    """A warning of ours: one sentence for the person."""
+    """A warning by hast_jax: one sentence for the user."""
 
 
 class AccuracyWarning(Notice):
-    """A network judges images no better than chance."""
+    """The teacher classifies the real images no better than chance."""
 
 
 class CheckpointWarning(Notice):
-    """A damaged checkpoint was passed over for an older one."""
+    """A checkpoint cannot be read; the one before it is tried."""
 
 
 class Stopped(BaseException):
-    """A run was asked to stop, and has saved all that it needs to go on. It is no error, so `except Exception` lets it pass."""
+    """A run was asked to stop, and has saved what it needs to resume. It is no error, so `except Exception` lets it pass."""
 
 
 def sentence(error: Exception) -> str:
-    """One line for what ended a part of the work; what is not the user's to mend is named by its type."""
+    """One line that says what the error is. Unless it is a `UserError`, the line begins with the name of its type."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 def refused_by_disk(error: OSError) -> UserError | None:
-    """What the person can do about what the disk refused; None where it is something else."""
+    """A `UserError` that says what to do about an error of the disk (`CAUSES`); None for any other error."""
     cause = CAUSES.get(error.errno or 0)
     return UserError(f"{error.filename or 'a file of the run'}: {cause}.") if cause else None

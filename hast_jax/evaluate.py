@@ -26,18 +26,18 @@ from hast_jax.stages.evaluate import Accuracy, evaluator
 def define_flags() -> None:
     """Define the flags of this command."""
     flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
-    flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which student: best was selected on test data.")
-    flags.DEFINE_string("dataset", None, "Data set (eval.dataset), where it is not the run's.")
-    flags.DEFINE_string("split", None, "Its split (eval.split), where it is not the run's.")
-    flags.DEFINE_string("data_dir", None, "Folder of the images (eval.data_dir), where it is not the run's.")
-    flags.DEFINE_string("network", None, "FILE.py:CLASS of a network of your own, whose code is run.")
-    flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names), whose code is run.")
-    flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), where they have moved.")
-    flags.DEFINE_integer("devices", 0, "Local devices used; 0: all.", lower_bound=0)
+    flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which student; best was selected on test data.")
+    flags.DEFINE_string("dataset", None, "Data set (eval.dataset), if it is not the run's.")
+    flags.DEFINE_string("split", None, "Split of the data set (eval.split), if it is not the run's.")
+    flags.DEFINE_string("data_dir", None, "Folder of the images (eval.data_dir), if it is not the run's.")
+    flags.DEFINE_string("network", None, "FILE.py:CLASS of your own network. Its code is run.")
+    flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names). Its code is run.")
+    flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), if they have moved.")
+    flags.DEFINE_integer("devices", 0, "Local devices that are used. 0: the default, as for config.devices.", lower_bound=0)
 
 
 class Found(NamedTuple):
-    """What an evaluation found: the accuracies, what the student is, and the table of them."""
+    """What an evaluation found: the accuracies, and a table of them for the console."""
 
     teacher: Accuracy
     student: Accuracy
@@ -57,16 +57,15 @@ def run(
     names: str | None = None,
     weights: str | None = None,
 ) -> Found:
-    """The accuracies of teacher and student of a run folder. Raises UserError.
+    """The accuracies of the teacher and the student of a run folder. Raises UserError.
 
-    dataset, split, data_dir: instead of those of the run's config.
-    weights: another place of the same weights.
-    A network of one's own must be named by `network`, a function of one's own by `names`: code that a run folder names is never
-    run, as it may be a stranger's.
+    dataset, split, data_dir: replace those of the run's config. weights: another path of the same weights.
+    network, names: FILE.py:CLASS and FILE.py:FUNCTION of the user, if the run has them. They must be given, because code that
+    only a run folder names may be a stranger's and is never run.
     """
     folder, config = run_folder.open_for_reading(workdir)
     if config.teacher.network.endswith(GIVEN):
-        raise UserError(f"the network of {workdir} was given in Python: load {folder.student} with hast_jax.load there.")
+        raise UserError(f"the network of {workdir} was given in Python: load {folder.student} in Python, with hast_jax.load.")
     from_config.trust(config, workdir, network, names, weights)
     chosen = {"dataset": dataset, "split": split, "data_dir": data_dir}
     config.eval.update({name: value for name, value in chosen.items() if value is not None})
@@ -105,7 +104,7 @@ def main(_: list[str]) -> None:
 
 
 class _Command(ModuleType):
-    """`hast_jax.evaluate` is the library's function too, whether or not this command was imported."""
+    """A module that can be called: `hast_jax.evaluate` is the library's function even if this command was imported."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Accuracy:
         from hast_jax import library

@@ -23,7 +23,7 @@ from hast_jax.errors import Notice, UserError
 from hast_jax.fields import GIVEN
 from hast_jax.runs import parallel, run_folder, synthetic_set
 
-MOST_SYNTHETIC = 1024  # images to compare on
+MOST_SYNTHETIC = 1024  # images on which the file and the student are compared
 MOST_BYTES = 2**30  # of real images: some 7,000 of ImageNet's, and all of CIFAR's
 
 
@@ -31,19 +31,20 @@ def define_flags() -> None:
     """Define the flags of this command."""
     default = Options()
     flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
-    flags.DEFINE_enum("format", "onnx", list(FORMATS), "Of the file.")
-    flags.DEFINE_string("output", None, "The file; by default student.FORMAT in the run's folder.")
-    flags.DEFINE_enum("weights", default.weights, ["int8", "int4", "packed"], "int4: onnx. packed: safetensors.")
+    flags.DEFINE_enum("format", "onnx", list(FORMATS), "Format of the file.")
+    flags.DEFINE_string("output", None, "The file to write. By default it is called student and lies in the run's folder.")
+    flags.DEFINE_enum("weights", default.weights, ["int8", "int4", "packed"], "int4 is for onnx, packed for safetensors.")
     flags.DEFINE_enum(
         "operators",
         default.operators,
         ["float", "exact", "integer"],
-        "Of onnx: on dequantized integers; on integers as floats, without rounding; on integers.",
+        "How an onnx file computes. float: on dequantized integers. exact: on integers as floats, so that no sum is rounded. "
+        "integer: on integers.",
     )
-    flags.DEFINE_enum("layout", default.layout, ["nhwc", "nchw"], "Of the images that an onnx file takes.")
+    flags.DEFINE_enum("layout", default.layout, ["nhwc", "nchw"], "Layout of the images that an onnx file takes.")
     flags.DEFINE_bool("normalised", default.normalised, "The file takes float32 images that are normalised already.")
-    flags.DEFINE_string("data_dir", None, "Folder of real images (eval.data_dir), where it is not the run's.")
-    flags.DEFINE_string("network", None, "FILE.py:CLASS of a network of your own, whose code is run.")
+    flags.DEFINE_string("data_dir", None, "Folder of real images (eval.data_dir), if it is not the run's.")
+    flags.DEFINE_string("network", None, "FILE.py:CLASS of your own network. Its code is run.")
 
 
 def run(
@@ -57,14 +58,15 @@ def run(
 ) -> Exported:
     """Export the student of a finished run. Raises UserError.
 
-    A network of one's own must be named by `network`: code that a run folder names is never run, as it may be a stranger's.
+    network: FILE.py:CLASS of the user's network, if the run has one. It must be given, because code that only a run folder
+    names may be a stranger's and is never run. options: those of `deliver.exports.Options`.
     """
     folder, config = run_folder.open_for_reading(workdir)
     if folder.read_result() is None:
-        raise UserError(f"the run in {workdir} has not finished: give it the same command again, and export it then.")
+        raise UserError(f"the run in {workdir} has not finished: run its command again before the export.")
     if config.teacher.network.endswith(GIVEN):
-        raise UserError(f"the network of {workdir} was given in Python: load {folder.student} with hast_jax.load there.")
-    from_config.trust(config, workdir, network, config.teacher.names, config.teacher.weights)  # the student has its own
+        raise UserError(f"the network of {workdir} was given in Python: load {folder.student} in Python, with hast_jax.load.")
+    from_config.trust(config, workdir, network, config.teacher.names, config.teacher.weights)  # the last two are not read
     found = student.load(folder.student, from_config.module(config))
     if data_dir is not None:
         config.eval.data_dir = data_dir
@@ -73,17 +75,19 @@ def run(
 
 
 def _synthetic(folder: run_folder.RunFolder, config: ConfigDict) -> np.ndarray | None:
-    """Images that the student learned from; None where they are gone."""
+    """Some of the images that the student learned from; None, with a warning, if they are gone."""
     source = paths.local(config.synthesis.source) if config.synthesis.source else folder.synthetic
     try:
         return np.asarray(synthetic_set.load(source, tuple(config.teacher.image), config.teacher.classes)[0][:MOST_SYNTHETIC])
     except UserError as error:
-        warnings.warn(f"the file is checked on random images, as there are no synthetic ones ({error})", Notice, stacklevel=1)
+        warnings.warn(
+            f"the file is checked on random images, because the synthetic ones are gone ({error})", Notice, stacklevel=1
+        )
         return None
 
 
 def _real(config: ConfigDict) -> tuple[Any, Any] | None:
-    """The run's real images and labels; None where there are none here."""
+    """Some of the run's real images and their labels; None if there are none on this machine."""
     try:
         dataset = datasets.load(config, config.eval.split)
     except UserError as error:
@@ -92,19 +96,19 @@ def _real(config: ConfigDict) -> tuple[Any, Any] | None:
     if dataset is None:
         return None
     count = min(len(dataset.labels), MOST_BYTES // math.prod(dataset.shape))
-    rows = np.linspace(0, len(dataset.labels) - 1, count).astype(int)  # of all classes, where they are in order
+    rows = np.linspace(0, len(dataset.labels) - 1, count).astype(int)  # evenly, so that all classes are among them
     return dataset.read(rows), dataset.labels[rows]
 
 
 def table(found: Exported, title: str) -> Table:
-    """What an export found, for the console."""
+    """A table for the console of what an export found."""
     made = Table("", "the file", "float32", title=title, title_justify="left")
     made.add_row("size", f"{found.bytes:,} bytes", f"{found.float_bytes:,} bytes")
     if found.milliseconds is not None and found.float_milliseconds is not None:
-        made.add_row("an image on one thread", f"{found.milliseconds:.2f} ms", f"{found.float_milliseconds:.2f} ms")
+        made.add_row("time for an image, one thread", f"{found.milliseconds:.2f} ms", f"{found.float_milliseconds:.2f} ms")
     for each in found.comparisons:
         rounded = "" if each.rounded is None else f"; rounding alone changes {each.rounded}"
-        made.add_row("judged otherwise than the student", f"{each.different} of {each.images} {each.name}{rounded}", "")
+        made.add_row("another class than the student's", f"{each.different} of {each.images} {each.name}{rounded}", "")
         made.add_row("largest difference of a logit", f"{each.largest_difference:.2g}", "")
         if each.top1 is not None:
             made.add_row("top-1 of file and student", f"{each.top1:.2f} and {each.student_top1:.2f} %", "")
@@ -133,7 +137,7 @@ def main(_: list[str]) -> None:
 
 
 class _Command(ModuleType):
-    """`hast_jax.export` is the library's function too, whether or not this command was imported."""
+    """A module that can be called: `hast_jax.export` is the library's function even if this command was imported."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Exported:
         return export(*arguments, **named)

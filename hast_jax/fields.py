@@ -1,7 +1,7 @@
-"""Every field of the config, described once: its default, what it may be, and what it is for.
+"""Every field of the config, described once: its default, its possible values and its purpose.
 
-The defaults are the paper's for CIFAR-100 (supplement, and the authors' config files). The table in
-docs/configuration.md is what `python -m hast_jax.fields` prints.
+The defaults are the paper's for CIFAR-100 (supplement, and the authors' config files). `python -m hast_jax.fields` prints the
+table in docs/configuration.md.
 """
 
 from hast_jax.data import image_files
@@ -29,9 +29,9 @@ CROPS = ("batch", "image")
 OPTIMIZERS = ("sgd", "adam")
 RANGES = ("fixed", "learned")
 NETWORKS = (*ARCHITECTURES, "FILE.py:CLASS")
-GIVEN = "(given in Python)"  # ends the name of a network that no file names
+GIVEN = "(given in Python)"  # ends the name of a network that was given as a Python object
 JSON = parsed_by(json_object, "a JSON object")
-FULL_PRECISION = 32  # bits of what is not quantized
+FULL_PRECISION = 32  # the number of bits that means: not quantized
 LOW, HIGH = quantizer.MIN_BITS, quantizer.MAX_BITS
 BITS = holds(lambda bits: LOW <= bits <= HIGH or bits == FULL_PRECISION, f"between {LOW} and {HIGH}, or {FULL_PRECISION}")
 square = holds(
@@ -42,23 +42,24 @@ FIELDS: dict[str, Field] = {
     "seed": Field(0, "Seed of everything random.", between(0, 2**32 - 1)),
     "devices": Field(
         0,
-        "Local devices that a process uses. 0: all accelerators, or a CPU device for each core, at most 8, as many as divide "
-        "`finetune.batch`.",
+        "Local devices that a process uses. 0: all accelerators. On a CPU, 0 means one device for each core, at most 8, "
+        "reduced to a divisor of `finetune.batch`.",
         count_or_zero,
         free=True,
         own=True,
     ),
-    "steps_per_call": Field(0, "Steps in one XLA call. 0: 1 on a CPU, 50 on an accelerator.", count_or_zero, free=True),
+    "steps_per_call": Field(0, "Steps in one XLA call. 0: one on a CPU, 50 on an accelerator.", count_or_zero, free=True),
     "log_every": Field(
         50,
-        "Steps between two log lines, or more where a call has more. Several processes also stop for SIGTERM at these steps.",
+        "Steps between two log lines, but at least `steps_per_call`. A run in several processes stops for SIGTERM only at a "
+        "log line.",
         count,
         free=True,
     ),
     "report": Field(True, "Write `report.html` and `README.md` into the run's folder at the end of the run.", free=True),
     "fast_convolution": Field(
         True,
-        "Use the faster convolutions for CPUs. Without them a network computes exactly what its own `apply` does.",
+        "Use faster convolutions on CPUs. Without them a network computes exactly what its own `apply` does.",
     ),
     "bits.weights": Field(3, "Bits of the weights: 2 to 8, or 32 for full precision.", BITS),
     "bits.activations": Field(3, "Bits of the activations: 2 to 8, or 32 for full precision.", BITS),
@@ -70,7 +71,7 @@ FIELDS: dict[str, Field] = {
     ),
     "teacher.network": Field(
         "resnet20",
-        "The full-precision network. FILE.py:CLASS is one of your own.",
+        "The full-precision network. FILE.py:CLASS names your own network.",
         one_of(NETWORKS, also=lambda name: user_files.is_own(name) or name.endswith(GIVEN)),
         choices=NETWORKS,
     ),
@@ -78,119 +79,122 @@ FIELDS: dict[str, Field] = {
         "", 'Arguments of your own network\'s constructor, as a JSON object. Example: `{"num_classes": 10}`.', JSON
     ),
     "teacher.call": Field(
-        "", 'Arguments of your own network\'s call beside the images, as a JSON object. Example: `{"train": false}`.', JSON
+        "", 'Arguments of your own network\'s call besides the images, as a JSON object. Example: `{"train": false}`.', JSON
     ),
     "teacher.weights": Field(
         "cifar100",
         "A built-in teacher (digits, cifar10, cifar100), or the path of a weight file (.safetensors, .npz, .msgpack, .pth, "
         ".h5, .keras) or of an Orbax folder.",
-        free=True,  # a run knows its weights by their content, and its network by what it computes: RunFolder.check_teacher
+        free=True,  # a run checks the content of its weights instead: RunFolder.check_teacher
         own=True,
     ),
     "teacher.names": Field(
         "",
-        "A function in a file of yours, FILE.py:FUNCTION, that names each variable in a weight file.",
+        "FILE.py:FUNCTION, a function of yours that says how the weight file names each variable.",
         holds(lambda value: not value or user_files.is_own(value), "FILE.py:FUNCTION"),
         free=True,
         own=True,
     ),
     "teacher.check": Field(
         "",
-        "An .npz file with `images` and the `logits` that your own framework gives for them, in the order of Flax. They are "
-        "compared before any work.",
+        "An .npz file with `images` [n, height, width, channels] and the `logits` [n, classes] that your own framework gives "
+        "for them. The teacher's logits are compared with these before any work.",
         free=True,
         own=True,
     ),
-    "teacher.classes": Field(100, "Classes that the network tells apart.", count),
+    "teacher.classes": Field(100, "Number of classes.", count),
     "teacher.image": Field((32, 32, 3), "Height, width and channels of an image.", square),
     "teacher.mean": Field(
         (0.4914, 0.4822, 0.4465),
-        "Mean of each channel, of images in [0, 1].",
+        "Mean of each channel, for images in [0, 1].",
         holds(lambda mean: all(0 <= value <= 1 for value in mean), "between 0 and 1 for each channel: divide by 255"),
     ),
     "teacher.std": Field(
         (0.2023, 0.1994, 0.2010),
-        "Standard deviation of each channel, of images in [0, 1].",
+        "Standard deviation of each channel, for images in [0, 1].",
         holds(lambda std: all(value > 0 for value in std), "positive for each channel"),
     ),
     "teacher.arithmetic": Field(
         "float32",
-        "Precision of the teacher's convolutions and matrix products. The others are faster on accelerators.",
+        "Precision of the teacher's convolutions and matrix products. Lower precision is faster on accelerators.",
         choices=tuple(ARITHMETIC),
     ),
     "pretrain.epochs": Field(60, "Epochs of `hast_jax.pretrain`, which trains a teacher on real images.", count),
     "pretrain.batch": Field(64, "Images in a step of `hast_jax.pretrain`.", count),
-    "pretrain.lr": Field(0.1, "First learning rate of `hast_jax.pretrain`.", positive),
+    "pretrain.lr": Field(0.1, "Highest learning rate of `hast_jax.pretrain`, reached after a warm-up.", positive),
     "pretrain.weight_decay": Field(5e-4, "Weight decay of `hast_jax.pretrain`.", not_negative),
-    "pretrain.shift": Field(1, "Pixels by which `hast_jax.pretrain` moves images at random.", count_or_zero),
+    "pretrain.shift": Field(1, "Most pixels by which `hast_jax.pretrain` moves an image at random.", count_or_zero),
     "synthesis.source": Field(
         "",
-        "Folder of a synthetic set. Its first `synthesis.images` images are used, and none are made.",
-        free=True,  # a run knows its images by their content: RunFolder.check_images
+        "Folder of a synthetic set to use instead of making images. The first `synthesis.images` images of the set are used.",
+        free=True,  # a run checks the content of its images instead: RunFolder.check_images
         own=True,
     ),
     "synthesis.real_split": Field(
         "", "Split of `eval.dataset` to learn from instead of synthetic images. This upper bound is not data-free."
     ),
-    "synthesis.images": Field(5120, "Images in all: a multiple of `synthesis.batch`.", count),
-    "synthesis.batch": Field(256, "Images made together. Their batch-norm statistics are those of this batch.", count),
+    "synthesis.images": Field(5120, "Number of synthetic images: a multiple of `synthesis.batch`.", count),
+    "synthesis.batch": Field(256, "Images that are made together. Batch-norm statistics are computed over one batch.", count),
     "synthesis.micro_batch": Field(
         0,
-        "Images of a batch that pass the network together. Fewer need less memory. 0: all, or some 32 on a CPU.",
+        "Images of a batch that pass through the network together. 0: all of them, but about 32 on a CPU. With "
+        "`synthesis.remat`, fewer images need less memory.",
         count_or_zero,
         free=True,
     ),
     "synthesis.stack": Field(
         0,
-        "Batches made at once on one device. 0: as many as fill half of its memory, or one on a CPU.",
+        "Batches made at once on one device. 0: as many as fill half of the device's memory, but one on a CPU.",
         count_or_zero,
         free=True,
     ),
     "synthesis.remat": Field(
-        False, "Compute intermediate values again for the gradient. This takes more time and less memory.", free=True
+        False, "Recompute intermediate values for the gradient, which takes more time and less memory.", free=True
     ),
     "synthesis.iterations": Field(
-        1000, "Steps that make a batch. 0: images stay the noise that they start from.", count_or_zero
+        1000, "Steps of Adam for each batch. 0: the images stay the noise that they start from.", count_or_zero
     ),
     "synthesis.beta": Field(10.0, "Weight of the hard-sample loss.", not_negative),
     "synthesis.gamma": Field(2.0, "Exponent of the difficulty, Eq. 8.", not_negative),
-    "synthesis.lr": Field(0.5, "First learning rate of the images, by Adam.", positive),
+    "synthesis.lr": Field(0.5, "First learning rate of the images.", positive),
     "synthesis.schedule": Field(
         "plateau",
-        "How the rate of the images falls. plateau: where the loss does not improve. cosine: to zero at the last step.",
+        "How the images' learning rate falls. plateau: by `synthesis.factor` when the loss stops improving. cosine: to zero at "
+        "the last step.",
         choices=IMAGE_SCHEDULES,
     ),
-    "synthesis.patience": Field(50, "Steps without improvement before the rate of the images falls.", count_or_zero),
+    "synthesis.patience": Field(50, "Steps without improvement after which the images' learning rate falls.", count_or_zero),
     "synthesis.threshold": Field(1e-4, "Share by which the loss must fall to count as improved.", not_negative),
     "synthesis.factor": Field(
         0.1,
-        "Factor by which the rate of the images falls.",
+        "Factor by which the images' learning rate is multiplied when it falls.",
         holds(lambda value: 0 < value < 1, "between 0 and 1, neither included"),
     ),
     "synthesis.min_lr": Field(1e-4, "Lowest learning rate of the images.", positive),
     "synthesis.return_to_best": Field(
-        False, "Go back to the images of the lowest loss, whenever the rate falls and at the end."
+        False, "Go back to the images of the lowest loss whenever the learning rate falls, and at the end."
     ),
     "synthesis.crop_probability": Field(
         0.0,
-        "Probability that a step sees its batch through a random crop and flip. The paper's for ImageNet is 0.5.",
+        "Probability that a step crops and flips its batch at random. The paper has 0.5 for ImageNet.",
         between(0, 1),
     ),
     "synthesis.crop": Field(
-        "batch", "Which images share this crop. batch: all of a batch. image: none, each has its own.", choices=CROPS
+        "batch", "Which images share this crop. batch: all of a batch. image: each image has its own.", choices=CROPS
     ),
     "synthesis.crop_scale": Field(0.4, "Smallest share of the image that this crop keeps.", share),
-    "synthesis.save_every": Field(250, "Steps between two checkpoints within a batch.", count, free=True),
-    "calibration.batches": Field(800, "Batches from which the ranges of the activations are measured.", count),
+    "synthesis.save_every": Field(250, "Steps between two checkpoints of batches that are being made.", count, free=True),
+    "calibration.batches": Field(800, "Number of batches on which the ranges of the activations are measured.", count),
     "calibration.batch": Field(16, "Images in a batch of the calibration.", count),
     "calibration.range": Field(
         "minmax",
-        "Range of a batch's activations. minmax: from the smallest to the largest. mse: the one that loses least.",
+        "Range of a batch's activations. minmax: from the smallest to the largest value. mse: the range with the smallest "
+        "squared error.",
         choices=tuple(quantizer.RANGE_RULES),
     ),
     "calibration.kernel_range": Field(
         "minmax",
-        "Range of each output channel of a weight from which learning starts, where ranges are learned; by the same rules.",
+        "First range of each output channel of a weight, if ranges are learned. The choices are those of `calibration.range`.",
         choices=tuple(quantizer.RANGE_RULES),
     ),
     "finetune.epochs": Field(147, "Epochs of fine-tuning.", count),
@@ -203,25 +207,25 @@ FIELDS: dict[str, Field] = {
     ),
     "finetune.ranges": Field(
         "fixed",
-        "Ranges of the quantizers. fixed: of weights the minimum and maximum, of activations as calibrated. learned: trained "
-        "with the weights, by Adam.",
+        "Ranges of the quantizers. fixed: weights have their minimum and maximum, activations their calibrated range. learned: "
+        "Adam trains the ranges together with the weights.",
         choices=RANGES,
     ),
     "finetune.ranges_lr": Field(1e-3, "First learning rate of learned ranges, as a share of their width.", positive),
     "finetune.lr": Field(1e-5, "First learning rate of the student.", positive),
     "finetune.schedule": Field(
         "step",
-        "How the student's rate falls. step: after `finetune.lr_drops`. cosine: to zero at the last step.",
+        "How the student's learning rate falls. step: after the epochs `finetune.lr_drops`. cosine: to zero at the last step.",
         choices=SCHEDULES,
     ),
     "finetune.lr_drops": Field(
         (16, 36, 56),
-        "Epochs after which the rate falls to a tenth. The authors' 20, 40, 60 count 4 of calibration.",
-        holds(lambda epochs: all(not count(epoch) for epoch in epochs), "positive epochs, of at most 2**31 - 1"),
+        "Epochs after which the learning rate falls to a tenth. The authors' 20, 40, 60 include 4 epochs of calibration.",
+        holds(lambda epochs: all(not count(epoch) for epoch in epochs), "positive epochs, each at most 2**31 - 1"),
     ),
     "finetune.straight_through": Field(
         "identity",
-        "Gradient to activations outside their range, where ranges are fixed. identity: as inside. clipped: none.",
+        "Gradient of activations outside their range, if ranges are fixed. identity: the same as inside. clipped: zero.",
         choices=tuple(quantizer.STRAIGHT_THROUGH),
     ),
     "finetune.momentum": Field(
@@ -237,59 +241,59 @@ FIELDS: dict[str, Field] = {
     "finetune.branches": Field(
         "",
         "Batch norms whose outputs are aligned, as a regular expression over whole names in their paths. "
-        "Empty: they are found by themselves.",
+        "Empty: they are found automatically.",
         parsed_by(rules.compiled, "a regular expression"),
     ),
     "finetune.ce": Field(
-        0.0, "Weight of the cross-entropy on synthetic labels. It is not in HAST, but in IntraQ.", not_negative
+        0.0, "Weight of the cross-entropy on synthetic labels. IntraQ has this loss, HAST does not.", not_negative
     ),
-    "finetune.eps": Field(0.02, "Size of the promotion, Eq. 10.", not_negative),
+    "finetune.eps": Field(0.02, "Size of the step that promotes an image, Eq. 10.", not_negative),
     "finetune.direction": Field("kl+fa", "Loss whose gradient directs the promotion.", choices=tuple(promotion.DIRECTIONS)),
     "finetune.a": Field(1.0, "Weight of the loss on clean images.", not_negative),
     "finetune.b": Field(1.0, "Weight of the loss on promoted images. 0: no promotion.", not_negative),
     "finetune.stream": Field(
-        False, "Read images from disk as they are drawn. Otherwise every device holds all of them.", free=True
+        False, "Read images from disk when they are drawn. Otherwise each device holds all images in its memory.", free=True
     ),
     "finetune.keep_every": Field(
-        0, "Epochs between two checkpoints that are kept for good. 0: none.", count_or_zero, free=True
+        0, "Epochs between two checkpoints that are never deleted. 0: none.", count_or_zero, free=True
     ),
-    "finetune.augment": Field(True, "Crop and flip the synthetic images at random."),
+    "finetune.augment": Field(True, "Crop and flip the images at random."),
     "finetune.crop_scale": Field(0.5, "Smallest share of the image that this crop keeps.", share),
     "eval.dataset": Field(
-        "cifar100", "Real images for the evaluation. none: run without any. folder: image files.", choices=DATASETS
+        "cifar100", "Real images for the evaluation. none: no evaluation. folder: image files.", choices=DATASETS
     ),
     "eval.split": Field("test", "Split of the real images. For image files it is a folder in `eval.data_dir`."),
     "eval.data_dir": Field(
         "",
-        "Folder of TFDS data sets, or the one that holds the split. Empty: ~/tensorflow_datasets.",
+        "Folder of the TFDS data sets. For image files, the folder that holds the split. Empty: ~/tensorflow_datasets.",
         free=True,
         own=True,
     ),
     "eval.held_out": Field(
         "",
-        "Folder of a synthetic set that the student is not trained on, such as one of another seed. The student's agreement "
-        "with the teacher is measured on it.",
+        "Folder of a synthetic set that the student is not trained on, such as a set of another seed. The student's agreement "
+        "with the teacher is measured on this set.",
         free=True,
         own=True,
     ),
     "eval.class_order": Field(
         "",
-        "Order of the class folders. name: as text. number: as whole numbers. Empty: by name, where both are the same.",
+        "Order of the class folders. name: as text. number: as whole numbers. Empty: by name, and refused if the two differ.",
         one_of(image_files.ORDERS, also=lambda value: value == ""),
         choices=image_files.ORDERS,
     ),
     "eval.crop": Field(
         224 / 256,
-        "Share of a file's shorter side that is kept. Torchvision's newer weights take 224 / 232.",
+        "Share of an image file's shorter side that is kept. Torchvision's newer weights need 224 / 232.",
         share,
     ),
-    "eval.batch": Field(500, "Images that are judged together.", positive, free=True),  # its upper bound depends on their size
+    "eval.batch": Field(500, "Images in a batch of the evaluation.", positive, free=True),  # its bound: cross_checks.py
     "eval.every": Field(10, "Epochs between two evaluations.", count),
 }
 
 
 def help_text() -> str:
-    """The help of the commands' flag `config`: every field, with its default."""
+    """The help of the commands' flag --config: every field with its default."""
     lines = [f"{path} ({_default(field)}): {_meaning(field)}" for path, field in FIELDS.items()]
     return "\n".join(["Config file, with variants after a colon. --config.FIELD=VALUE sets one of these fields:", *lines])
 

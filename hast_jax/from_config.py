@@ -17,7 +17,7 @@ from hast_jax.fields import FULL_PRECISION
 from hast_jax.method import quantizer
 from hast_jax.networks import Network, rules, user_files, weights
 
-LOGITS_AGREE = 0.01  # as a share of the largest logit: frameworks round otherwise, and other networks differ by far more
+LOGITS_AGREE = 0.01  # as a share of the largest logit. Frameworks round differently; a wrong network differs by far more
 
 
 def module(config: ConfigDict) -> nn.Module:
@@ -29,10 +29,10 @@ def module(config: ConfigDict) -> nn.Module:
 def trust(
     config: ConfigDict, workdir: Path, network: str | None = None, names: str | None = None, moved: str | None = None
 ) -> None:
-    """Put the code and the weights that the person names into the config of a run folder.
+    """Put the code and the weights that the user names into the config of a run folder.
 
-    network: of `teacher.network`; names: of `teacher.names`; moved: the place of `teacher.weights`. Raises UserError where the
-    folder names code that the person does not: it may be a stranger's, and is never run.
+    network, names, moved: new values of `teacher.network`, `teacher.names` and `teacher.weights`. Raises UserError if the
+    weights are missing, or if the folder names code that the user does not name. This code may be a stranger's.
     """
     if moved is not None:
         config.teacher.weights = moved
@@ -41,19 +41,19 @@ def trust(
         if given is not None:
             config.teacher[field] = given
         elif user_files.is_own(named):
-            raise UserError(f"{workdir} names {named}, code of its maker's own: if you trust its code, add --{field}={named}.")
+            raise UserError(f"{workdir} names {named}, which is not built in: if you trust its code, add --{field}={named}.")
     weights_path = config.teacher.weights
     if moved is None and weights_path not in weights.BUILT_IN and not paths.local(weights_path).exists():
         raise UserError(f"{workdir} was made with the weights {weights_path}, which are not there: name them with --weights.")
 
 
 def bare_teacher(config: ConfigDict, own: nn.Module | None = None) -> Network:
-    """The full-precision network without its variables. own: a module to take instead of the one that the config names."""
+    """The full-precision network without its variables. own: a module to use instead of that of the config."""
     return _network(config, own, arithmetic=config.teacher.arithmetic)
 
 
 def student(config: ConfigDict, own: nn.Module | None = None) -> Network:
-    """The same network with quantized weights and activations."""
+    """The same network with quantized weights and activations. own: see `bare_teacher`."""
     return _network(
         config,
         own,
@@ -68,7 +68,7 @@ def student(config: ConfigDict, own: nn.Module | None = None) -> Network:
 def teacher(config: ConfigDict) -> tuple[Network, weights.Variables]:
     """The full-precision network and its variables.
 
-    Raises UserError where the network cannot be quantized by the stages, or the file does not fit the config.
+    Raises UserError if the stages cannot quantize the network, or if a file does not fit the config.
     """
     network = bare_teacher(config)
     path = weights.locate(config.teacher.weights)
@@ -88,7 +88,7 @@ def teacher(config: ConfigDict) -> tuple[Network, weights.Variables]:
 
 
 def _compare(network: Network, variables: weights.Variables, path: Path, config: ConfigDict) -> None:
-    """Raise UserError where the network does not give the logits that another framework gave.
+    """Raise UserError if the network does not give the logits that another framework gave.
 
     path: of an .npz file with `images` [n, height, width, channels], uint8 or normalised, and `logits` [n, classes].
     """
@@ -109,7 +109,8 @@ def _compare(network: Network, variables: weights.Variables, path: Path, config:
     largest, size = float(np.abs(np.asarray(found) - wanted).max()), float(np.abs(wanted).max())
     if not largest <= LOGITS_AGREE * max(size, 1.0):
         raise UserError(
-            f"the network does not give the logits of {path}: they differ by up to {largest:.3g}, and are up to {size:.3g}; "
+            f"the network does not give the logits of {path}: they differ by up to {largest:.3g}, "
+            f"and the largest logit is {size:.3g}; "
             "see docs/your_network.md for what often differs (order of flattened features, padding, epsilon of batch norms)."
         )
 
@@ -131,7 +132,7 @@ def _network(config: ConfigDict, own: nn.Module | None, **settings: Any) -> Netw
 
 
 def bit_rules(config: ConfigDict) -> rules.Rules:
-    """The bits that the config gives each layer."""
+    """The bits that the config gives to each layer."""
     full = FULL_PRECISION
     default = tuple(None if bits == full else bits for bits in (config.bits.weights, config.bits.activations))
     return rules.normalise({"default": default, **rules.parse_rules(config.bits.rules)})

@@ -23,7 +23,7 @@ Variables = Mapping[str, Any]
 
 
 class Setting:
-    """A network given in Python, checked, with the config that says the rest."""
+    """A checked network that is given in Python, and the config of its quantization."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Setting:
         sizes: Mapping[str, Any],
         fields: Mapping[str, Any] | None,
     ):
-        """sizes: fields of the config that the caller sets. fields: those that the person sets."""
+        """sizes: config fields that the calling function sets. fields: config fields that the user sets, which win."""
         _check_fields(fields)
         self.image = _numbers("image", image, 3)
         self.mean = _numbers("mean", mean, self.image[-1]) if mean is not None else (0.0,) * self.image[-1]
@@ -75,9 +75,9 @@ class Setting:
         config_lib.validate(self.config)
 
     def job(self, progress: Progress, batch: int | None = None) -> Job:
-        """What a stage works with, in memory. batch: images that all devices share in each step."""
+        """The `Job` of a single stage, kept in memory. batch: images in a step, divided among all devices."""
         if parallel.process_count() > 1:
-            raise InputError("a stage alone works in one process: use quantize, with a workdir, for several.")
+            raise InputError("a single stage works in one process: for several processes, use quantize with a workdir.")
         devices = parallel.choose(self.config.devices, batch)
         teacher, student = from_config.bare_teacher(self.config, self.model), from_config.student(self.config, self.model)
         return Job(self.config, devices, MemoryRun(), Recorder(None, progress), teacher, student, self.variables)
@@ -99,7 +99,7 @@ def _check_fields(fields: Mapping[str, Any] | None) -> None:
         raise InputError(f'fields is a {type(fields).__name__}: give a dict such as {{"finetune.lam": 0.0}}.')
     for path in fields or {}:
         if str(path).startswith(GIVEN_OTHERWISE) and path != "teacher.arithmetic":
-            raise InputError(f"{path} is no field of a network that is given in Python: use the arguments of the function.")
+            raise InputError(f"{path} cannot be set for a network that is given in Python: use the arguments of the function.")
 
 
 def _numbers(name: str, values: Any, count: int) -> tuple[Any, ...]:
@@ -121,7 +121,7 @@ def _as_json(call: Mapping[str, Any]) -> str:
 
 
 def normalised_images(images: Any) -> np.ndarray:
-    """Images float32 [n, height, width, channels]. Raises InputError where they are no finite floating point images."""
+    """`images` as float32 [n, height, width, channels]. Raises InputError unless they are finite floating point images."""
     array = np.asarray(images)
     if array.ndim != 4 or not np.issubdtype(array.dtype, np.floating) or not len(array):
         raise InputError(
@@ -134,7 +134,7 @@ def normalised_images(images: Any) -> np.ndarray:
 
 
 def given_images(given: tuple[Any, Any], image: tuple[int, ...], classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Normalised images float32 [n, *image] and labels int32 [n] to learn from. Raises InputError for others."""
+    """Normalised images float32 [n, *image] and labels int32 [n] to learn from. Raises InputError if they are anything else."""
     images, labels = normalised_images(given[0]), np.asarray(given[1])
     if images.shape[1:] != tuple(image):
         raise InputError(f"the images have the shape {images.shape[1:]}, not {tuple(image)}.")
@@ -143,7 +143,7 @@ def given_images(given: tuple[Any, Any], image: tuple[int, ...], classes: int) -
 
 
 def real_images(test: tuple[Any, Any], image: tuple[int, ...], classes: int) -> Arrays:
-    """Images uint8 [n, *image] and labels [n] to judge by. Raises InputError for others."""
+    """Real images uint8 [n, *image] and labels int32 [n] for evaluation. Raises InputError if they are anything else."""
     images, labels = np.asarray(test[0]), np.asarray(test[1])
     if images.dtype != np.uint8 or images.shape[1:] != tuple(image) or not len(images):
         wanted = ", ".join(map(str, image))
@@ -153,7 +153,7 @@ def real_images(test: tuple[Any, Any], image: tuple[int, ...], classes: int) -> 
 
 
 def check_batch(field: str, batch: int, images: int) -> None:
-    """Raise InputError where a batch needs more images than there are."""
+    """Raise InputError if a batch needs more images than there are. field: the name of the batch's config field."""
     if batch > images:
         raise InputError(f"{field} is {batch}, more than the {images} images: lower it.")
 
@@ -165,11 +165,11 @@ def _check_labels(labels: np.ndarray, images: int, classes: int) -> None:
 
 
 def range_names(ranges: Any) -> set[str]:
-    """The paths of the leaves of a tree of ranges; none where it is no tree."""
+    """The paths of the leaves of a tree of ranges; no paths if it is no tree."""
     return {"/".join(name) for name in flatten_dict(ranges)} if isinstance(ranges, Mapping) else set()
 
 
 def check_ranges(ranges: Any, student: Network) -> None:
-    """Raise InputError where these are not the finite ranges of everything that `student` quantizes."""
+    """Raise InputError unless `ranges` are finite and belong to everything that `student` quantizes, and to nothing else."""
     if range_names(ranges) != student.range_names or not all(np.all(np.isfinite(e)) for e in flatten_dict(ranges).values()):
         raise InputError("the ranges are not those of this network and these bits: give what calibrate returned for them.")

@@ -1,6 +1,7 @@
-"""What describes one field of the config, and what its value may be.
+"""The description of a config field, and rules for its value.
 
-A rule is a function of a value that has the field's kind. It returns what the value must be instead, or "" where it may stay.
+A rule is a function of a value that has the field's kind. It returns "" if the value is allowed, and otherwise words that say
+what the value must be.
 """
 
 import difflib
@@ -17,11 +18,11 @@ from hast_jax.errors import InputError, UserError
 
 Rule = Callable[[Any], str]
 
-MOST = 2**31 - 1  # of whatever is counted: the counters are of 32 bits
+MOST = 2**31 - 1  # the largest count, because counters have 32 bits
 MOST_FLOAT32 = float(np.finfo(np.float32).max)
-MOST_SHOWN = 200  # characters of a wrong value in a sentence
+MOST_SHOWN = 200  # characters of a wrong value in an error message
 
-# Kind -> what is taken for it (NumPy's numbers too), what one is called, and what several are called.
+# Kind -> the types of its values (NumPy's numbers too), the words for one value, and the words for several values.
 KINDS: dict[type, tuple[Any, str, str]] = {
     bool: (bool | np.bool_, "True or False", "True or False"),
     int: (numbers.Integral, "a whole number", "whole numbers"),
@@ -34,10 +35,10 @@ KINDS: dict[type, tuple[Any, str, str]] = {
 class Field:
     """One field of the config.
 
-    default: its type is the field's kind: bool, int, float, str, or a tuple of what its first element is.
-    help: what the field is, for docs/configuration.md and --helpfull. choices: the texts that it may be, where it has no
-    other rule.
-    free: whether it may change when a run goes on. own: whether it may differ between the processes of one run.
+    default: its type is the field's kind: bool, int, float, str, or a tuple whose elements have the type of the first one.
+    help: the description in docs/configuration.md and --helpfull.
+    choices: texts that the help lists. If the field has no `rule`, its value must be one of them.
+    free: whether the value may change when a run resumes. own: whether it may differ between the processes of one run.
     """
 
     default: Any
@@ -48,7 +49,7 @@ class Field:
     own: bool = False
 
     def convert(self, value: Any) -> Any:
-        """`value` as this field's kind. Raises TypeError where it is of another."""
+        """`value` converted to this field's kind. Raises TypeError if it is of another kind."""
         if not isinstance(self.default, tuple):
             return _convert(type(self.default), value)
         if not isinstance(value, tuple | list):
@@ -62,7 +63,7 @@ class Field:
         return KINDS[type(self.default)][1]
 
     def fault(self, value: Any) -> str:
-        """What the value must be instead, or "" where it may stay."""
+        """Words that say what the value must be; "" if it is allowed."""
         try:
             value = self.convert(value)
         except TypeError:
@@ -77,48 +78,48 @@ class Field:
 
 
 def _convert(kind: type, value: Any) -> Any:
-    # Python takes True for 1, which nobody means who writes it into a number.
+    # Python takes True for 1, but nobody who writes True for a number means 1.
     if not isinstance(value, KINDS[kind][0]) or (kind is not bool and isinstance(value, bool)):
         raise TypeError
     try:
         return kind(value)
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # a whole number too large for a float
         return math.inf
 
 
 def shown(value: Any) -> str:
-    """A value in a sentence: on one line, and not too long."""
+    """A value as text for an error message, on one line and shortened to `MOST_SHOWN` characters."""
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # Python writes out no number of thousands of digits
+    except ValueError:  # Python refuses to print a number of thousands of digits
         return "a huge number"
     return text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
 
 
 def close(name: str, known: Iterable[str]) -> str:
-    """The hint "(did you mean NAME?)", after a space; "" where nothing known is close."""
+    """The hint " (did you mean NAME?)" with the known name that is closest; "" if none is close."""
     found = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
 def one_of(choices: Iterable[str], also: Callable[[str], bool] = lambda value: False) -> Rule:
-    """The rule of texts that are one of `choices`, or for which `also` is true."""
+    """The rule that a text is one of `choices`, or that `also` is true for it."""
     known = list(choices)
     return lambda value: "" if value in known or also(value) else f"one of {', '.join(known)}{close(value, known)}"
 
 
 def holds(condition: Callable[[Any], bool], words: str) -> Rule:
-    """The rule of values for which `condition` is true."""
+    """The rule that `condition` is true for the value. words: what the value must be."""
     return lambda value: "" if condition(value) else words
 
 
 def between(low: int, high: int) -> Rule:
-    """The rule of numbers from `low` to `high`."""
+    """The rule that a number is from `low` to `high`, both included."""
     return holds(lambda value: low <= value <= high, f"between {low} and {high}")
 
 
 def parsed_by(parse: Callable[[str], Any], words: str) -> Rule:
-    """The rule of texts that are empty or that `parse` takes, without a UserError."""
+    """The rule that a text is empty, or that `parse` takes it without a UserError. words: what the text must be."""
 
     def rule(value: str) -> str:
         try:
@@ -132,7 +133,7 @@ def parsed_by(parse: Callable[[str], Any], words: str) -> Rule:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The JSON object in a text. Raises UserError where it is something else, or holds a number that is not finite."""
+    """The JSON object in a text. Raises UserError if the text is something else or holds a number that is not finite."""
     try:
         value = json.loads(text)
         json.dumps(value, allow_nan=False)

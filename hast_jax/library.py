@@ -1,7 +1,8 @@
-"""The library: quantize a network in Python, whole or stage by stage, on plain arrays and pytrees.
+"""The library: quantize a network in Python, in one call or stage by stage, on plain arrays and pytrees.
 
-Nothing here prints, ends the process, changes environment variables or holds a lock after it returns. Without `workdir` nothing
-is written. Every function takes `fields`: other values of config fields, such as {"finetune.lam": 0.0}.
+No function prints, ends the process, changes environment variables or holds a lock after it returns. Only a notebook shows a
+progress bar by default. Without `workdir` nothing is written. All functions but `evaluate` take `fields`: values of config
+fields that replace the defaults, such as {"finetune.lam": 0.0}.
 """
 
 import contextlib
@@ -68,27 +69,27 @@ def quantize(
     """Quantize a trained network without its data.
 
     Args:
-      model: a `flax.linen.Module` of convolutions, linear layers, batch norms and any functions between them, unchanged.
+      model: a `flax.linen.Module`, unchanged: convolutions, linear layers, batch norms and any functions between them.
       variables: its trained `params` and `batch_stats`, as a tree or a TrainState.
-      image: height, width and channels of the images that it takes: square, with 1 or 3 channels, as the augmentation crops
-        squares.
-      mean, std: how its images are normalised: (x - mean) / std for x in [0, 1], one number for each channel.
-      bits: "w4a4"; a pair (weights, activations); or a dict of such values by patterns of layer paths, with a "default".
+      image: (height, width, channels) of the images that the model takes. They have 1 or 3 channels and are square, because the
+        augmentation crops squares.
+      mean, std: one number for each channel. The model takes (x - mean) / std for images x in [0, 1].
+      bits: "w4a4"; a pair (weights, activations); or a dict from patterns of layer paths to such values, with a "default".
       budget: "trial", "small" (meant for two cores) or "full" (the paper's, meant for an accelerator).
-      recipe: "best", the settings that lose least; or "paper".
-      workdir: a folder in which the run is kept, to go on from where it was interrupted. None: nothing is written.
-      seed: of everything random.
-      call: keyword arguments of the model's call; by default those that make it infer, such as train=False.
-      images: synthetic images float32 [n, *image], normalised, and labels [n], to learn from instead of making some.
-      test: real images uint8 [n, *image] and labels [n], to report accuracies. Nothing is chosen by them.
-      progress: called with each `Update`; by default a bar is shown in a notebook and nothing elsewhere.
-      fields: other values of config fields.
+      recipe: "best", the settings that lose the least accuracy; or "paper", the paper's settings.
+      workdir: the folder of the run. The same call with the same folder resumes an interrupted run. None: nothing is written.
+      seed: the seed of everything random.
+      call: keyword arguments of the model's call. The default selects inference, for example with train=False.
+      images: a pair to learn from instead of making images: normalised images float32 [n, *image] and labels [n].
+      test: a pair to report accuracies on: real images uint8 [n, *image] and labels [n]. They do not influence the student.
+      progress: called with each `Update`. By default a notebook shows a progress bar, and nothing is shown elsewhere.
+      fields: values of config fields, by path, that replace those of the recipe and the budget.
 
-    Returns the student. Raises UserError in one sentence for what is impossible, before any long work.
+    Returns the student. Raises UserError, with one sentence, for an impossible argument, before any long work.
     """
     if budget not in BUDGETS or recipe not in RECIPES:
-        known = f"{', '.join(BUDGETS)} and of {', '.join(RECIPES)}"
-        raise InputError(f"budget is {budget!r} and recipe {recipe!r}: choose of {known}.")
+        known = f"{', '.join(BUDGETS)} and the recipe from {', '.join(RECIPES)}"
+        raise InputError(f"budget is {budget!r} and recipe {recipe!r}: choose the budget from {known}.")
     changes = {**RECIPES[recipe], **BUDGETS[budget], **config_lib.VARIANTS.get(f"{recipe},{budget}", {})}
     setting = Setting(model, variables, image, mean, std, bits, seed, call, changes, fields)
     given = given_images(images, setting.image, setting.classes) if images is not None else None
@@ -115,8 +116,8 @@ def synthesize(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Stage 1: `count` images float32 [count, *image] in the network's normalised space, and their labels int32 [count].
 
-    The images have the statistics of the network's batch norms and are hard for it. The other arguments and errors: see
-    `quantize`.
+    The images are optimised to match the statistics of the network's batch norms, and to be classified as their labels. For the
+    other arguments and the errors see `quantize`.
     """
     if count < 1:
         raise InputError(f"count is {count}: it must be positive.")
@@ -141,10 +142,10 @@ def calibrate(
     progress: Progress | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Variables:
-    """Stage 2: the `ranges` of the quantized activations, from images float32 [n, height, width, channels], normalised.
+    """Stage 2: the `ranges` of the quantized activations, from normalised images float32 [n, height, width, channels].
 
-    The ranges of the kernels are among them, as both are learned; with fields={"finetune.ranges": "fixed"} they are not.
-    The other arguments and errors: see `quantize`.
+    The result includes ranges of the kernels, because `finetune` learns these too. With fields={"finetune.ranges": "fixed"} it
+    does not. For the other arguments and the errors see `quantize`.
     """
     images = normalised_images(images)
     sizes = {**_best("calibration"), "calibration.batch": min(64, len(images)), "synthesis.source": GIVEN}
@@ -169,10 +170,10 @@ def finetune(
     progress: Progress | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Variables:
-    """Stage 3: the variables of the student after `epochs` of 200 steps: `params`, `batch_stats` and the learned `ranges`.
+    """Stage 3: the student's variables after `epochs` epochs of 200 steps: `params`, `batch_stats` and the learned `ranges`.
 
-    ranges: what `calibrate` gave for these bits. images, labels: what `synthesize` gave. The other arguments and errors: see
-    `quantize`.
+    ranges: the result of `calibrate` for the same bits. images, labels: the result of `synthesize`. For the other arguments and
+    the errors see `quantize`.
     """
     sizes = {**_best("finetune"), "finetune.epochs": epochs, "finetune.batch": min(64, len(images)), "synthesis.source": GIVEN}
     setting = Setting(model, variables, tuple(np.shape(images)[1:]), None, None, bits, seed, call, sizes, fields)
@@ -197,12 +198,12 @@ def evaluate(
     call: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Accuracy:
-    """Stage 4: top-1 and top-5 in per cent of images uint8 [n, height, width, channels] with labels [n].
+    """Stage 4: top-1 and top-5 accuracy in per cent on images uint8 [n, height, width, channels] with labels [n].
 
-    labels: whole numbers from 0 to the number of classes - 1. Raises UserError for what is impossible.
+    labels: whole numbers from 0 to the number of classes - 1. Raises UserError for an impossible argument.
 
-    Of a student: `evaluate(student, images=..., labels=...)`. Of a network in full precision: `evaluate(model, variables,
-    images, labels, mean=..., std=...)`; with `bits`, and `ranges` among the variables, of the network quantized so.
+    For a student: `evaluate(student, images=..., labels=...)`. For a network in full precision: `evaluate(model, variables,
+    images, labels, mean=..., std=...)`. For a quantized network: the same with `bits`, and with `ranges` among the variables.
     """
     shape = tuple(np.shape(images)[1:])
     if isinstance(model, Student):
@@ -228,7 +229,7 @@ def evaluate(
 
 
 def _student_with(config: Any, model: nn.Module, ranges: Any) -> networks.Network:
-    """The student whose `ranges` these are: learned, where kernels have theirs among them, or fixed."""
+    """The student to which `ranges` belong. Its ranges are learned if `ranges` includes those of kernels, otherwise fixed."""
     config.finetune.ranges = "learned"
     student = from_config.student(config, model)
     if range_names(ranges) == student.range_names:

@@ -2,7 +2,7 @@
 
     python -m hast_jax.main --config=configs/cifar100.py:w3a3 --workdir=runs/c100-w3a3
 
-The same command goes on where a killed run was.
+The same command resumes a run that was stopped or killed.
 """
 
 import sys
@@ -19,11 +19,11 @@ from hast_jax.runs import parallel, preemption
 def define_flags() -> None:
     """Define the flags of this command."""
     cli.define_config()
-    flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone on in.", required=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run. An unfinished run in it resumes.", required=True)
 
 
 def main(_: list[str]) -> None:
-    """Run the stages."""
+    """Run the stages and show the result."""
     with cli.user_errors():
         cli.join()
         preemption.listen()

@@ -7,11 +7,11 @@ from hast_jax.errors import UserError
 
 
 def local(path: str | Path) -> Path:
-    """`path` on a file system of this machine, with the home folder in the place of `~`.
+    """`path` on a file system of this machine, with `~` replaced by the home folder.
 
-    Raises UserError for the address of a bucket, such as gs://bucket/run: it would become a folder called "gs:".
+    Raises UserError for the address of a bucket, such as gs://bucket/run, which would become a folder called "gs:".
     """
     address = re.match(r"([A-Za-z][\w+.-]+):/", str(path))
     if address:
-        raise UserError(f"{path} is no path of this machine: give a folder here, or mount the {address[1]} storage as one.")
+        raise UserError(f"{path} is no path of this machine: give a folder, or mount the {address[1]} storage as a folder.")
     return Path(path).expanduser()

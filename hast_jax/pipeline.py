@@ -1,4 +1,4 @@
-"""The stages in their order, each going on where a killed run left it."""
+"""The stages in their order. Each stage resumes where a killed run left it."""
 
 import contextlib
 import warnings
@@ -32,23 +32,23 @@ Given = tuple[np.ndarray, np.ndarray]  # images and labels
 
 
 class GivenNetwork(NamedTuple):
-    """A network given in Python instead of named by the config, and real images to judge it by, where there are some."""
+    """A network that is given in Python instead of named by the config, with the images that are given for it."""
 
     module: nn.Module
     variables: weights.Variables
-    dataset: datasets.Dataset | None = None
-    images: Given | None = None  # to learn from, instead of synthetic ones
+    dataset: datasets.Dataset | None = None  # real images, for evaluation
+    images: Given | None = None  # to learn from, instead of making some
 
 
 def run(config: ConfigDict, workdir: Path, progress: Progress = silent) -> dict[str, Any]:
-    """From a trained network to an evaluated quantized one in `workdir`; returns what `result.json` holds. Raises UserError."""
+    """Quantize the network of a config in the run folder `workdir`; returns the content of `result.json`. Raises UserError."""
     return dict(quantize(config, workdir, progress).record)
 
 
 def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = silent, own: GivenNetwork | None = None) -> Student:
-    """The same, of a network that may be given in Python; returns the student, whose record is what `result.json` holds.
+    """Quantize a network; returns the student, whose `record` is the content of `result.json`. Raises UserError.
 
-    Without `workdir` nothing is written. Raises UserError.
+    workdir: the run folder; None: nothing is written. own: a network given in Python; None: that of the config.
     """
     job, given, dataset = _prepare(config, workdir, progress, own)
     with job.storage.held(), contextlib.closing(job.recorder):
@@ -66,13 +66,13 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
             if isinstance(job.storage, RunFolder):
                 folder = job.storage.student
                 parallel.on_main(lambda: student.save(folder))
-            parallel.on_main(lambda: job.storage.write_result(result))  # it says that all before is there
+            parallel.on_main(lambda: job.storage.write_result(result))  # last: it marks the run as finished
         parallel.on_main(lambda: _report(job, student, images))
     return student
 
 
 def _report(job: Job, student: Student, images: np.ndarray) -> None:
-    """Write the report of a finished run, where it is wanted and not there. A run does not fail for its report."""
+    """Write the report of a finished run if it is wanted and missing. If this fails, the run only warns."""
     if not job.config.report or not isinstance(job.storage, RunFolder) or job.storage.report.exists():
         return
     from hast_jax.deliver import report
@@ -80,12 +80,12 @@ def _report(job: Job, student: Student, images: np.ndarray) -> None:
     try:
         report.write(job.storage, student, (job.teacher, job.variables), images)
     except Exception as error:
-        words = f"the report was not written ({sentence(error)}); all else of the run is there, and a report can be made by"
+        words = f"the report was not written ({sentence(error)}), but the rest of the run is complete; to write the report, run"
         warnings.warn(f"{words} python -m hast_jax.report --workdir={job.storage}.", Notice, stacklevel=2)
 
 
 def run_synthesis(config: ConfigDict, workdir: Path, progress: Progress = silent) -> Path:
-    """Stage 1 alone; returns the folder of the synthetic set. Raises UserError."""
+    """Run stage 1 alone; returns the folder of the synthetic set. Raises UserError."""
     job, given, _ = _prepare(config, workdir, progress, None)
     with job.storage.held(), contextlib.closing(job.recorder):
         _training_images(job, given)
@@ -95,9 +95,9 @@ def run_synthesis(config: ConfigDict, workdir: Path, progress: Progress = silent
 def _prepare(
     config: ConfigDict, workdir: Path | None, progress: Progress, own: GivenNetwork | None
 ) -> tuple[Job, Given | None, datasets.Dataset | None]:
-    """The job of this config, the images that it gives, and those that it is judged by.
+    """The job of this config, the given images to learn from (or None), and the real images for evaluation (or None).
 
-    Everything that can be refused is refused here, before any stage starts. Raises UserError.
+    Everything that can be refused is refused here with a UserError, before any stage starts. Afterwards the run folder is held.
     """
     with parallel.failing_as_one():
         config_lib.validate(config)
@@ -122,7 +122,7 @@ def _prepare(
 
     if workdir is None:
         if parallel.process_count() > 1:
-            raise UserError("several processes share a run by its folder: give a workdir on one file system.")
+            raise UserError("several processes share one run folder: give a workdir, on a file system that all of them use.")
         return job(MemoryRun()), given, dataset
     parallel.on_main(lambda: run_folder.open_for_run(workdir, config))
     storage = RunFolder(workdir)
@@ -146,7 +146,7 @@ def _prepare(
 
 
 def _refuse_overflow(teacher: networks.Network, variables: weights.Variables, image: tuple[int, ...]) -> None:
-    """Raise UserError where the teacher's logits or batch-norm statistics are not finite on noise, where synthesis begins."""
+    """Raise UserError if the teacher's logits or batch-norm statistics are not finite on noise, from which synthesis starts."""
 
     @jax.jit
     def look(variables: weights.Variables, images: jax.Array) -> tuple[jax.Array, ...]:
@@ -162,16 +162,16 @@ def _refuse_overflow(teacher: networks.Network, variables: weights.Variables, im
 
 
 def _checksum(dataset: datasets.Dataset | None) -> int | None:
-    """By which a run knows the real images that it is judged by: of all of them in memory, of the labels of files."""
+    """The checksum by which a run recognises its real images. For image files it covers only their labels."""
     if dataset is None:
         return None
     return crc32((dataset.images, dataset.labels) if isinstance(dataset, datasets.Arrays) else dataset.labels)
 
 
 def _given_images(config: ConfigDict) -> Given | None:
-    """Images and labels of `config.synthesis.source`, memory-mapped, or real ones of `config.synthesis.real_split`, or None.
+    """Images and labels of `config.synthesis.source`, memory-mapped, or of the real `config.synthesis.real_split`.
 
-    Raises UserError where they are not there.
+    None if both fields are empty. Raises UserError if the images are missing.
     """
     settings = config.synthesis
     if settings.real_split:
@@ -191,7 +191,10 @@ def _check_enough(config: ConfigDict, images: int) -> None:
 
 
 def _teacher_accuracy(job: Job, dataset: datasets.Dataset | None) -> Callable[[Any], float] | None:
-    """Measure the teacher once, and tell of it before any long work; returns what judges a student, where there are images."""
+    """Measure the teacher's top-1 once in a run, before any long work, and report it.
+
+    Returns a function from a student's variables to its top-1 in per cent; None without real images.
+    """
     if dataset is None:
         return None
     progress = job.recorder.progress
@@ -210,7 +213,7 @@ def _teacher_accuracy(job: Job, dataset: datasets.Dataset | None) -> Callable[[A
     if accuracy["top1"] <= chance + 3 * error:
         warnings.warn(
             f"the teacher's top-1 of {accuracy['top1']:.2f} % is no better than chance ({chance:.2f} %): "
-            "see whether the weights, the normalisation and the order of the classes are right.",
+            "check whether the weights, the normalisation and the order of the classes are right.",
             AccuracyWarning,
             stacklevel=2,
         )
@@ -219,7 +222,7 @@ def _teacher_accuracy(job: Job, dataset: datasets.Dataset | None) -> Callable[[A
 
 
 def _training_images(job: Job, given: Given | None) -> Given:
-    """Stage 1: the images and labels that the student learns from: those given, or synthesized ones, memory-mapped."""
+    """Stage 1: the images and labels that the student learns from, given or synthesized. Synthesized ones are memory-mapped."""
     if given is None:
         images, labels = synthesize.run(job)
     else:
@@ -228,7 +231,7 @@ def _training_images(job: Job, given: Given | None) -> Given:
             parallel.require_same({"images": crc32((images, labels))})
     held_out = _held_out_images(job.config)
     if held_out is not None and crc32(held_out) == crc32(images):
-        raise UserError("config.eval.held_out holds the images that the student is trained on: give others, of another seed.")
+        raise UserError("config.eval.held_out holds the images that the student is trained on: give images of another seed.")
     parallel.on_main(lambda: job.storage.check_images(images, labels))
     if isinstance(job.storage, RunFolder):
         picture, teacher = job.storage.picture, job.config.teacher
@@ -237,7 +240,7 @@ def _training_images(job: Job, given: Given | None) -> Given:
 
 
 def _activation_ranges(job: Job, images: np.ndarray) -> weights.Variables:
-    """Stage 2: the ranges of the activations, read where this run has them already."""
+    """Stage 2: the calibrated ranges. A run that already has them only reads them."""
 
     def calibrated() -> None:
         if not job.storage.has_ranges():
@@ -248,14 +251,14 @@ def _activation_ranges(job: Job, images: np.ndarray) -> weights.Variables:
 
 
 def _held_out_images(config: ConfigDict) -> np.ndarray | None:
-    """The images of `config.eval.held_out`, memory-mapped; None where it names none. Raises UserError for a missing set."""
+    """The images of `config.eval.held_out`, memory-mapped; None if the field is empty. Raises UserError for a missing set."""
     if not config.eval.held_out:
         return None
     return synthetic_set.load(paths.local(config.eval.held_out), tuple(config.teacher.image), config.teacher.classes)[0]
 
 
 def _held_out(job: Job, variables: weights.Variables) -> dict[str, Any] | None:
-    """How far the student agrees with its teacher on images that it has not seen."""
+    """How often the student agrees with its teacher on the held-out images; None without such images."""
     images = _held_out_images(job.config)
     if images is None:
         return None
@@ -277,9 +280,9 @@ def _student(job: Job, variables: weights.Variables, result: dict[str, Any]) -> 
 def restore_student(
     folder: RunFolder, variables: weights.Variables, config: ConfigDict, checkpoint: str, student: networks.Network
 ) -> tuple[weights.Variables, int]:
-    """Variables of the student saved in a run folder, ranges included, and the number of steps it was trained.
+    """Variables of the student saved in a run folder, including its ranges, and the number of steps that it was trained.
 
-    variables: the teacher's. checkpoint: "latest" or "best". Raises UserError where there is none that is whole.
+    variables: the teacher's. checkpoint: "latest" or "best". Raises UserError if there is no undamaged checkpoint.
     """
     state, ranges = None, folder.read_ranges(student.range_names)
     if folder.checkpoints(checkpoint).is_dir():

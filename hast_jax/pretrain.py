@@ -1,4 +1,4 @@
-"""Train a full-precision teacher on real images: how the built-in one for the digits was made.
+"""Train a full-precision teacher on real images, as was done for the built-in teacher of the digits.
 
 python -m hast_jax.pretrain --config=configs/digits.py        # writes teacher.safetensors
 """
@@ -43,7 +43,7 @@ class State(NamedTuple):
 
 
 def shift(images: Array, key: Array, pixels: int) -> Array:
-    """Each image moved by up to `pixels` in each direction, zeros moving in."""
+    """Images [batch, height, width, channels], each moved at random by up to `pixels` along both axes and filled with zeros."""
     if pixels == 0:
         return images
     padded = jnp.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels), (0, 0)))
@@ -56,7 +56,10 @@ def shift(images: Array, key: Array, pixels: int) -> Array:
 
 
 def train(model: nn.Module, dataset: datasets.Arrays, config: ConfigDict, say: Callable[[str], None]) -> Mapping[str, Any]:
-    """`params` and `batch_stats` after SGD with Nesterov momentum and a cosine schedule. config: the whole config."""
+    """`params` and `batch_stats` after SGD with Nesterov momentum, a warm-up and a cosine schedule.
+
+    config: the whole config. say: called with lines of progress.
+    """
     settings, teacher = config.pretrain, config.teacher
     images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
     steps = settings.epochs * (len(labels) // settings.batch)
@@ -112,7 +115,7 @@ def main(_: list[str]) -> None:
             raise UserError("a teacher needs real images in memory: set config.eval.dataset to digits, cifar10 or cifar100.")
         if config.pretrain.batch > len(train_set.labels):
             raise UserError(f"config.pretrain.batch is {config.pretrain.batch}, more than the {len(train_set.labels)} images.")
-        try:  # what cannot be written is known before the training
+        try:  # an output that cannot be written is refused before the training
             output.parent.mkdir(parents=True, exist_ok=True)
             output.touch()
             if output.stat().st_size == 0:

@@ -1,4 +1,4 @@
-"""What a run reports of itself: each start of it, and the summary that `result.json` holds."""
+"""What a run records about itself: each of its starts, and the summary in `result.json`."""
 
 import datetime
 import platform
@@ -18,7 +18,7 @@ STAGES = ("synthesis", "calibrate", "finetune")
 
 
 def begin_segment(job: Job) -> dict[str, Any] | None:
-    """Note that this run was started here; None where it is finished already."""
+    """Record a start of this run as a new segment; None if the run is finished already."""
     if job.storage.read_result() is not None:
         return None
     segment = {
@@ -35,13 +35,13 @@ def begin_segment(job: Job) -> dict[str, Any] | None:
 
 
 def _command() -> str | None:
-    """The command that started this process; None where it is not one of ours."""
+    """The command that started this process; None if it is no command of hast_jax."""
     words = sys.orig_argv[1:]
     return shlex.join(["python", *words]) if any("hast_jax" in word for word in words[:2]) else None
 
 
 def end_segment(job: Job, segment: dict[str, Any] | None) -> None:
-    """Note how long the stages took since this start."""
+    """Record the seconds that each stage took since this start."""
     if segment is not None:
         segment["seconds"] = {name: round(job.recorder.own_seconds.get(name, 0.0), 1) for name in STAGES}
         segments = [*job.storage.read_segments()[:-1], segment]
@@ -49,13 +49,13 @@ def end_segment(job: Job, segment: dict[str, Any] | None) -> None:
 
 
 def _ended(job: Job, segment: dict[str, Any]) -> dict[str, Any]:
-    """A segment that was broken off, with its seconds by what it logged."""
+    """The segment with the seconds of each stage. If it was interrupted, they are taken from the log."""
     before = segment["spent_before"]
     return {"seconds": {name: round(job.recorder.seconds(name) - before[name], 1) for name in STAGES}, **segment}
 
 
 def summary(job: Job, images: int, evaluations: dict[int, float]) -> dict[str, Any]:
-    """What `result.json` holds: accuracies in per cent, the budget, the time of each stage, the hardware."""
+    """The content of `result.json`: accuracies in per cent, the budget, the seconds of each stage, the hardware."""
     config, best, teacher = job.config, finetune.best_epoch(evaluations), job.storage.teacher_accuracy()
     segments = job.storage.read_segments()
     return {

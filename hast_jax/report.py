@@ -1,4 +1,4 @@
-"""Write report.html and README.md of a finished run again, such as with a suggestion for another number of bits.
+"""Write report.html and README.md of a finished run again, for example to suggest bits by layer for another average.
 
 python -m hast_jax.report --workdir=runs/c100-w3a3 --average_bits=4
 """
@@ -19,10 +19,10 @@ from hast_jax.runs import parallel, run_folder, synthetic_set
 def define_flags() -> None:
     """Define the flags of this command."""
     flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
-    flags.DEFINE_float("average_bits", None, "Bits of a weight, for the bits by layer that are suggested.", MIN_BITS, MAX_BITS)
-    flags.DEFINE_string("network", None, "FILE.py:CLASS of a network of your own, whose code is run.")
-    flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), where they have moved.")
-    flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names), whose code is run.")
+    flags.DEFINE_float("average_bits", None, "Average bits of a weight in the suggested bits by layer.", MIN_BITS, MAX_BITS)
+    flags.DEFINE_string("network", None, "FILE.py:CLASS of your own network. Its code is run.")
+    flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), if they have moved.")
+    flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names). Its code is run.")
 
 
 def run(
@@ -35,21 +35,20 @@ def run(
 ) -> Path:
     """Write the report of a finished run; returns the path of report.html. Raises UserError.
 
-    weights: another place of the same weights.
-    A network of one's own must be named by `network`, a function of one's own by `names`: code that a run folder names is never
-    run, as it may be a stranger's.
+    weights: another path of the same weights. network, names: FILE.py:CLASS and FILE.py:FUNCTION of the user, if the run has
+    them. They must be given, because code that only a run folder names may be a stranger's and is never run.
     """
     folder, config = run_folder.open_for_reading(workdir)
     if config.teacher.network.endswith(GIVEN):
-        raise UserError(f"the network of {workdir} was given in Python: its report is written by the run itself.")
+        raise UserError(f"the network of {workdir} was given in Python: only the run itself writes its report.")
     from_config.trust(config, workdir, network, names, weights)
     if folder.read_result() is None:
-        raise UserError(f"the run in {workdir} has not finished: give it the same command again.")
+        raise UserError(f"the run in {workdir} has not finished: run its command again.")
     teacher, variables = from_config.teacher(config)
     folder.check_teacher(variables, teacher.structure.program, remember=False)
     source = paths.local(config.synthesis.source) if config.synthesis.source else folder.synthetic
     if config.synthesis.real_split:
-        raise UserError(f"{workdir} learned from real images, which it does not hold: only the run itself writes its report.")
+        raise UserError(f"{workdir} does not hold the real images that it learned from: only the run itself writes its report.")
     images = synthetic_set.load(source, tuple(config.teacher.image), config.teacher.classes)[0]
     report.write(folder, student.load(folder.student, teacher.module), (teacher, variables), images, average_bits)
     return folder.report

@@ -1,12 +1,12 @@
-"""Every table and figure of the paper's supplement, the baselines, and the parts of the recipe `best`.
+"""Measure every table and figure of the paper's supplement, the baselines, and the parts of the recipe `best`.
 
     python -m hast_jax.reproduce table2 --config=configs/cifar10.py:w3a3 --workdir=runs/table2
     python -m hast_jax.reproduce all --config=configs/digits.py        # the supplement, in runs/reproduction
     python -m hast_jax.reproduce recipe --config=configs/cifar100.py:w3a3,best,small --workdir=runs/recipe
     python -m hast_jax.reproduce table2 table4 --skip="a=1, b=4" --skip="a=1, b=2" --config=...
 
-The same command goes on where a killed sweep was; a cell that failed is tried again. WORKDIR then holds NAME.md and
-NAME.json for each experiment, NAME.png and NAME.svg for each figure, and after several the page reproduction.md.
+The same command resumes a sweep that was killed, and tries a failed cell again. WORKDIR then holds NAME.md and NAME.json of
+each experiment, and NAME.png and NAME.svg of each figure. After several experiments it also holds the page reproduction.md.
 """
 
 import functools
@@ -37,13 +37,13 @@ SUPPLEMENT = [name for name in NAMES if name != "recipe"]
 def define_flags() -> None:
     """Define the flags of this command."""
     cli.define_config()
-    flags.DEFINE_string("workdir", "runs/reproduction", "Folder of the sweep: made, or gone on in.")
-    flags.DEFINE_integer("seeds", 1, "Number of seeds of each cell, from config.seed on.", lower_bound=1)
-    flags.DEFINE_multi_string("skip", [], "Label of a cell to leave out; may be given several times.")
+    flags.DEFINE_string("workdir", "runs/reproduction", "Folder of the sweep. An unfinished sweep in it resumes.")
+    flags.DEFINE_integer("seeds", 1, "Number of seeds of each cell. The first seed is config.seed.", lower_bound=1)
+    flags.DEFINE_multi_string("skip", [], "Label of a cell to leave out. The flag may be given several times.")
 
 
 def table(name: str, sweep: Sweep, skip: Collection[str]) -> Section:
-    """Run the cells of an experiment but for those with these labels."""
+    """Run the cells of an experiment, except those whose label is in `skip`."""
     experiment = EXPERIMENTS[name](sweep.config)
     experiment = experiment._replace(cells=[cell for cell in experiment.cells if cell.label not in skip])
     results = {cell.label: sweep.run(cell) for cell in experiment.cells}
@@ -54,9 +54,9 @@ def table(name: str, sweep: Sweep, skip: Collection[str]) -> Section:
 
 
 def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
-    """Run these experiments, but for cells with the labels `skip`; write and return the Markdown.
+    """Run these experiments, except cells whose label is in `skip`; write and return the Markdown.
 
-    Raises UserError where nothing can be compared, or a label is of no cell.
+    Raises UserError if there are no real images to measure accuracies on, or if a label belongs to no cell.
     """
     known = {cell.label for name in names if name in EXPERIMENTS for cell in EXPERIMENTS[name](sweep.config).cells}
     if unknown := set(skip) - known:
@@ -90,7 +90,7 @@ def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Run what the arguments name; exit status 1 where a cell failed."""
+    """Run the experiments that the arguments name; exit status 1 if a cell failed."""
     with cli.user_errors():
         names = SUPPLEMENT if arguments[1:] == ["all"] else arguments[1:]
         if not names or not set(names) <= set(NAMES):
@@ -107,8 +107,8 @@ def main(arguments: list[str]) -> None:
         say(page)
         if sweep.failed:
             raise UserError(
-                f"failed: {', '.join(sweep.failed)}; {sweep.workdir} holds the reasons, in a cell's error.txt or an "
-                "experiment's NAME.error.txt, and the same command tries them again."
+                f"failed: {', '.join(sweep.failed)}; in {sweep.workdir}, error.txt of a cell or NAME.error.txt of an "
+                "experiment says why; the same command tries them again."
             )
 
 

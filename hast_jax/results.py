@@ -1,4 +1,4 @@
-"""A Markdown table of finished runs, from their `result.json` files: how that of docs/results.md is made.
+"""A Markdown table of finished runs, from their `result.json` files, such as the table in docs/results.md.
 
 python -m hast_jax.results runs/c100-w3a3 runs/c100-w4a4
 python -m hast_jax.results runs/c100-w3a3 --over_time=over_time      # top-1 over the time of the whole job, and a figure
@@ -43,7 +43,7 @@ def row(name: str, result: dict[str, Any]) -> str:
 
 
 def table(folders: list[Path]) -> str:
-    """The table of these run folders, and a line for each that has no accuracies. Raises UserError where none has."""
+    """The table of these run folders, and a line for each folder without accuracies. Raises UserError if no folder has any."""
     rows, notes = [], []
     for folder in folders:
         path = folder / "result.json"
@@ -60,7 +60,7 @@ def table(folders: list[Path]) -> str:
 
 
 def over_time(folder: Path) -> list[tuple[float, float]]:
-    """Seconds from the start of the job, synthesis included, and the top-1 that the student had then, of a finished run."""
+    """Of each evaluation of a finished run: seconds since the start of the whole job, and the student's top-1 at that time."""
     settings = read_json(folder / "config.json")["finetune"]
     evaluations = {int(epoch): top1 for epoch, top1 in read_json(folder / "evaluations.json").items()}
     before, at = 0.0, {0: 0.0}
@@ -73,7 +73,7 @@ def over_time(folder: Path) -> list[tuple[float, float]]:
 
 
 def over_time_table(folders: list[Path], picture: Path) -> str:
-    """Top-1 over time, of finished runs of one teacher; the figure is written to `picture`.png and .svg."""
+    """A table of top-1 over time, of finished runs of one teacher. The figure is written to `picture`.png and .svg."""
     from hast_jax.paper import figures
 
     finished = [folder for folder in folders if (folder / "result.json").exists()]
@@ -87,7 +87,9 @@ def over_time_table(folders: list[Path], picture: Path) -> str:
 
 def define_flags() -> None:
     """Define the flags of this command."""
-    flags.DEFINE_string("over_time", "", "Print top-1 over the time of the whole job, and draw it to this path, .png and .svg.")
+    flags.DEFINE_string(
+        "over_time", "", "Print top-1 over the time of the whole job, and draw it to this path (.png and .svg)."
+    )
 
 
 def main(arguments: list[str]) -> None:

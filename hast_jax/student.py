@@ -1,4 +1,4 @@
-"""The quantized network that a person leaves with: it computes logits, and is saved to a folder and loaded from there."""
+"""The quantized network, the result of a run: it computes logits, and can be saved to a folder and loaded again."""
 
 import json
 from collections.abc import Mapping
@@ -30,9 +30,9 @@ WEIGHTS, DESCRIPTION = "student.safetensors", "student.json"
 class Student:
     """A quantized network.
 
-    network: the module with what is quantized in it. variables: `params` (float32, from which the codes are computed),
-    `batch_stats`, `ranges` and what else the module has. rules: the bits of each layer. image: height, width and channels.
-    mean, std: of images in [0, 1]. record: what the run reports, as in `result.json`.
+    network: the module, and which of its kernels and activations are quantized. variables: `params` (float32, from which the
+    codes are computed), `batch_stats`, `ranges` and the module's other collections. rules: the bits of each layer.
+    image: height, width and channels. mean, std: of each channel, for images in [0, 1]. record: the content of `result.json`.
     """
 
     network: Network
@@ -47,7 +47,7 @@ class Student:
         """Logits float32 [n, classes] of images [n, height, width, channels].
 
         images: uint8 images of 0 ... 255, which are normalised by `mean` and `std`; or floating point images that are
-        normalised already. Raises InputError for others.
+        normalised already. Raises InputError for other images.
         """
         images = np.asarray(images) if not isinstance(images, jax.Array) else images
         if images.ndim != 4 or images.shape[1:] != self.image:
@@ -72,15 +72,15 @@ class Student:
     def codes(self) -> dict[str, Codes]:
         """The integer form of each quantized kernel, by its path: {"codes", "scale", "zero_point", "bits", "axes"}.
 
-        codes: int8, the shape of the kernel. scale, zero_point: one for each output channel; a weight is (codes + Z) / S.
-        axes: of the kernel, those that one output channel sums over.
+        codes: int8, of the kernel's shape. scale S, zero_point Z: one for each output channel. A weight is (codes + Z) / S.
+        axes: the kernel's axes that one output channel sums over.
         """
         return networks.kernel_codes(self.network, self.variables["params"], self.variables["ranges"])
 
     def save(self, folder: str | Path) -> None:
         """Write the student to a folder, as student.safetensors and student.json.
 
-        Raises UserError where it cannot be written.
+        Raises UserError if the files cannot be written.
         """
         path = paths.local(folder)
         flat = {"/".join(name): np.asarray(leaf) for name, leaf in flatten_dict(jax.device_get(dict(self.variables))).items()}
@@ -109,8 +109,8 @@ class Student:
 def load(folder: str | Path, model: nn.Module | None = None) -> Student:
     """The student that `Student.save` wrote to a folder.
 
-    model: the module that was quantized; it may be left out for the built-in networks. Raises UserError where the folder holds
-    no student, or one of another network.
+    model: the module that was quantized; for a built-in network it may be left out. Raises UserError if the folder holds no
+    student, a damaged student, or a student of another network.
     """
     path = paths.local(folder)
     try:
@@ -121,18 +121,18 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
         (_, default), *others = said["rules"]
         rules = rules_lib.normalise({"default": tuple(default), **{pattern: tuple(bits) for pattern, bits in others}})
         settings = {name: said[name] for name in ("straight_through", "fast_convolution")}
-        settings["learned_ranges"] = said.get("learned_ranges", False)  # version 0.2.0 knew none
+        settings["learned_ranges"] = said.get("learned_ranges", False)  # version 0.2.0 had no learned ranges
         if said["format"] != FORMAT or crc32(flat) != said["crc32"]:
             raise ValueError("its arrays are not those that were saved")
     except OSError as error:
         raise UserError(f"{path} holds no student ({error}): give a folder that Student.save wrote.") from error
-    except Exception as error:  # whatever a damaged file makes the readers raise
+    except Exception as error:  # the readers raise many kinds of errors on damaged files
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): save the student again.") from error
     if model is None:
         name = record.get("network")
         if name not in networks.ARCHITECTURES:
             raise UserError(
-                f"{path} holds a student of your own network {said['module']}: give the module, load(folder, model)."
+                f"{path} holds a student of your own network {said['module']}: give its module, as in load(folder, model)."
             )
         teacher = record["config"]["teacher"]
         model = networks.module(name, teacher["classes"], **json.loads(teacher["arguments"] or "{}"))

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# One machine with GPUs, a TPU VM, or a CPU: every local device is used; they must divide finetune.batch. Start it again after an interruption,
-# with the same arguments, and it goes on where it was.
+# One machine with GPUs, a TPU VM, or a CPU. All GPUs or TPU chips are used; their number must divide finetune.batch. On a CPU,
+# a number of devices that divides it is chosen.
+#
+# After an interruption, start it again with the same arguments to resume the run.
 #
 #     launch/local.sh configs/cifar100.py:w3a3 runs/c100-w3a3 [--config.FIELD=VALUE ...]
 set -euo pipefail

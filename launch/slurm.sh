@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Several GPU machines under Slurm, one process a GPU:
+# Several GPU machines under Slurm, one process for each GPU:
 #
 #     sbatch --nodes=2 launch/slurm.sh configs/imagenet.py:w4a4 /mnt/runs/r18-w4a4 [--config.FIELD=VALUE ...]
 #
-# It needs '.[cuda]', and '.[torch]' for .pth weights, in .venv. The run folder must be on a file system that all machines see. Two
-# minutes before its time is up the job gets SIGTERM, to save at the next step that is logged; where that comes too late, in a long
-# evaluation, the last epoch is what is kept. A job that was stopped so ends with status 75. The same command goes on, on any number of GPUs that divides finetune.batch; change
-# --gres and --ntasks-per-node together where a machine has not 4.
+# It needs '.[cuda]' in .venv, and '.[torch]' for .pth weights. The run folder must be on a file system that all machines see.
+# If a machine does not have 4 GPUs, change --gres and --ntasks-per-node together.
+#
+# Two minutes before its time limit the job gets SIGTERM. It saves at the next logged step and ends with status 75. If no step
+# is logged in time, as in a long evaluation, the checkpoint of the last epoch remains. The same command resumes the run, on any
+# number of GPUs that divides finetune.batch.
 #SBATCH --job-name=hast_jax
 #SBATCH --gres=gpu:4
 #SBATCH --ntasks-per-node=4

@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
 def test_when_every_checkpoint_is_damaged_the_run_says_what_to_delete(copy: Path) -> None:
     for path in (copy / "checkpoints" / "latest").iterdir():
         truncate_checkpoint(path)
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(.*\): where"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(.*\): if"):
         tiny.run(copy)
 
 

@@ -44,10 +44,15 @@ def check(channels: tuple[int, int], width: int, size: int, stride: int, groups:
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2, width, width, channels[0]))
     kernel = jax.random.normal(keys[1], (size, size, channels[0] // groups, channels[1]))
-    y, pull_back = jax.vjp(lambda x, k: conv(x, k, (stride, stride), around(size), groups=groups), x, kernel)
-    expected, expected_pull_back = jax.vjp(lambda x, k: plain(x, k, stride, groups), x, kernel)
-    upstream = jax.random.normal(keys[2], expected.shape)
-    for actual, wanted in zip((y, *pull_back(upstream)), (expected, *expected_pull_back(upstream)), strict=True):
+    upstream = jax.random.normal(keys[2], plain(x, kernel, stride, groups).shape)
+
+    @jax.jit
+    def value_and_gradients(x, kernel, upstream):
+        ours, pull_back = jax.vjp(lambda x, k: conv(x, k, (stride, stride), around(size), groups=groups), x, kernel)
+        expected, expected_pull_back = jax.vjp(lambda x, k: plain(x, k, stride, groups), x, kernel)
+        return (ours, *pull_back(upstream)), (expected, *expected_pull_back(upstream))
+
+    for actual, wanted in zip(*value_and_gradients(x, kernel, upstream), strict=True):
         np.testing.assert_allclose(actual, wanted, atol=1e-5 * np.abs(wanted).max())
 
 

@@ -28,7 +28,7 @@ def test_sigterm_saves_and_ends_the_run_with_a_status_of_its_own(finished: Path,
     tiny.wait_until(process, tiny.logged(workdir, stage, step))
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75 and "the same command goes on where it was" in errors and "Traceback" not in errors
+    assert process.returncode == 75 and "run the same command again to resume" in errors and "Traceback" not in errors
     assert not (workdir / "result.json").exists()
     saved = workdir / "checkpoints" / ("latest" if stage == "finetune" else "synthesis")
     assert any(int(path.name) >= step for path in saved.iterdir() if path.name.isdigit())
@@ -41,7 +41,7 @@ def test_a_second_run_in_the_same_folder_refuses_while_the_first_goes_on(tmp_pat
     process = start(workdir)
     tiny.wait_until(process, (workdir / "config.json").exists)
     done = tiny.call(tiny.command(workdir))
-    assert done.returncode == 1 and "another run is going on" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "another run is using" in done.stderr and "Traceback" not in done.stderr
     process.kill()
     process.communicate()
     with pytest.raises(UserError, match="made with another config"):  # the lock died with its holder

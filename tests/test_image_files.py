@@ -123,7 +123,7 @@ def test_what_is_wrong_with_a_folder_is_said(folder: Path) -> None:
     config = tiny.config(eval__dataset="folder", eval__data_dir=str(folder), eval__split="val")
     config.teacher.image, config.teacher.mean, config.teacher.std = (64, 64, 3), (0.5,) * 3, (0.2,) * 3
     config.teacher.classes = 1000
-    with pytest.raises(UserError, match="holds 10 folders, and the network knows 1000 classes"):
+    with pytest.raises(UserError, match="holds 10 folders, but the network has 1000 classes"):
         datasets.load(config, "val")
     with pytest.raises(UserError, match="one folder for each class"):
         datasets.load(config, "test")
@@ -187,7 +187,7 @@ def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path: Path) -
     assert (dataset.classes, len(dataset.labels)) == (2, 2)
     config = tiny.config(eval__dataset="folder", eval__data_dir=str(tmp_path), eval__split="val")
     config.teacher.image, config.teacher.mean, config.teacher.std = (32, 32, 3), (0.5,) * 3, (0.2,) * 3
-    with pytest.raises(UserError, match="holds 2 folders, and the network knows 10 classes"):
+    with pytest.raises(UserError, match="holds 2 folders, but the network has 10 classes"):
         datasets.load(config, "val")
 
 
@@ -208,7 +208,7 @@ def test_sixteen_bits_a_pixel_become_eight_and_keep_their_values(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("mode", "words"), [("RGBA", "transparent in places"), ("LA", "transparent in places"), ("F", "32 bits a pixel")]
+    ("mode", "words"), [("RGBA", "transparent in places"), ("LA", "transparent in places"), ("F", "32 bits per channel")]
 )
 def test_an_image_whose_pixels_are_not_clear_is_refused_by_name(tmp_path: Path, mode: str, words: str) -> None:
     image = Image.new(mode, (32, 32), 0 if mode == "F" else (7,) * len(mode))

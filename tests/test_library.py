@@ -163,7 +163,7 @@ def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
     [
         ({"bits": "w9a9"}, "between 2 and 8"),
         ({"bits": {"default": (3, 3), "nowhere": (8, 8)}}, "names no layer"),
-        ({"budget": "huge"}, "choose of trial, small, full"),
+        ({"budget": "huge"}, "choose the budget from trial, small, full"),
         ({"mean": (0.5, 0.5)}, "one number for each of the 1 channels"),
         ({"fields": {"finetune.epss": 1}}, "did you mean finetune.eps"),
         ({"fields": {"eval.dataset": "digits"}}, "use the arguments of the function"),

@@ -171,7 +171,7 @@ def test_sigterm_to_one_process_or_both_saves_and_ends_both_with_status_75(
         processes[index].send_signal(signal.SIGTERM)
     ends = end(processes)
     assert [status for status, _, _ in ends] == [75, 75], ends
-    assert all("the same command goes on" in errors for _, _, errors in ends), ends
+    assert all("run the same command again to resume" in errors for _, _, errors in ends), ends
     assert not (workdir / "result.json").exists()
     assert any(path.name.isdigit() and int(path.name) > 0 for path in (workdir / "checkpoints" / folder).iterdir())
 

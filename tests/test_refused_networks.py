@@ -239,7 +239,7 @@ def refused(module: Any, words: str, bits: Any = "w4a4", **arguments: Any) -> st
         (Normalised(), r"norm has its channels on the axis \(2, 3\): they must be on the last"),
         (ChannelsFirst(), "norm has its channels on the axis 1: they must be on the last"),
         (OwnNorm(), "norm is a Halved with a call of its own: use nn.BatchNorm itself"),
-        (CompiledTwice(), r"weights that nothing quantizes \(b/kernel\), .* or as nn.jit hides it"),
+        (CompiledTwice(), r"weights that nothing quantizes \(b/kernel\), .* or because nn.jit hides the layer"),
         (Masked(), "sparse has a mask over its kernel"),
         (OwnCall(), "double is a OwnDense with a call of its own"),
         (Embedded(), "has table, a Embed: an embedding is not quantized"),

@@ -223,7 +223,7 @@ def test_all_experiments_make_one_page_though_a_cell_fails(tmp_path: Path, monke
     small = sweep(tmp_path, finetune__epochs=1)
     page = reproduce.run(reproduce.SUPPLEMENT, small)
     assert page == (tmp_path / "reproduction.md").read_text() and small.failed == ["alignment=dfa-seed0"]
-    assert "RFA) beats direct (DFA): not measured, a cell failed or was left out" in page
+    assert "RFA) beats direct (DFA): not measured, because a cell failed or was left out" in page
     assert "promotion helps: **holds** (HAST +" in page
     assert "MemoryError" in (tmp_path / "cells" / "alignment=dfa-seed0" / "error.txt").read_text()
     for name in reproduce.SUPPLEMENT:
@@ -266,7 +266,7 @@ def test_a_cell_is_not_compared_with_itself() -> None:
     config = tiny.config(finetune__b=0.0)
     cells = EXPERIMENTS["baselines"](config).cells
     rows = tables.rows(EXPERIMENTS["baselines"](config), {cell.label: [result(90.0)] for cell in cells}, config)
-    assert "not measured, with this config both cells are one run" in promotion_helps(*rows)
+    assert "not measured, because with this config both cells are the same run" in promotion_helps(*rows)
     config.synthesis.images = config.synthesis.batch
     config.finetune.lam = 0.0
     for name, count in {"table4": 1, "figure1": 11}.items():

@@ -79,7 +79,7 @@ def test_a_text_of_rules() -> None:
         ("a)(b=w8a8", "no regular expression"),
         ("a{99999999999999}=w8", "no regular expression"),
         ("a=w8; a=w4", "two rules"),
-        ("default=w8", "for some layers"),
+        ("default=w8", "the default is no rule"),
     ],
 )
 def test_a_text_that_is_no_rule_is_refused(text: str, words: str) -> None:

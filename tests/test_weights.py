@@ -117,7 +117,7 @@ def test_two_variables_of_one_name_are_refused() -> None:
         def __call__(self, x: jax.Array) -> jax.Array:
             return self.second(self.first(x))
 
-    with pytest.raises(UserError, match=r"params/first/bias and params/second/bias 'layer.bias'"):
+    with pytest.raises(UserError, match=r"params/first/bias and params/second/bias the same name 'layer.bias'"):
         weights.name_map(Twice())
 
 

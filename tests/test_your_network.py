@@ -124,7 +124,7 @@ def test_flattening_as_pytorch_does_needs_no_other_weights() -> None:
     ("name", "content", "words"),
     [
         ("nothing.py:Net", None, "there is no file"),
-        ("a.py:Net", "Net = 3", "'Net' is no class that is a flax.linen.Module"),
+        ("a.py:Net", "Net = 3", "'Net' is not a subclass of flax.linen.Module"),
         ("b.py:Net", "1 / 0", "cannot be imported: ZeroDivisionError"),
         ("c.py:Net", "", "has no 'Net'"),
         ("d.py:Net", "import flax.linen as nn\nclass Net(nn.Module):\n    width: int", "cannot be constructed: TypeError"),

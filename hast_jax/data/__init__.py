@@ -1,1 +1,1 @@
-"""Real images, for evaluation."""
+"""Real images, from data sets and from files."""

@@ -1,6 +1,6 @@
-"""Real images: for evaluation, for pretraining the built-in teacher, and for the upper bound that real data give.
+"""Real images: for evaluation, for pretraining a teacher, and for fine-tuning on real data as an upper bound.
 
-The method itself never sees one.
+The method itself uses no real images.
 """
 
 import math
@@ -21,14 +21,14 @@ from hast_jax.errors import UserError
 
 Array = jax.Array
 
-# `folder` is config.eval.data_dir / config.eval.split with a folder of images for each class.
+# `folder`: the folder `config.eval.data_dir` has a folder for each split, which has a folder of images for each class.
 DATASETS = ("none", "digits", "cifar10", "cifar100", "imagenet2012", "folder")
 DIGITS_TEST_FRACTION = 0.4
 RECORDS_AT_ONCE = 500
 
 
 class Arrays(NamedTuple):
-    """A data set in memory. images: uint8 [n, height, width, channels]; labels: int32 [n]; classes: how many there are."""
+    """A data set in memory. images: uint8 [n, height, width, channels]; labels: int32 [n]; classes: their number."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -36,15 +36,15 @@ class Arrays(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one image: height, width, channels."""
+        """Shape of one image: (height, width, channels)."""
         return self.images.shape[1:]
 
     def batches(self, size: int, first: int = 0, every: int = 1) -> Iterator[np.ndarray]:
-        """All images in their order, `size` at a time, the last batch as it comes; or only every so many of these batches."""
+        """Batches `first`, `first + every`, ... of all images in order, `size` in each. The last batch may be smaller."""
         return (self.images[i : i + size] for i in range(first * size, len(self.images), every * size))
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """The images of these rows."""
+        """The images with these indices."""
         return self.images[rows]
 
 
@@ -52,9 +52,9 @@ Dataset = Arrays | ImageFiles
 
 
 def load(config: ConfigDict, split: str) -> Dataset | None:
-    """A split of `config.eval.dataset`, for images of the teacher's size; None for the data set "none".
+    """A split of `config.eval.dataset`, with images of the teacher's size; None for the data set "none".
 
-    Raises UserError that says how to get the data where they are missing, or why they cannot judge this network.
+    Raises UserError if the data are missing (the message says how to get them) or do not fit the teacher.
     """
     name, data_dir = config.eval.dataset, config.eval.data_dir
     if name == "none":
@@ -72,19 +72,19 @@ def load(config: ConfigDict, split: str) -> Dataset | None:
     classes = config.teacher.classes
     if name == "folder" and dataset.classes != classes:
         raise UserError(
-            f"{paths.local(data_dir) / split} holds {dataset.classes} folders, and the network knows {classes} classes: "
-            "it must hold one folder for each class and no others."
+            f"{paths.local(data_dir) / split} holds {dataset.classes} folders, but the network has {classes} classes: "
+            "there must be one folder for each class and no others."
         )
     if dataset.shape != image or dataset.classes != classes:
         raise UserError(
-            f"{name} has images {dataset.shape} of {dataset.classes} classes, the network takes {image} and knows {classes}: "
-            "set config.eval.dataset to the data set that it was trained on, or to none."
+            f"{name} has images {dataset.shape} of {dataset.classes} classes, but the network takes images {image} "
+            f"and has {classes} classes: set config.eval.dataset to the data set that it was trained on, or to none."
         )
     return dataset
 
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """uint8 images to the teacher's space: float32 (x / 255 - mean) / std for each channel."""
+    """uint8 images [batch, height, width, channels] -> the teacher's inputs: float32 (x / 255 - mean) / std in each channel."""
     scaled = images.astype(jnp.float32) / 255
 
     def channel(values):
@@ -94,9 +94,10 @@ def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
 
 
 def sample(config: ConfigDict, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` random real images of `config.synthesis.real_split` (all where it has fewer), normalised, and their labels.
+    """`count` random images of the split `config.synthesis.real_split`, normalised, and their labels.
 
-    Raises UserError where there are none, or they do not fit the teacher or this machine's memory.
+    If the split has fewer images, all are returned. Raises UserError if there is no data set, or if the images do not fit the
+    teacher or the memory.
     """
     dataset = load(config, config.synthesis.real_split)
     if dataset is None:
@@ -106,7 +107,7 @@ def sample(config: ConfigDict, count: int) -> tuple[np.ndarray, np.ndarray]:
     needed, memory = 8 * len(rows) * math.prod(dataset.shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise UserError(
-            f"{len(rows)} real images need {needed >> 30} GiB of memory, and there are {memory >> 30}: "
+            f"{len(rows)} real images need {needed >> 30} GiB of memory, but only {memory >> 30} GiB exist: "
             "lower config.synthesis.images."
         )
     images = normalise(jnp.asarray(dataset.read(rows)), config.teacher.mean, config.teacher.std)
@@ -140,7 +141,7 @@ def _imagenet(split: str, data_dir: str, image: tuple[int, ...], crop: float) ->
     import tensorflow_datasets as tfds
 
     source = _tfds("imagenet2012", split, data_dir, decoders={"image": tfds.decode.SkipDecoding()})
-    # Records hold their images too, gigabytes: many at once are read in parallel.
+    # Reading the labels also reads the images, which are gigabytes. Records that are asked for together are read in parallel.
     chunks = (range(i, min(i + RECORDS_AT_ONCE, len(source))) for i in range(0, len(source), RECORDS_AT_ONCE))
     labels = np.asarray([record["label"] for chunk in chunks for record in source.__getitems__(chunk)], np.int32)
     return ImageFiles(partial(_encoded, source), labels, 1000, image, crop)
@@ -157,14 +158,14 @@ def _tfds(name: str, split: str, data_dir: str, **options: Any) -> Any:
 
         return tfds.data_source(name, split=split, data_dir=os.path.expanduser(data_dir) or None, download=False, **options)
     except ImportError as error:
-        raise UserError(f"TFDS cannot be used, as a package is missing ({error}): install that package.") from error
-    except (AssertionError, FileNotFoundError, NotImplementedError) as error:  # data that are not there
+        raise UserError(f"TFDS cannot be used because a package is missing ({error}): install that package.") from error
+    except (AssertionError, FileNotFoundError, NotImplementedError) as error:  # the data are not there
         place = f" --data_dir={data_dir}" if data_dir else ""
         raise UserError(
-            f"the {split} split of {name} is not in {folder}, or not as array_record: prepare it once with "
+            f"the {split} split of {name} is not in {folder}, or is not stored as array_record: prepare it once with "
             f"pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{place}, "
             f"or set --config.eval.dataset=none to run without evaluation."
         ) from error
-    except Exception as error:  # TFDS raises many kinds; what is not known is said as it is
+    except Exception as error:  # TFDS raises many kinds of errors: others are shown as they are
         words = str(error).strip().split("\n")[0]
         raise UserError(f"TFDS cannot read the {split} split of {name} in {folder}: {type(error).__name__}: {words}") from error

@@ -1,4 +1,4 @@
-"""Images in files, as most people have ImageNet: decoded in parallel when they are asked for, cropped as torchvision does."""
+"""Images in files, the usual form of ImageNet. They are decoded in parallel when needed, and cropped as in torchvision."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -11,12 +11,12 @@ from hast_jax.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 THREADS = 16
-LONGEST = 32  # times the shorter side: more of an image is not resized
+LONGEST = 32  # times the shorter side: the longer side is cut to this length before the resize
 ORDERS = ("name", "number")  # of class folders
 
 
 class ImageFiles:
-    """Images [n, size, size, channels], uint8, in a fixed order. labels: int32 [n]; classes: how many there are."""
+    """Images [n, size, size, channels], uint8, in a fixed order. labels: int32 [n]; classes: their number."""
 
     def __init__(
         self,
@@ -26,14 +26,14 @@ class ImageFiles:
         image: tuple[int, ...],
         crop: float,
     ):
-        """sources: the files, or a function from an index to the bytes of a file. image: (size, size, channels), in grey with
-        one channel. crop: see `centre_crop`.
+        """sources: the files, or a function from an index to the bytes of a file. image: (size, size, channels). Images with
+        one channel are grey. crop: see `centre_crop`.
         """
         self.labels, self.classes, self.shape = labels, classes, image
         self._sources, self._crop = sources, crop
 
     def batches(self, size: int, first: int = 0, every: int = 1) -> Iterator[np.ndarray]:
-        """As `data.Arrays.batches`; read ahead by threads."""
+        """As `datasets.Arrays.batches`. Threads read ahead."""
         import grain
 
         starts = range(first * size, len(self.labels), every * size)
@@ -42,7 +42,7 @@ class ImageFiles:
         yield from images.to_iter_dataset(grain.ReadOptions(THREADS, 2 * size)).batch(size)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """The images of these rows."""
+        """The images with these indices."""
         return np.stack([self._read(int(row)) for row in rows])
 
     def _read(self, row: int) -> np.ndarray:
@@ -53,23 +53,23 @@ class ImageFiles:
                 pixels = centre_crop(_eight_bits(image, self.shape[2]), self.shape[0], self._crop)
         except _UnclearError as error:
             raise UserError(f"{name} {error}.") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of them Pillow's
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all raised by Pillow
             raise UserError(f"{name} cannot be decoded ({error}): remove it, or copy it again.") from error
         return pixels.reshape(self.shape)
 
 
 class _UnclearError(Exception):
-    """An image whose pixels are not known to be what a network was trained on."""
+    """An image whose conversion to eight bits per channel is ambiguous."""
 
 
 def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
-    """`image` with three channels of eight bits, or in grey. Raises _UnclearError."""
-    if image.mode.startswith("I;16"):  # Pillow itself would cut off what is above 255
+    """`image` with eight bits per channel, in grey if `channels` is 1, else in RGB. Raises _UnclearError."""
+    if image.mode.startswith("I;16"):  # Pillow itself would clip values above 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise _UnclearError("has 32 bits a pixel: save it with 8 or 16")
+        raise _UnclearError("has 32 bits per channel: save it with 8 or 16")
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-        raise _UnclearError("is transparent in places, and nobody says what is behind it: save it without transparency")
+        raise _UnclearError("is transparent in places, so its colours are unknown there: save it without transparency")
     return image.convert("L" if channels == 1 else "RGB")
 
 
@@ -79,7 +79,7 @@ def centre_crop(image: Image.Image, size: int, crop: float) -> np.ndarray:
     As torchvision's Resize and CenterCrop on Pillow images, with their rounding.
     """
     shorter, side = round(size / crop), min(image.size)
-    if max(image.size) > LONGEST * side:  # only its centre is seen, and all of it would take gigabytes
+    if max(image.size) > LONGEST * side:  # only its centre is used, and resizing all of it could take gigabytes
         left, top = (max(0, (length - LONGEST * side) // 2) for length in image.size)
         image = image.crop((left, top, image.width - left, image.height - top))
     width, height = (int(shorter * length / side) for length in image.size)
@@ -89,12 +89,12 @@ def centre_crop(image: Image.Image, size: int, crop: float) -> np.ndarray:
 
 
 def folder(path: Path, image: tuple[int, ...], crop: float, order: str = "") -> ImageFiles:
-    """A folder with one folder of images for each class. Hidden files and folders, and other files, are not seen.
+    """The images of a folder that holds one folder for each class. Hidden folders and all other files are ignored.
 
-    image: (size, size, channels). crop: see `centre_crop`. order: of the classes, one of `ORDERS`: "name", as PyTorch's
-    ImageFolder has them, or "number", for folders whose names are whole numbers; "": by name where both are the same.
+    image: (size, size, channels). crop: see `centre_crop`. order: of the classes. "name" sorts their folders as text, like
+    PyTorch's ImageFolder. "number" is for folders whose names are whole numbers. "" means "name" if both orders agree.
 
-    Raises UserError where there are no images, or the order of the classes is not clear.
+    Raises UserError if there are no images, or if the order of the classes is not clear.
     """
     names = [each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith(".")] if path.is_dir() else []
     names = _in_order(path, names, order)
@@ -119,12 +119,12 @@ def _in_order(path: Path, names: list[str], order: str) -> list[str]:
     numbers = all(name.isdecimal() for name in names)
     if order == "number":
         if not numbers:
-            raise UserError(f"config.eval.class_order is number, and not all folders in {path} are whole numbers: use name.")
+            raise UserError(f"config.eval.class_order is number, but not all folders in {path} are named by numbers: use name.")
         return sorted(names, key=int)
     swapped = [pair for pair in zip(sorted(names), sorted(names, key=int)) if pair[0] != pair[1]] if numbers else []
     if order == "" and swapped:
         raise UserError(
-            f"the class folders in {path} are whole numbers, and as text {swapped[0][0]} comes before {swapped[0][1]}: "
-            "set --config.eval.class_order=number, or =name for the order that PyTorch's ImageFolder has."
+            f"the class folders in {path} are named by numbers, and as text {swapped[0][0]} comes before {swapped[0][1]}: "
+            "set --config.eval.class_order=number, or =name for the order of PyTorch's ImageFolder."
         )
     return sorted(names)

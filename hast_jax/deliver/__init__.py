@@ -1,1 +1,1 @@
-"""What a person gets of a run: tables, progress bars and pictures."""
+"""What a run gives to a person: exported files, reports, tables, progress bars and pictures."""

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG, in the colours of the page that they are on (its CSS classes line, bar, grid, cut)."""
+"""Small charts as inline SVG. The page around a chart sets its colours, by the CSS classes line, bar, grid and cut."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,14 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 240, 56, 34, 12
 SMALL_WIDTH, SMALL_HEIGHT, SMALL_BOTTOM = 240, 90, 16
-MOST_LINES, MOST_POINTS = 20, 400  # of a grid; of a curve
+MOST_LINES, MOST_POINTS = 20, 400  # grid lines of a histogram; points of a curve
 
 
 def curves(series: Mapping[str, Points], x: str, y: str) -> str:
-    """Curves over one pair of axes; `y` is logarithmic where its values span more than a factor of 30."""
+    """Curves over one pair of axes; "" if they have fewer than two finite points. series: name -> (x, y).
+
+    The y axis is logarithmic if all values are positive and the largest is more than 30 times the smallest.
+    """
     points = [point for each in series.values() for point in each if math.isfinite(point[1])]
     if len(points) < 2:
         return ""
@@ -52,7 +55,10 @@ def curves(series: Mapping[str, Points], x: str, y: str) -> str:
 
 
 def histogram(values: Histogram) -> str:
-    """Bars of the values, and the integers of their grid as lines. The highest bar may be cut, so that others are seen."""
+    """Bars that count the values, and a line at each integer of their grid if these are at most 20.
+
+    The highest bar may be cut, so that the others can be seen. An arrow then marks it.
+    """
     counts, edges = values.counts, values.edges
     ordered = np.sort(counts)
     top = max(1, min(ordered[-1], 2 * ordered[-2] if len(ordered) > 1 else ordered[-1]))

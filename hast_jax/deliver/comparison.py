@@ -1,4 +1,4 @@
-"""An exported file beside the student that it was made of: what both judge of the same images, and how long they take."""
+"""Compare an exported file with its student: the classes that both give to the same images, and how long they take."""
 
 import dataclasses
 import time
@@ -14,14 +14,14 @@ from hast_jax.data.datasets import normalise
 from hast_jax.errors import InputError, UserError
 from hast_jax.student import Student
 
-MOST_DIFFERENT = 1 / 1000  # of the images of a set: the share that a good file may judge otherwise than the student
-ROUNDED_MORE = 3  # times as many images as double precision changes may a good file change: it rounds more (docs/export.md)
+MOST_DIFFERENT = 1 / 1000  # share of a set's images for which a good file may give another class than the student
+ROUNDED_MORE = 3  # factor on the number of images that double precision changes: a file rounds more (docs/export.md)
 BATCH = 256
 MOST_ONE_BY_ONE = 1000
 
 
 class Judged(NamedTuple):
-    """Images uint8 [n, height, width, channels] to compare on, what they are, and labels where they have some."""
+    """A set to compare on: its name, uint8 images [n, height, width, channels], and labels [n] or None."""
 
     name: str
     images: np.ndarray
@@ -29,11 +29,12 @@ class Judged(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """File and student on the images of one set.
+    """How file and student differ on the images of one set.
 
-    different: images of which file and student say another class. rounded: images of which the student itself says another
-    class when it computes in double precision; counted where file and student differ on more than `MOST_DIFFERENT`, else None.
-    top1, student_top1: in per cent, None without labels.
+    different: number of images for which file and student give different classes. rounded: number of images for which the
+    student itself gives another class in double precision. It is counted only if file and student differ on more images than
+    `MOST_DIFFERENT` allows; else it is None. largest_difference: of a logit. top1, student_top1: in per cent; None without
+    labels.
     """
 
     name: str
@@ -46,7 +47,10 @@ class Comparison(NamedTuple):
 
 
 def judged(student: Student, images: Any) -> Judged:
-    """Images that a person gave, uint8 or normalised; None: random ones. Raises InputError for those of another shape."""
+    """The images of a caller as a set; random images if `images` is None. images: uint8, or normalised floats.
+
+    Raises InputError if there are no images, or if their shape does not fit the student.
+    """
     if images is None:
         key = jax.random.key(0)
         return Judged("random images", np.asarray(jax.random.bits(key, (BATCH, *student.image), np.uint8)))
@@ -58,17 +62,19 @@ def judged(student: Student, images: Any) -> Judged:
 
 
 def refuse_difference(comparisons: Sequence[Comparison], layers: Mapping[str, float]) -> None:
-    """Raise UserError where the file judges too many images otherwise. layers: as in `Exported`, to name the first.
+    """Raise UserError if the file gives another class than the student for too many images.
 
-    A good file differs where rounding decides: its sums are added in another order than the student's.
+    A good file differs from the student on a few images: it adds up its sums in another order, and rounding decides the class.
+    The share `MOST_DIFFERENT` of the images may differ, and `ROUNDED_MORE` * (`rounded` + 1) more. layers: as in `Exported`.
+    The error message names the first layer that differs.
     """
     for each in comparisons:
         if each.rounded is not None and each.different > _few(each.images) + ROUNDED_MORE * (each.rounded + 1):
             first = next((f"; the first layer that differs is {name}" for name, share in layers.items() if share > 0), "")
             share = f"{each.different} of {each.images} {each.name}"
             raise UserError(
-                f"the file judges {share} otherwise than the student (rounding alone changes {each.rounded}){first}: "
-                "it is not written."
+                f"the file gives another class than the student for {share} "
+                f"(rounding alone changes the class of {each.rounded}){first}: the file is not written."
             )
 
 
@@ -77,7 +83,7 @@ def _few(images: int) -> float:
 
 
 def compare(student: Student, run: Callable[[np.ndarray], np.ndarray], sets: Sequence[Judged]) -> tuple[Comparison, ...]:
-    """The file beside the student on each set. run: logits of uint8 images, of the file."""
+    """Compare the file with the student on each set. run: gives the file's logits for uint8 images."""
     found = []
     for name, images, labels in sets:
         logits = np.concatenate([run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
@@ -92,7 +98,7 @@ def compare(student: Student, run: Callable[[np.ndarray], np.ndarray], sets: Seq
 
 
 def _in_double_precision(student: Student, images: np.ndarray) -> np.ndarray:
-    """Logits float64 of uint8 images, from the same quantized weights and ranges."""
+    """The student's logits for uint8 images, in float64, from the same quantized weights and the same ranges."""
     network = dataclasses.replace(student.network, kernels={}, fast_convolution=False)
     variables = jax.device_get({**student.variables, "params": student.params})
     with jax.enable_x64(True):
@@ -111,7 +117,7 @@ def _accuracy(classes: np.ndarray, labels: np.ndarray | None) -> float | None:
 
 
 def fewer(sets: Sequence[Judged]) -> list[Judged]:
-    """The same sets with at most 1,000 images each, from all over them, for what runs one image at a time."""
+    """The same sets with at most 1,000 evenly spaced images each, for a file that takes one image at a time."""
     found = []
     for name, images, labels in sets:
         rows = np.linspace(0, len(images) - 1, min(len(images), MOST_ONE_BY_ONE)).astype(int)
@@ -120,7 +126,7 @@ def fewer(sets: Sequence[Judged]) -> list[Judged]:
 
 
 def milliseconds(runs: Sequence[Callable[[np.ndarray], Any]], images: np.ndarray, rounds: int = 20) -> list[float]:
-    """The shortest time of each of `runs` for `images`, which take turns."""
+    """The shortest time of each of `runs` for `images`, in milliseconds. In each round the runs take turns."""
     best = [float("inf")] * len(runs)
     for _ in range(rounds):
         for i, run in enumerate(runs):
@@ -131,6 +137,6 @@ def milliseconds(runs: Sequence[Callable[[np.ndarray], Any]], images: np.ndarray
 
 
 def to_pixels(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised images [n, height, width, channels] as the nearest uint8 ones."""
+    """Normalised images [n, height, width, channels], rounded to uint8."""
     pixels = (np.asarray(images, np.float32) * np.asarray(std, np.float32) + np.asarray(mean, np.float32)) * 255
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

@@ -12,11 +12,11 @@ from rich.table import Table
 from hast_jax.runs.progress import Update
 
 SHOWN = ("loss", "kl", "fa", "hard", "lr")  # metrics beside the progress bar
-TEACHER, EVALUATION = "teacher", "evaluate"  # stages: the teacher's accuracy is told; a network is judged
+TEACHER, EVALUATION = "teacher", "evaluate"  # stages: the teacher's accuracy is known; a network is evaluated
 
 
 class Bar:
-    """A callback for progress: a bar on a terminal or in a notebook, elsewhere one line at the end of each stage.
+    """A callback for progress. It shows a bar on a terminal or in a notebook; elsewhere it prints a line after each stage.
 
     Use it as a context manager, so that an error does not leave a bar behind.
     """
@@ -64,7 +64,7 @@ class Bar:
         self._previous.pop(update.stage, None)
         if self._bar is not None and task is not None:
             self._bar.update(task, completed=update.total)
-            if self._tasks:  # the evaluation within a stage
+            if self._tasks:  # an evaluation within a stage has ended
                 self._bar.remove_task(task)
             else:
                 self._stop()
@@ -88,13 +88,13 @@ class Bar:
 
 
 def default_progress() -> Bar:
-    """The bar of a library call: shown in a notebook, nowhere else."""
+    """The progress bar of a library call. It is visible only in a notebook."""
     in_notebook = "ipykernel" in sys.modules
     return Bar(Console() if in_notebook else Console(file=io.StringIO()))
 
 
 def format_seconds(seconds: float) -> str:
-    """As a person says it: 12.3 s, 4 min 05 s, 2 h 03 min."""
+    """A duration for people: 12.3 s, 4 min 05 s, 2 h 03 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -102,7 +102,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_images(result: Mapping[str, Any]) -> str:
-    """How many synthetic images, and how they came to be."""
+    """The number of images that the student learned from, and their origin. result: as in `result.json`."""
     if result.get("real_split"):  # older results lack it
         return f"{result['images']} real images ({result['real_split']} split)"
     made = "of another run" if result["iterations"] is None else f"x {result['iterations']} iterations"
@@ -110,7 +110,7 @@ def format_images(result: Mapping[str, Any]) -> str:
 
 
 def show_result(console: Console, result: dict[str, Any]) -> None:
-    """The last table of a run, from what `result.json` holds."""
+    """Print the table at the end of a run. result: as in `result.json`."""
     title = f"{result['network']} on {result['dataset']}, {format_bits(result['bits'])}, seed {result['seed']}"
     if result["teacher"] is not None:
         table = Table("", "top-1 %", "drop", title=title)
@@ -131,6 +131,6 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
 
 
 def format_bits(bits: dict[str, Any]) -> str:
-    """Such as W3A3, with the rules for single layers behind it."""
+    """Bits as W3A3, followed by the rules for single layers in brackets."""
     rules = f" ({bits['rules']})" if bits.get("rules") else ""  # older results lack them
     return f"W{bits['weights']}A{bits['activations']}{rules}"

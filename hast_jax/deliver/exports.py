@@ -1,4 +1,4 @@
-"""Export a student to a file of one of `FORMATS`, and check the file by running it beside the student."""
+"""Export a student to a file in one of `FORMATS`, and compare the file with the student before it is written."""
 
 import dataclasses
 import importlib.util
@@ -26,14 +26,14 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What can be chosen of a file.
+    """The options of a file.
 
-    weights: "int8"; "int4" (onnx: the smallest file); "packed" (safetensors: as many bits as the student has).
-    operators: of onnx. "float": they compute with dequantized integers, which every runtime can. "exact": they compute with the
-    integers as floats, so that no sum is rounded. "integer": ConvInteger and MatMulInteger.
-    layout: of onnx images, "nhwc" or "nchw".
-    normalised: images are float32 in the network's normalised space; otherwise pixels of 0 ... 255, which the file normalises:
-    uint8 in ONNX and StableHLO, float32 in LiteRT.
+    weights: "int8"; "int4" (only onnx: the smallest file); "packed" (only safetensors: each weight takes its own bits).
+    operators: only onnx. "float": Conv and MatMul with dequantized integers, which every runtime supports. "exact": Conv and
+    MatMul with the integers as floats, so that no sum is rounded. "integer": ConvInteger and MatMulInteger.
+    layout: only onnx: axes of the images, "nhwc" or "nchw".
+    normalised: the file takes float32 images in the network's normalised space. If False, it takes pixels of 0 ... 255 and
+    normalises them itself; pixels are uint8 in ONNX and StableHLO, float32 in LiteRT.
     """
 
     weights: str = "int8"
@@ -44,13 +44,14 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What an export wrote and found.
+    """The written file, and what its check found.
 
-    path, bytes: of the file. float_bytes: of the network in float32, in the same format.
-    comparisons: one for each set of images; empty where nothing runs the format.
-    layers: the share of the integers of each quantized activation that differ, in the order of execution.
-    operators: (type, "integer", "between" or "float", number).
-    milliseconds, float_milliseconds: one image on one thread, with the file and with the network in float32, in turns.
+    bytes, float_bytes: size of the file, and of the same network in float32 in the same format.
+    comparisons: one for each set of images; empty for a format that cannot be run.
+    layers: name of a quantized activation -> share of its integers that differ from the student's, in order of execution.
+    operators: (type, kind, number); kind is "integer", "float", or "between" for an operator that converts.
+    milliseconds, float_milliseconds: time for one image on one thread, of the file and of the network in float32, measured in
+    turns; None if they were not measured.
     """
 
     path: Path
@@ -64,7 +65,7 @@ class Exported:
 
 
 class Format(NamedTuple):
-    """suffix: of its files. options: the values of each option that it knows, its default first. write: see `_onnx`."""
+    """suffix: of the files. options: option -> its possible values, the default first. write: see `_onnx`."""
 
     suffix: str
     options: Mapping[str, tuple[Any, ...]]
@@ -80,20 +81,21 @@ def export(
     test: tuple[Any, Any] | None = None,
     **options: Any,
 ) -> Exported:
-    """Write `student` to the file `path`, checked.
+    """Write `student` to the file `path`. Before it is written, the file is compared with the student.
 
     Args:
       student: the quantized network.
-      path: of the file, which is replaced. Nothing is written where the check fails.
-      format: "onnx"; "litert", for phones and small devices; "safetensors", its integers for other programs; "stablehlo", the
-        program for other users of JAX.
-      images: to compare file and student on: uint8 [n, height, width, channels], or float ones that are normalised. By default
-        random ones, which say less.
-      test: real images uint8 and labels, to compare the accuracies on.
-      options: other values of `Options`.
+      path: the file. An existing file is replaced. Nothing is written if the comparison fails.
+      format: "onnx"; "litert" for phones and small devices; "safetensors", the integers for other programs; "stablehlo", the
+        whole program for other users of JAX.
+      images: images to compare on, [n, height, width, channels]: uint8, or normalised floats. By default they are random,
+        which is a weaker check.
+      test: real uint8 images [n, height, width, channels] and labels [n]. The accuracies are compared on them.
+      options: the fields of `Options` that differ from their defaults.
 
-    Raises InputError for impossible arguments and for a network that the format cannot hold; UserError where a package is
-    missing, and where the file judges more than one image in a thousand otherwise than the student.
+    Raises InputError for impossible arguments, and for a network that cannot be written as ONNX or StableHLO. Raises UserError
+    if LiteRT cannot convert or run the network, if a package is missing, if `path` cannot be written, or if the file gives
+    another class than the student for too many images (`comparison.refuse_difference`).
     """
     if format not in FORMATS:
         raise InputError(f"the format {format!r} is unknown: choose from {', '.join(FORMATS)}.")
@@ -114,20 +116,20 @@ def _options(format: str, given: Mapping[str, Any]) -> Options:
     known = FORMATS[format].options
     for name, value in given.items():
         if name not in Options.__dataclass_fields__ or (name not in known and value != getattr(Options, name)):
-            raise InputError(f"{format} has no option {name!r}: it knows {', '.join(known) or 'none'}.")
+            raise InputError(f"{format} has no option {name!r}: its options are {', '.join(known) or 'none'}.")
         if name in known and value not in known[name]:
-            raise InputError(f"{name} is {value!r}: of {format}, choose from {', '.join(map(str, known[name]))}.")
+            raise InputError(f"{name} is {value!r}: for {format}, choose from {', '.join(map(str, known[name]))}.")
     return Options(**given)
 
 
 def _in_float32(student: Student) -> Student:
-    """The same network with nothing quantized: what a file is compared with in size and time."""
+    """The same network with nothing quantized. A file is compared with it in size and time."""
     plain = dataclasses.replace(student.network, kernels={}, sites={}, learned_ranges=False)
     return dataclasses.replace(student, network=plain)
 
 
 def _prepared(student: Student, options: Options) -> Callable[[np.ndarray], np.ndarray]:
-    """What turns uint8 images into the input of a file."""
+    """A function that turns uint8 images into the input of a file."""
 
     def prepare(images: np.ndarray) -> np.ndarray:
         if options.normalised:
@@ -145,7 +147,7 @@ def _onnx(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[b
     shape: dict[str, Any] = {"layout": options.layout, "normalised": options.normalised}
     int4 = options.weights == "int4"
     if int4 and options.operators == "integer":
-        raise InputError("integer operators take int8 weights: leave out weights or operators.")
+        raise InputError("integer operators take int8 weights: leave out weights=int4 or operators=integer.")
     built = onnx_export.build(student, **shape, operators=options.operators, int4=int4)
     model = built.model
     float_model, _ = onnx_export.build(_in_float32(student), **shape)
@@ -165,7 +167,7 @@ def _onnx(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[b
 
 
 def _different_integers(student: Student, images: np.ndarray, found: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The share of the integers of each activation that are not the student's."""
+    """Name of a quantized activation -> share of its integers that differ from the student's. found: the file's integers."""
     ranges = flatten_dict(student.variables["ranges"])
     _, taps = networks.apply(student.network, student.variables, normalise(jnp.asarray(images), student.mean, student.std))
     shares = {}
@@ -180,7 +182,7 @@ def _different_integers(student: Student, images: np.ndarray, found: Mapping[str
 
 
 def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
-    """The content of a StableHLO file, which `jax_export.deserialize` reads, and the fields of `Exported`."""
+    """The content of a StableHLO file for `jax_export.deserialize`, and the fields of `Exported` that its check found."""
     (batch,) = jax_export.symbolic_shape("n")
     given = jax.ShapeDtypeStruct((batch, *student.image), np.float32 if options.normalised else np.uint8)
 
@@ -197,7 +199,7 @@ def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tu
         content = written(student)
     except UserError:
         raise
-    except Exception as error:  # of code that needs to know the number of images, such as len(images)
+    except Exception as error:  # from code that needs the number of images during tracing, such as len(images)
         words = f"{type(error).__name__}: {error}".strip().split("\n")[0]
         raise InputError(f"the network cannot be traced for any number of images ({words}): use images.shape[0].") from error
     program = jax_export.deserialize(bytearray(content))
@@ -220,7 +222,7 @@ def _litert(student: Student, options: Options, sets: Sequence[Judged]) -> tuple
         ran.append(litert_export.run(prepare(images).astype(np.float32), content, float_content))
         return ran[-1].logits
 
-    compared = comparison.compare(student, judge, comparison.fewer(sets))  # it takes one image at a time
+    compared = comparison.compare(student, judge, comparison.fewer(sets))  # the file takes one image at a time
     return content, {
         "float_bytes": len(float_content),
         "comparisons": compared,
@@ -231,12 +233,12 @@ def _litert(student: Student, options: Options, sets: Sequence[Judged]) -> tuple
 
 
 def _safetensors(student: Student, options: Options, _: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
-    """The content of a file of integers, whose kernels are compared with the student's, and the fields of `Exported`."""
+    """The content of a safetensors file, and the fields of `Exported`. Its kernels are compared with the student's."""
     content = integers.build(student, packed=options.weights == "packed")
     params = flatten_dict(student.params, sep="/")
     for name in student.codes():
         if not np.allclose(integers.kernel(content, name), params[name], rtol=1e-6, atol=0):
-            raise UserError(f"the integers of {name} are not those of the student: the file is not written.")
+            raise UserError(f"the integers of {name} differ from the student's: the file is not written.")
     sizes = [leaf.size for leaf in jax.tree.leaves({**student.variables, "ranges": {}})]
     return content, {"float_bytes": 4 * sum(sizes)}
 

@@ -1,4 +1,4 @@
-"""A student as the integers that it is made of, in a safetensors file that numpy alone can read (layout: docs/export.md)."""
+"""The integers of a student in a safetensors file, which numpy alone can read (layout: docs/export.md)."""
 
 import json
 from typing import Any
@@ -18,8 +18,8 @@ HEADER = "hast_jax"
 def build(student: Student, *, packed: bool = False) -> bytes:
     """The content of the file.
 
-    packed: the integers of a kernel of k bits take k bits each, where the range of each channel spans no more than 2^k of them;
-    otherwise int8, or int32 where they do not fit.
+    packed: each integer of a kernel of k bits takes k bits, because a channel spans at most 2^k integers. Otherwise a kernel is
+    stored as int8, or as int32 if its integers do not fit.
     """
     codes = student.codes()
     arrays: dict[str, np.ndarray] = {}
@@ -56,7 +56,7 @@ def build(student: Student, *, packed: bool = False) -> bytes:
 
 
 def kernel(content: bytes, path: str) -> np.ndarray:
-    """The float32 values of a kernel of a file, as its reader computes them."""
+    """The float32 values of the kernel `path`, computed from the content of a file as its readers do."""
     arrays = safetensors.numpy.load(content)
     length = int.from_bytes(content[:8], "little")
     said = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][HEADER])["kernels"][path]
@@ -67,13 +67,13 @@ def kernel(content: bytes, path: str) -> np.ndarray:
 
 
 def pack(numbers: np.ndarray, bits: int) -> np.ndarray:
-    """Whole numbers from 0 to 2^bits - 1, in C order, as uint8: `bits` bits each, the lowest bit first."""
+    """Pack whole numbers from 0 to 2^bits - 1, in C order, into uint8: `bits` bits each, the lowest bit first."""
     each = (numbers.reshape(-1, 1) >> np.arange(bits)) & 1
     return np.packbits(each.astype(np.uint8).ravel(), bitorder="little")
 
 
 def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:
-    """What `pack` packed, int64 of this shape."""
+    """The numbers that `pack` packed, as int64 of this shape."""
     each = np.unpackbits(packed, count=bits * int(np.prod(shape)), bitorder="little").reshape(-1, bits)
     return (each.astype(np.int64) << np.arange(bits)).sum(1).reshape(shape)
 

@@ -1,6 +1,6 @@
 """A student as a LiteRT (TensorFlow Lite) model: a StableHLO program with marks of quantization, converted without TensorFlow.
 
-The converter's Python interface is not documented: its version is pinned, and the file is run after it is made.
+The converter's Python interface is not documented. Its version is therefore pinned, and each model is run after it is made.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ COMPOSITE = "quant.fake_quant"
 
 
 def build(student: Student, *, normalised: bool = False) -> bytes:
-    """The model for one image float32 [1, height, width, channels]: pixels of 0 ... 255, or `normalised` already.
+    """The model, which takes one image float32 [1, height, width, channels]: pixels of 0 ... 255, or a normalised image.
 
-    Raises UserError where LiteRT cannot carry the network.
+    Raises UserError if LiteRT cannot convert the network.
     """
     codes = student.codes()
     traced = jax.jit(lambda images: _logits(student, codes, images, normalised))
@@ -44,7 +44,7 @@ def build(student: Student, *, normalised: bool = False) -> bytes:
 
 
 class Found(NamedTuple):
-    """Logits of the first model, its operators, and the milliseconds of each model for one image."""
+    """Logits and operators of the first model, and the milliseconds of each model for one image."""
 
     logits: np.ndarray
     operators: tuple[tuple[str, str, int], ...]
@@ -52,7 +52,7 @@ class Found(NamedTuple):
 
 
 def run(images: np.ndarray, *models: bytes) -> Found:
-    """Run models on images float32 [n, height, width, channels], one after the other. Raises UserError."""
+    """Run models on images float32 [n, height, width, channels], one image at a time. Raises UserError if LiteRT fails."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{i}.tflite" for i in range(len(models))]
         for path, model in zip(paths, models):
@@ -65,13 +65,13 @@ def run(images: np.ndarray, *models: bytes) -> Found:
 
 
 def _logits(student: Student, kernels: Mapping[str, networks.Codes], images: Array, normalised: bool) -> Array:
-    """The student with a composite wherever something is quantized."""
+    """The student's logits, with a composite wherever a value is quantized."""
 
     def quantize(x: Array, low: Array, high: Array, site: Site) -> Array:
         step, lowest = activation_grid(student.network, low, high, site.bits)
         highest = lowest + 2**site.bits - 1
         zero_point = 0 if lowest >= LOW and highest <= HIGH else LOW - lowest
-        if not LOW <= zero_point <= HIGH:  # far from zero: no int8 holds it
+        if not LOW <= zero_point <= HIGH:  # a range far from zero: its integers do not fit into int8
             return fake_quantized(student.network, x, low, high, site.bits)
         x = jnp.clip(x, np.float32(lowest * step), np.float32(highest * step))
         return _marked(x, np.asarray([step]), zero_point)
@@ -88,7 +88,7 @@ def _logits(student: Student, kernels: Mapping[str, networks.Codes], images: Arr
 
 
 def _marked(x: Array, steps: np.ndarray, zero_point: int, axis: int | None = None) -> Array:
-    """`x` as int8 with these steps, one for each place on `axis`, in the words that the converter knows."""
+    """`x` marked as int8 by a composite that the converter knows. steps: one for each index on `axis`, or a single one."""
     attributes: dict[str, Any] = {
         "scale": steps.astype(np.float64),
         "zero_point": np.full(len(steps), zero_point, np.int64),
@@ -111,5 +111,5 @@ def _call(*arguments: str) -> None:
     command = [sys.executable, "-m", litert_process.__name__, *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
-        words = (ended.stderr.strip().splitlines() or [f"it ended with {ended.returncode}"])[-1]
-        raise UserError(f"LiteRT cannot carry this network ({words}): choose the format onnx.")
+        words = (ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"])[-1]
+        raise UserError(f"LiteRT cannot convert or run this network ({words}): choose the format onnx.")

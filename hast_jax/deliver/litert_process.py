@@ -1,10 +1,10 @@
-"""What LiteRT's own libraries do, in a process of its own: they bring another copy of the compiler that JAX has.
+"""Convert and run with LiteRT's libraries, in a separate process: these bring a second copy of the compiler that JAX uses.
 
     python -m hast_jax.deliver.litert_process convert program.mlir model.tflite
     python -m hast_jax.deliver.litert_process run images.npy FOLDER model.tflite [other.tflite ...]
 
-`run` leaves in FOLDER logits.npy of the first model, and found.json: its operators, and the milliseconds of each model for one
-image, in turns.
+`run` writes two files into FOLDER. logits.npy holds the logits of the first model. found.json holds its operators, and the
+milliseconds of each model for one image, measured in turns.
 """
 
 import json
@@ -20,7 +20,7 @@ ROUNDS = 20
 
 
 def convert(program: str, model: str) -> None:
-    """A StableHLO program, as text, to a model."""
+    """Convert a StableHLO program, as text, to a LiteRT model. Both are paths."""
     from litert_converter import converter_api_ext as converter
     from litert_converter.mlir import ir, passmanager
 
@@ -38,7 +38,7 @@ def convert(program: str, model: str) -> None:
 
 
 def run(images: str, folder: str, *models: str) -> None:
-    """The logits of images, one after the other, on one thread, and what is known of the models."""
+    """Compute logits, one image at a time on one thread, and measure the models. All arguments are paths."""
     from ai_edge_litert import interpreter
 
     runs = [interpreter.Interpreter(model_path=model, num_threads=1) for model in models]
@@ -63,14 +63,14 @@ def _judge(run: Any, image: np.ndarray) -> np.ndarray:
 
 
 def _operators(run: Any) -> list[tuple[str, str, int]]:
-    """(type, "integer", "between" or "float", number) of the operators."""
+    """(type, kind, number) of the operators, as in `Exported`."""
 
     def kind(tensor):
         return np.dtype(run._get_tensor_details(int(tensor), 0)["dtype"]).kind
 
     counted: Counter[tuple[str, str]] = Counter()
     for each in run._get_ops_details():
-        if each["op_name"] != "DELEGATE":  # stands for operators that are listed too
+        if each["op_name"] != "DELEGATE":  # a delegate stands for operators that are listed as well
             ends = {kind(each[side][0]) in "iu" for side in ("inputs", "outputs")}
             counted[each["op_name"], "between" if len(ends) == 2 else "integer" if ends == {True} else "float"] += 1
     return [(name, kind, number) for (name, kind), number in sorted(counted.items(), key=lambda item: -item[1])]

@@ -1,4 +1,4 @@
-"""What a report tells of a student: its cost, how its values lie on their grids, and which layers cost it accuracy.
+"""What a report says about a student: its cost, how its values lie on their grids, and which layers cost accuracy.
 
 Nothing here needs real images.
 """
@@ -27,12 +27,15 @@ from hast_jax.networks.structure import Call, argument, mutable
 Array = jax.Array
 Variables = Mapping[str, Any]
 
-FULL = 32  # bits of what is not quantized
+FULL = 32  # bits of a value that is not quantized
 BINS_OF_A_STEP, MOST_BINS = 6, 120
 
 
 class Cost(NamedTuple):
-    """Of one layer: parameters of its kernel, multiplications for one image, bits of its weights and of what it reads."""
+    """The cost of one layer.
+
+    parameters: of its kernel. products: multiplications for one image. weights, activations: bits of its weights and its input.
+    """
 
     name: str
     parameters: int
@@ -47,10 +50,10 @@ class Cost(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """Values against their grid. edges: in steps, [bins + 1]. counts: [bins]. lowest, highest: integers of the grid.
+    """Values counted along their grid. edges: in steps, [bins + 1]. counts: [bins]. lowest, highest: integers of the grid.
 
-    used: the share of the grid's integers that are used (of a kernel: of each channel, on average). cut: the share of the
-    values that lie beyond the ends of the grid.
+    used: share of the grid's integers that occur; for a kernel, the average over its channels. cut: share of the values that
+    lie beyond the ends of the grid.
     """
 
     edges: np.ndarray
@@ -62,10 +65,10 @@ class Histogram(NamedTuple):
 
 
 class Sensitivity(NamedTuple):
-    """Divergence from the teacher: where one part alone is quantized, and where one part alone is not.
+    """How much one part of a student costs, as two KL divergences from the teacher, in nats.
 
-    name: of a layer, or of a range of activations. kind: "weights" or "activations". alone: of the teacher with this part
-    quantized. without: of the student with this part in full precision. Both are KL divergences in nats.
+    name: of a layer, or of a range of activations. kind: "weights" or "activations". alone: divergence of the teacher with only
+    this part quantized. without: divergence of the student with only this part in full precision.
     """
 
     name: str
@@ -80,7 +83,7 @@ def costs(network: Network, variables: Variables, image: tuple[int, ...]) -> lis
     layers = {layer.path: layer for layer in network.structure.layers}
     inputs = {each.call: each for each in network.structure.inputs}
     counts: Counter[Any] = Counter()
-    marks: list[tuple[Any, int]] = []  # what each mark gave, and its bits
+    marks: list[tuple[Any, int]] = []  # the output of each mark (`Activation`), and its bits
     found: dict[str, Cost] = {}
 
     def count(function: Any, arguments: Any, named: Any, context: Any) -> Any:
@@ -96,11 +99,11 @@ def costs(network: Network, variables: Variables, image: tuple[int, ...]) -> lis
         x, layer, name = argument(arguments, named)[0], layers[module.path], "/".join(module.path)
         if site is not None:
             bits = site.bits
-        else:  # a mark before it, if any
+        else:  # the bits of the mark whose output it reads, if any
             bits = next((bits for made, bits in marks if made is x), FULL) if inputs[call].marked else FULL
         shape = flat[layer.kernel].shape
         products = y.size * math.prod(shape[axis] for axis in layer.axes)
-        before = found[name].products if name in found else 0  # a layer may be called again
+        before = found[name].products if name in found else 0  # a layer may be called several times
         found[name] = Cost(name, math.prod(shape), before + products, network.kernels.get(layer, FULL), bits)
         return y
 
@@ -113,7 +116,7 @@ def costs(network: Network, variables: Variables, image: tuple[int, ...]) -> lis
 
 
 def histograms(network: Network, variables: Variables, images: np.ndarray) -> dict[tuple[str, str], Histogram]:
-    """The values of each quantized kernel and activation against their grid, by (name, "weights" or "activations").
+    """A histogram of each quantized kernel and activation, by (name, "weights" or "activations").
 
     variables: the student's. images: normalised.
     """
@@ -137,7 +140,7 @@ def histograms(network: Network, variables: Variables, images: np.ndarray) -> di
 def sensitivities(
     teacher: Network, teacher_variables: Variables, student: Network, student_variables: Variables, images: np.ndarray
 ) -> list[Sensitivity]:
-    """What each part of the student costs on normalised images [n, height, width, channels], the largest first."""
+    """The cost of each part, the largest `alone` first. images: normalised [n, height, width, channels], one batch."""
     plain, batch = dataclasses.replace(student, kernels={}), jnp.asarray(images)
 
     @jax.jit
@@ -180,7 +183,10 @@ def sensitivities(
 def agreement(
     teacher: Network, teacher_variables: Variables, student: Network, variables: Variables, images: np.ndarray
 ) -> tuple[float, float]:
-    """Images in per cent of which both say the same class, and the KL divergence in nats. images: normalised, one batch."""
+    """The per cent of images for which both networks give the same class, and the KL divergence from the teacher in nats.
+
+    images: normalised [n, height, width, channels], one batch.
+    """
 
     @jax.jit
     def compare(teacher_variables: Variables, variables: Variables, images: Array) -> tuple[Array, Array]:
@@ -192,10 +198,10 @@ def agreement(
 
 
 def suggested_bits(found: Sequence[Sensitivity], costs: Sequence[Cost], average: float) -> dict[str, int]:
-    """Bits of the weights of each layer, at most `average` bits a weight in all, that lose least.
+    """Bits of the weights of each layer that should lose least, with at most `average` bits per weight over all of them.
 
-    One bit more divides the divergence of a layer by four, as it divides the squared error of rounding. Bits go where they take
-    most from the sum of the divergences for each bit of memory.
+    This is an estimate. One more bit is assumed to divide the divergence of a layer by four, because it divides the squared
+    error of rounding by four. Each bit goes to the layer where it lowers the sum of the divergences most per bit of memory.
     """
     sizes = {each.name: each.parameters for each in costs}
     loss = {each.name: each.alone * 4.0**each.bits for each in found if each.kind == "weights" and each.name in sizes}
@@ -213,19 +219,19 @@ def suggested_bits(found: Sequence[Sensitivity], costs: Sequence[Cost], average:
 
 
 def fake_quantized(network: Network, x: Array, low: Array, high: Array, bits: int) -> Array:
-    """What a student computes of activations `x`."""
+    """Activations `x` after the student's fake quantization to the range from `low` to `high`."""
     if network.learned_ranges:
         return learned.fake_quantize_activation(x, low, high, bits)
     return quantizer.fake_quantize(x, low, high, bits)
 
 
 def _kernel_ranges(student: Network, teacher_variables: Variables) -> dict[str, Any]:
-    """The ranges of the teacher's kernels, from which learning starts."""
+    """The ranges of the teacher's kernels, at which learned ranges start."""
     return dict(networks.kernel_ranges(student, teacher_variables["params"]))
 
 
 def _activations(network: Network, variables: Variables, images: np.ndarray) -> dict[str, tuple[Any, float, int, int]]:
-    """Each activation before it is quantized, the step and the lowest integer of its grid, and its bits."""
+    """Name -> the activation before it is quantized, the step and the lowest integer of its grid, and its bits."""
 
     @jax.jit
     def values(variables: Variables, images: Array) -> dict[str, Array]:
@@ -249,7 +255,10 @@ def _activations(network: Network, variables: Variables, images: np.ndarray) -> 
 
 
 def _histogram(steps: np.ndarray, lowest: float, highest: float, used: float) -> Histogram:
-    """Of values in steps of their grid, two steps beyond its ends; what lies further is counted at the edges."""
+    """Count values, given in steps of their grid, from 1.5 steps below the grid to 1.5 steps above it.
+
+    Values further away are counted in the first or the last bin.
+    """
     first, last = lowest - 1.5, highest + 1.5
     bins = int(min(MOST_BINS, BINS_OF_A_STEP * (last - first)))
     counts, edges = np.histogram(np.clip(steps, first, last), bins, (first, last))

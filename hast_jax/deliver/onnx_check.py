@@ -12,18 +12,18 @@ from onnx import TensorProto, helper
 from hast_jax.deliver.onnx_export import INPUT, Onnx
 
 Run = Callable[[np.ndarray], np.ndarray]
-ERRORS_ALONE = 3  # of onnxruntime's log
+ERRORS_ALONE = 3  # onnxruntime's log level for errors and worse
 INTEGERS = {TensorProto.UINT8, TensorProto.INT8, TensorProto.INT32, TensorProto.INT4, TensorProto.INT64}
 
 
 def session(model: onnx.ModelProto) -> Run:
-    """What computes the logits of a batch with `model`, on one thread."""
+    """A function that computes the logits of a batch with `model`, on one thread."""
     computing = _session(model)
     return lambda images: computing.run(None, {INPUT: images})[0]
 
 
 def integers(model: Onnx, images: np.ndarray) -> dict[str, np.ndarray]:
-    """The uint8 integers of each quantized activation of a batch, with the network's axes, by the name of its range."""
+    """Name of a range -> the uint8 integers of its activation for a batch, with axes in the network's order."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model.model)
     computed = {output for node in copy.graph.node for output in node.output}
@@ -35,7 +35,7 @@ def integers(model: Onnx, images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def operators(model: onnx.ModelProto) -> tuple[tuple[str, str, int], ...]:
-    """(type, kind, number) of the nodes: those of integers, of floats, and between both."""
+    """(type, kind, number) of the nodes. kind: of first input and output, "integer" or "float"; "between" if they differ."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     kinds = {each.name: each.data_type for each in graph.initializer}
     for each in (*graph.input, *graph.value_info, *graph.output):

@@ -1,8 +1,8 @@
-"""A student as an ONNX model: its trace, operation by operation.
+"""A student as an ONNX model, written operation by operation from its JAX trace.
 
-Weights are integers with one scale for each output channel and zero point 0. Activations are uint8 with one scale and one zero
-point. Batch norms are one multiplication and one addition of each channel, in float32, as they cannot be folded into integers
-exactly. What is quantized nowhere stays float32.
+Weights are integers with one scale for each output channel and, with few exceptions, zero point 0. Activations are uint8 with
+one scale and one zero point. A batch norm is one multiplication and one addition per channel in float32, because it cannot be
+folded into integers exactly. Everything else stays float32.
 """
 
 import json
@@ -26,17 +26,18 @@ from hast_jax.networks.marks import MARK, marked
 from hast_jax.student import Student
 
 INPUT, OUTPUT = "images", "logits"
-OPSET, INT4_OPSET = 13, 21  # the oldest that hold a scale for each channel, and INT4
+OPSET, INT4_OPSET = 13, 21  # the oldest opsets with a scale for each channel, and with INT4
 BATCH = "n"
-TRACED_BATCH = 10007  # a prime number of images, which no other axis has: the model takes any number
+TRACED_BATCH = 10007  # images of the trace: a prime that is the size of no other axis. The model takes any number
 LOOPS = ("scan", "while", "cond")
 LAYOUTS = {"nhwc": (0, 1, 2, 3), "nchw": (0, 3, 1, 2)}
 
 
 class Onnx(NamedTuple):
-    """A model, and its uint8 tensor of each quantized activation by the name of its range, in the order of execution.
+    """A model, and where its quantized activations are.
 
-    The stored axis i of a tensor is the network's axis order[i].
+    activations: name of a range -> (name of the uint8 tensor, order of its axes), in the order of execution. Axis i of the
+    tensor is the network's axis order[i].
     """
 
     model: onnx.ModelProto
@@ -48,13 +49,14 @@ def build(
 ) -> Onnx:
     """`student` as an ONNX model.
 
-    Its input is `images` uint8 [n, height, width, channels], or [n, channels, height, width] with layout "nchw"; with
-    `normalised` float32 images in the network's normalised space. Its output is `logits` float32 [n, classes].
-    operators: of convolutions and products. "float": of dequantized integers, the form that every runtime knows. "exact": float
-    operators too, but of the integers themselves; the scales follow in the multiplication of the batch norm. Sums below 2^24
-    are then exact in any order. "integer": ConvInteger and MatMulInteger. int4: weights are INT4 where they fit.
+    Its input `images` is uint8 [n, height, width, channels], or [n, channels, height, width] with layout "nchw". With
+    `normalised` it is float32, in the network's normalised space. The output `logits` is float32 [n, classes].
+    operators: how convolutions and matrix products compute. "float": with dequantized integers, the form that every runtime
+    supports. "exact": with the integers themselves as floats; the multiplication of the batch norm then includes the scales.
+    Sums below 2^24 are then exact in any order. "integer": with ConvInteger and MatMulInteger. int4: weights are INT4 if they
+    fit.
 
-    Raises InputError for a network with an operation that has no form in ONNX here.
+    Raises InputError for a network with an operation that cannot be written here.
     """
     graph = Graph(operators=operators, int4=int4)
     kind = np.float32 if normalised else np.uint8
@@ -81,7 +83,7 @@ def build(
 
 
 def _kernels(student: Student) -> dict[str, Value]:
-    """The quantized kernels by their paths. Where channels lie on one axis their integers go along."""
+    """The quantized kernels by their paths. A kernel carries its integers if its output channels lie on one axis."""
     found = {}
     for path, codes in student.codes().items():
         integers = codes.integers
@@ -107,7 +109,7 @@ def _metadata(student: Student) -> dict[str, str]:
 
 
 def _walk(graph: Graph, jaxpr: Any, constants: Sequence[Value], arguments: Sequence[Value]) -> list[Value]:
-    """The outputs of a traced function, whose operations become nodes; of constants alone they are computed."""
+    """The outputs of a traced function. Its operations become nodes; operations on constants alone are computed at once."""
     values: dict[Any, Value] = dict(zip(jaxpr.constvars, constants)) | dict(zip(jaxpr.invars, arguments))
 
     def read(atom):
@@ -139,7 +141,7 @@ def _results(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
 
 
 def _split(graph: Graph, given: dict[str, Any], x: Value, shapes: list[tuple[Any, ...]]) -> list[Value]:
-    """The parts of `x` along an axis, each as a slice."""
+    """The parts of `x` along an axis, each written as a slice."""
     found, start, axis = [], 0, given["axis"]
     for shape, size in zip(shapes, given["sizes"]):
         starts, limits = [0] * len(shape), list(shape)
@@ -151,10 +153,10 @@ def _split(graph: Graph, given: dict[str, Any], x: Value, shapes: list[tuple[Any
 
 
 def _shape(variable: Any) -> tuple[Any, ...]:
-    """The shape of a traced value, with `BATCH` for the number of images."""
+    """The shape of a traced value, with `BATCH` in place of the number of images."""
     sizes = variable.aval.shape
     if any(size % TRACED_BATCH == 0 and size not in (0, TRACED_BATCH) for size in sizes):
-        raise cannot_write("it joins the axis of the images with another one")
+        raise cannot_write("it merges the axis of the images with another axis")
     return tuple(BATCH if size == TRACED_BATCH else size for size in sizes)
 
 
@@ -171,11 +173,11 @@ def _computed(equation: Any, operands: list[Value]) -> list[Value]:
 
 
 def _whole(graph: Graph, value: Value) -> Value:
-    """`value` with its axes of size one stretched to its shape."""
+    """`value` with its stored axes of size one expanded to its shape."""
     if not value.stretched:
         return value
     if not all(isinstance(size, int) for size in value.shape[1:]):
-        raise cannot_write("it stretches an axis to the size of the batch")
+        raise cannot_write("it broadcasts an axis to the size of the batch")
     plain = graph.plain(value)
     sizes = [value.shape[axis] if isinstance(value.shape[axis], int) else 1 for axis in plain.order]
     return replace(plain, name=graph.node("Expand", plain.name, graph.constant(np.asarray(sizes, np.int64))), stretched=False)

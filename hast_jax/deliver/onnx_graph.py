@@ -1,8 +1,8 @@
-"""ONNX nodes and constants, and values of a network on their way into them.
+"""ONNX nodes and constants, and the values of a network while they become nodes.
 
-A value knows its shape as the network wrote it. It may be stored with its axes in another order, as ONNX has channels first
-where Flax has them last. It may carry a multiplication and an addition that no node does yet, so that a batch norm after a
-convolution becomes one of each.
+A value has the shape that the network gave it. Its axes may be stored in another order, because ONNX puts channels first and
+Flax puts them last. A value may carry a multiplication and an addition for which there are no nodes yet. A batch norm after a
+convolution therefore becomes one Mul and one Add.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ Array = Any  # an array or a scalar of numpy
 class Grid:
     """Integers behind a value: x = scale * (integers - zero point).
 
-    integers: of an activation the name of its uint8 tensor, of a weight the whole numbers themselves. scale: float32, of an
-    activation one number, of a weight one for each output channel, which lie on `axis`. zero_point: of an activation.
+    integers: the name of an activation's uint8 tensor, or an array of a weight's whole numbers. scale: float32, one number for
+    an activation, or one for each output channel of a weight, along `axis`. zero_point: of an activation; 0 for a weight.
     """
 
     integers: Any
@@ -34,11 +34,11 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """A constant `array`, or the tensor `name`, whose stored axis i is the network's axis order[i].
+    """A constant `array`, or the tensor `name`. Axis i of the tensor is the network's axis order[i].
 
-    shape: as the network wrote it; a symbolic batch size is in it as such. A constant may have size 1 where the shape has more.
-    scale, shift: still to be done, x * scale + shift; None where there is nothing to do. grid: of a quantized value.
-    stretched: a tensor may have size 1 where the shape has more.
+    shape: as in the network, with a symbolic batch size. Axes of `array` may have size 1 where `shape` has more. scale, shift:
+    x * scale + shift is still to be done; None if there is nothing to do. grid: of a quantized value. stretched: axes of the
+    tensor, too, may have size 1 where `shape` has more.
     """
 
     shape: tuple[Any, ...]
@@ -52,7 +52,7 @@ class Value:
 
 
 def constant(array: Any, shape: Sequence[Any] | None = None) -> Value:
-    """A constant; floats become float32, as ONNX runtimes know few others."""
+    """A constant. Floats become float32, because ONNX runtimes support few other types."""
     array = np.asarray(array)
     if array.dtype.kind not in "iub":
         array = array.astype(np.float32)
@@ -63,8 +63,7 @@ def constant(array: Any, shape: Sequence[Any] | None = None) -> Value:
 class Graph:
     """The nodes of a model and their constants, in the order in which they were written.
 
-    operators, int4: see `onnx_export.build`. activations: the uint8 tensor of each quantized activation and the order of its
-    axes, by the name of its range, in the order of execution.
+    operators, int4: see `onnx_export.build`. activations: see `onnx_export.Onnx`.
     """
 
     operators: str = "float"
@@ -75,7 +74,7 @@ class Graph:
     _names: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def node(self, operator: str, *inputs: str, **attributes: Any) -> str:
-        """Add a node; returns the name of its output. The same node of the same inputs is added once."""
+        """Add a node and return the name of its output. A node with the same inputs and attributes is added only once."""
         key = (operator, inputs, repr(sorted(attributes.items())))
         if key not in self._names:
             self._names[key] = name = f"{operator.lower()}_{len(self.nodes)}"
@@ -83,7 +82,7 @@ class Graph:
         return self._names[key]
 
     def constant(self, array: Array, kind: int | None = None) -> str:
-        """The name of a constant, stored once. kind: its ONNX type, where numpy has none such."""
+        """The name of a constant, which is stored only once. kind: its ONNX type, if numpy has no such type."""
         key = (array.dtype.str, array.shape, array.tobytes(), kind)
         if key not in self._names:
             self._names[key] = name = f"constant_{len(self.constants)}"
@@ -94,7 +93,7 @@ class Graph:
         return self._names[key]
 
     def tensor(self, value: Value, order: tuple[int, ...] | None = None) -> str:
-        """The name of the tensor that holds `value`, with nothing left to do. order: of its axes; by default as stored."""
+        """The name of a tensor that holds `value` computed completely. order: of its axes; by default as stored."""
         rank = len(value.shape)
         if value.array is not None:
             order = order or tuple(range(rank))
@@ -105,7 +104,7 @@ class Graph:
         return self.node("Transpose", plain.name, perm=[plain.order.index(axis) for axis in order])
 
     def plain(self, value: Value) -> Value:
-        """`value` with its multiplication and addition done, and dequantized."""
+        """`value` dequantized, with nodes for its multiplication and addition."""
         if value.array is not None:
             return value
         name = value.name
@@ -119,7 +118,7 @@ class Graph:
         return replace(value, name=name, scale=None, shift=None, grid=None)
 
     def model(self, inputs: Any, output: Any, opset: int, metadata: dict[str, str]) -> onnx.ModelProto:
-        """The model of all nodes that `output` needs."""
+        """The model of all nodes that `output` depends on."""
         needed, nodes = {output.name}, []
         for node in reversed(self.nodes):
             if node.output[0] in needed:
@@ -136,10 +135,10 @@ class Graph:
 
 
 def as_stored(array: Array, order: tuple[int, ...]) -> Array:
-    """A constant of full rank, or a scalar, with its axes in the order of a stored tensor."""
+    """A constant with its axes in the order of a stored tensor. array: of full rank, or a scalar."""
     return array.transpose(order) if array.ndim else array
 
 
 def cannot_write(what: str) -> InputError:
-    """The refusal of an operation that has no form in ONNX here."""
+    """The error for a network that cannot be written as ONNX. what: the reason."""
     return InputError(f"the network cannot be written as ONNX: {what}; choose format=stablehlo, which can hold any network.")

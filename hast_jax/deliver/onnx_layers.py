@@ -1,6 +1,6 @@
-"""The layers of a network as ONNX nodes: convolutions, products, pooling, and the places where activations are quantized.
+"""The layers of a network as ONNX nodes: convolutions, products, pooling, and the quantization of activations.
 
-The arguments of each function are those of `onnx_operators.Operator`.
+An `Operator` takes the graph, the parameters of a JAX operation, its operands, and the shape of its result.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +16,14 @@ Operator = Callable[[Graph, dict[str, Any], list[Value], tuple[Any, ...]], Value
 
 
 def both_ends(pairs: Sequence[tuple[int, int]]) -> list[int]:
-    """Padding (before, after) of each axis as ONNX has it. Raises InputError where one of them is negative."""
+    """Padding (before, after) of each axis, as ONNX lists it: all before, then all after. Raises InputError if negative."""
     if any(side < 0 for pair in pairs for side in pair):
-        raise cannot_write("it pads by less than nothing")
+        raise cannot_write("it pads by a negative number")
     return [low for low, _ in pairs] + [high for _, high in pairs]
 
 
 def pool(operator: str) -> Operator:
-    """The largest value, or the sum, of windows over height and width. operator: MaxPool or AveragePool."""
+    """The maximum or the sum over windows of height and width. operator: MaxPool, or AveragePool for the sum."""
 
     def write(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
         rank = len(shape)
@@ -40,7 +40,7 @@ def pool(operator: str) -> Operator:
         if operator == "MaxPool":
             return Value(shape, graph.node(operator, name, **named, dilations=dilations), order)
         if dilations != [1, 1]:
-            raise cannot_write("it sums over windows with holes")
+            raise cannot_write("it sums over dilated windows")
         # A sum over a window is its mean times its size.
         name = graph.node("AveragePool", name, **named, count_include_pad=1)
         return Value(shape, name, order, scale=np.float64(np.prod(sizes)))
@@ -49,7 +49,7 @@ def pool(operator: str) -> Operator:
 
 
 def convolution(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
-    """Over any number of axes, with strides, groups and holes in the kernel."""
+    """A convolution over any number of axes, with strides, groups and dilated kernels."""
     x, kernel = operands
     numbers = given["dimension_numbers"]
     if set(given["lhs_dilation"]) != {1} or given["batch_group_count"] != 1:
@@ -80,7 +80,7 @@ def convolution(graph: Graph, given: dict[str, Any], operands: list[Value], shap
 
 
 def product(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
-    """With a matrix of weights; or of any two tensors, as an Einsum."""
+    """A product with a matrix of weights. A product of other tensors is written as an Einsum."""
     x, kernel = operands
     (left, right), (batch, _) = given["dimension_numbers"]
     if batch or len(left) != 1 or kernel.array is None or len(kernel.shape) != 2:
@@ -100,7 +100,7 @@ def product(graph: Graph, given: dict[str, Any], operands: list[Value], shape: t
 
 
 def _einsum(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
-    """A product over any axes. Its own axes are those of the batch, then what is left of the first operand and the second."""
+    """A product over any axes. Its axes are the batch axes, then the remaining axes of the first and of the second operand."""
     contracted, batch = given["dimension_numbers"]
     letters = [[""] * len(each.shape) for each in operands]
     unused = iter("abcdefghijklmnopqrstuvwxyz")
@@ -124,11 +124,14 @@ def _einsum(graph: Graph, given: dict[str, Any], operands: list[Value], shape: t
 
 
 def _integers(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axes: tuple[int, ...], channel: int) -> Any:
-    """What a convolution or a product of integers takes, as names, and at last the scale of its results.
+    """The names of the inputs of a convolution or product of integers, and last the scale of its results.
 
-    These are the integers of `x` and of `kernel` as floats ("exact"); or the integers of both and the zero point of `x`
-    ("integer"). order, axes: in which the operator takes the axes of both. channel: the axis of `kernel` that is the output's.
-    None where one of them has no integers that fit, or where the graph holds dequantized values.
+    With "exact" operators, the inputs are the integers of `x` and of `kernel` as floats. With "integer" operators, they are the
+    integers of both, and the zero point of `x`. order, axes: the order of axes that the operator needs in `x` and in `kernel`.
+    channel: the axis of `kernel` with the output channels.
+
+    None with "float" operators, and if an operand has no integers. With "integer" operators also None if the integers of the
+    kernel do not fit into int8.
     """
     if graph.operators == "float" or x.grid is None or kernel.grid is None or kernel.grid.axis != channel:
         return None
@@ -150,10 +153,10 @@ def _integers(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axe
 
 
 def _kernel(graph: Graph, kernel: Value, axes: tuple[int, ...]) -> str:
-    """The name of a kernel with its axes in this order; a quantized one is dequantized from the smallest integers that fit.
+    """The name of a kernel with its axes in the order `axes`. A quantized one is dequantized from the smallest type that fits.
 
-    A zero point for each channel is the exception, as not every runtime computes with it: for INT4, and for eight bits with a
-    range that is not symmetric.
+    The zero point is 0 if possible, because not every runtime supports a zero point for each channel. INT4, and eight bits with
+    a range that is not symmetric, may need one.
     """
     assert kernel.array is not None
     if kernel.grid is None:
@@ -175,11 +178,11 @@ def _kernel(graph: Graph, kernel: Value, axes: tuple[int, ...]) -> str:
 
 
 def quantized(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
-    """A mark where activations are quantized: integers from `lowest` to `lowest` + 2^bits - 1, times `step`."""
+    """The mark of a quantized activation: integers from `lowest` to `lowest` + 2^bits - 1, times `step`."""
     x = graph.plain(operands[0])
     lowest, highest = given["lowest"], given["lowest"] + 2 ** given["bits"] - 1
     zero_point, step = max(0, -lowest), graph.constant(np.float32(given["step"]))
-    if max(zero_point, highest + zero_point) > 255:  # far from zero: no uint8 holds it
+    if max(zero_point, highest + zero_point) > 255:  # a range far from zero: its integers do not fit into uint8
         rounded = graph.node("Round", graph.node("Div", x.name, step))
         limits = (graph.constant(np.float32(limit)) for limit in (lowest, highest))
         return Value(shape, graph.node("Mul", graph.node("Clip", rounded, *limits), step), x.order)

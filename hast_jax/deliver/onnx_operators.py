@@ -1,6 +1,6 @@
-"""Each operation of a network as ONNX nodes: functions of a graph, the operation's parameters and its operands.
+"""Each operation of a network as ONNX nodes, written by one `Operator`.
 
-`OPERATORS` lists what can be written. Everything else is refused by name.
+`OPERATORS` lists the operations that can be written. The error message for any other operation names it.
 """
 
 from dataclasses import replace
@@ -15,7 +15,10 @@ from hast_jax.networks.marks import MARK
 
 
 def _affine(graph: Graph, name: str, a: Value, b: Value, shape: tuple[Any, ...]) -> Value | None:
-    """`a` name `b` where one of them is a constant of each channel and the other a float tensor: nothing is written yet."""
+    """The operation `name` of a tensor and a float32 constant, merged into the tensor's `scale` and `shift` without a node.
+
+    None if the operands are not one such tensor and one such constant. name: add, sub, mul or div.
+    """
     if name == "sub" and a.array is not None:
         a, b = replace(b, scale=-_scale(b), shift=None if b.shift is None else -b.shift), a
         name = "add"
@@ -25,7 +28,7 @@ def _affine(graph: Graph, name: str, a: Value, b: Value, shape: tuple[Any, ...])
         return None
     if a.grid is not None:
         a = graph.plain(a)
-    # In double precision: what becomes one multiplication should be rounded once.
+    # In double precision: several factors become one multiplication, which should be rounded only once.
     operand = b.array.astype(np.float64)
     if name in ("add", "sub"):
         shift = operand if name == "add" else -operand
@@ -60,7 +63,7 @@ def _is_zero(value: Value) -> bool:
 
 
 def _unary(*operators: str) -> Operator:
-    """One operator after the other."""
+    """One operator after the other, each applied to the result of the one before."""
 
     def write(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...]) -> Value:
         x = graph.plain(operands[0])
@@ -104,14 +107,14 @@ def _power(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tu
 def _clamp(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...]) -> Value:
     low, x, high = operands
     if low.shape or high.shape:
-        raise cannot_write("it clips to limits that are no scalars")
+        raise cannot_write("it clips to limits that are not scalars")
     x = graph.plain(x)
     return Value(shape, graph.node("Clip", graph.tensor(x), graph.tensor(low), graph.tensor(high)), x.order)
 
 
 def _select(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...]) -> Value:
     if len(operands) != 3:
-        raise cannot_write("it selects among more than two")
+        raise cannot_write("it selects among more than two values")
     which, no, yes = operands
     order = next((each.order for each in operands if each.array is None), tuple(range(len(shape))))
     names = [graph.tensor(each, order if each.shape else None) for each in (which, yes, no)]
@@ -119,7 +122,7 @@ def _select(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...])
 
 
 def _convert(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
-    """Between floats nothing is done: all are float32."""
+    """A Cast. It is left out between floats if `x` still has a scale, a shift or a grid."""
     (x,) = operands
     kind = np.dtype(given["new_dtype"]) if given["new_dtype"] != "bfloat16" else np.dtype(np.float32)
     if kind.kind in "fV" and (x.grid is not None or x.scale is not None or x.shift is not None):
@@ -135,7 +138,7 @@ def _same(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...]) -
 
 
 def _transpose(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
-    """The network's axes change their places; those that are stored stay."""
+    """A change of `order` alone: the stored tensor stays as it is."""
     x = graph.plain(operands[0])
     return Value(shape, x.name, tuple(given["permutation"].index(axis) for axis in x.order))
 
@@ -145,14 +148,14 @@ def _reshape(graph: Graph, given: dict[str, Any], operands: list[Value], shape: 
     x = operands[0]
     sizes = [size if isinstance(size, int) else -1 for size in shape]
     if sizes.count(-1) > 1:
-        raise cannot_write("a reshape mixes the batch with other axes in two places")
+        raise cannot_write("it mixes the batch with other axes in two places of a reshape")
     plain = tuple(range(len(x.shape)))
     name = graph.node("Reshape", graph.tensor(x, plain), graph.constant(np.asarray(sizes, np.int64)))
     return Value(shape, name, tuple(range(len(shape))))
 
 
 def _broadcast(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
-    """Axes of size one are put in; what consumes the value stretches them."""
+    """Insert axes of size one. The operation that reads the value expands them."""
     x, places = operands[0], given["broadcast_dimensions"]
     ones = [1] * len(shape)
     for place, size in zip(places, x.shape):
@@ -206,7 +209,7 @@ def _concatenate(graph: Graph, given: dict[str, Any], operands: list[Value], sha
     order = next((each.order for each in operands if each.array is None), tuple(range(len(shape))))
     for each in operands:
         if each.array is not None and each.array.shape != each.shape:
-            raise cannot_write("it joins a stretched constant")
+            raise cannot_write("it concatenates a constant that is broadcast")
     names = [graph.tensor(each, order) for each in operands]
     return Value(shape, graph.node("Concat", *names, axis=order.index(given["dimension"])), order)
 
@@ -271,7 +274,7 @@ OPERATORS: dict[str, Operator] = {
     "concatenate": _concatenate,
 }
 
-# Those that take any stretched operand as it is.
+# Operations that broadcast their operands: a stretched operand needs no Expand.
 ELEMENTWISE = frozenset(OPERATORS) - {
     "conv_general_dilated",
     "dot_general",

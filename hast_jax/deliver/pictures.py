@@ -8,7 +8,7 @@ PICTURE_IMAGES = 64
 
 
 def save_picture(path: Path, images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """A PNG of the first 64 normalised images [n, height, width, channels], eight to a row."""
+    """Write a PNG of the first 64 normalised images [n, height, width, channels], eight in a row."""
     from matplotlib.image import imsave
 
     pixels = grid(images, mean, std)
@@ -17,7 +17,10 @@ def save_picture(path: Path, images: np.ndarray, mean: tuple[float, ...], std: t
 
 
 def grid(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """The first 64 normalised images side by side, as colours in [0, 1]: float [rows * height, 8 * width, 3], with margins."""
+    """The first 64 normalised images, eight in a row, as colours in [0, 1]: float [rows * (size + 2), 8 * (size + 2), 3].
+
+    images: square, [n, size, size, channels]. Each has a white margin of one pixel.
+    """
     pixels = np.clip(images[:PICTURE_IMAGES] * np.asarray(std) + np.asarray(mean), 0, 1)
     side = 8
     pixels = np.concatenate([pixels, np.ones((-len(pixels) % side, *pixels.shape[1:]))])

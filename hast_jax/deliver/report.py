@@ -1,4 +1,4 @@
-"""The report of a run, for somebody who did not run it: report.html, one file that needs nothing else, and a model card."""
+"""The report of a run, for a person who did not run it: report.html, a single self-contained file, and a model card."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ from hast_jax.student import Student
 
 Teacher = tuple[Network, Mapping[str, Any]]
 
-IMAGES, FEW_IMAGES = 128, 16  # to measure on; of images that are larger than SMALL
+IMAGES, FEW_IMAGES = 128, 16  # number of images to measure on; FEW_IMAGES if they are larger than SMALL
 SMALL = 64
 FULL = measure.FULL
 ESCAPES = re.compile(r"[\x00-\x1f\x7f]")
@@ -37,8 +37,8 @@ ESCAPES = re.compile(r"[\x00-\x1f\x7f]")
 def write(folder: RunFolder, student: Student, teacher: Teacher, images: np.ndarray, average: float | None = None) -> None:
     """Write report.html and README.md of a finished run.
 
-    teacher: the network in full precision and its variables. images: those that the student learned from, normalised.
-    average: bits of a weight, for the suggested bits by layer; by default as many as now.
+    teacher: the network in full precision and its variables. images: normalised images that the student learned from.
+    average: bits per quantized weight, for the suggested bits of each layer; by default the student's present average.
     """
     facts = _facts(folder, student, teacher, images, average)
     environment = jinja2.Environment(
@@ -49,7 +49,7 @@ def write(folder: RunFolder, student: Student, teacher: Teacher, images: np.ndar
 
 
 def interval(per_cent: float, images: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy of so many images, both in per cent (Wilson's score interval)."""
+    """The 95 % interval of an accuracy measured on so many images, both in per cent (Wilson's score interval)."""
     p, z = per_cent / 100, 1.96
     middle = (p + z * z / (2 * images)) / (1 + z * z / images)
     half = z / (1 + z * z / images) * np.sqrt(p * (1 - p) / images + z * z / (4 * images * images))
@@ -89,12 +89,12 @@ def _facts(folder: RunFolder, student: Student, teacher: Teacher, images: np.nda
 
 def _summary(record: Mapping[str, Any], bits: str) -> str:
     learned = "real images" if record.get("real_split") else "images synthesized from the network itself"
-    words = f"The network {record['network']} was quantized to {bits}: weights and activations of so many bits. "
-    return words + f"It learned from {learned}, with hast_jax."
+    words = f"The network {record['network']} was quantized to {bits}: W and A are the bits of its weights and activations. "
+    return words + f"It was trained on {learned}, with hast_jax."
 
 
 def _tested(folder: RunFolder, record: Mapping[str, Any]) -> int | None:
-    """The number of real images that the accuracies are of; None where there were none."""
+    """The number of real images on which the accuracies were measured; None if there were no real images."""
     accuracy = folder.teacher_accuracy()
     return int(accuracy["images"]) if record["teacher"] is not None and accuracy else None
 
@@ -102,7 +102,7 @@ def _tested(folder: RunFolder, record: Mapping[str, Any]) -> int | None:
 def _tiles(
     folder: RunFolder, record: Mapping[str, Any], costs: Sequence[Cost], student: Student, agreed: float
 ) -> list[tuple[str, str, str]]:
-    """Value, label and note of each of the numbers that a reader looks for first."""
+    """Value, label and note of the numbers that a reader looks for first."""
     tested, tiles = _tested(folder, record), []
     if tested:
         low, high = interval(record["last"], tested)
@@ -110,7 +110,7 @@ def _tiles(
         tiles.append((f"{record['last']:.2f} %", "top-1, quantized", f"{low:.1f} to {high:.1f} (95 %), {tested:,} images"))
         tiles.append((f"{drop:.2f}", "points lost", f"of the teacher's {record['teacher']:.2f} %"))
     else:
-        tiles.append((f"{agreed:.1f} %", "agree with the teacher", "on synthetic images; there were no real ones"))
+        tiles.append((f"{agreed:.1f} %", "agree with the teacher", "of the synthetic images; there were no real images"))
     before, after = _sizes(costs, student)
     tiles.append((f"{before / after:.1f} x", "smaller", f"{_bytes(before)} to {_bytes(after)}"))
     operations = sum(each.products * FULL * FULL for each in costs) / sum(each.bit_operations for each in costs)
@@ -128,7 +128,7 @@ def _cost_rows(
             return "{:.2f} ({:.1f} to {:.1f})".format(top1, *interval(top1, tested))
 
         rows.append(("top-1 in per cent, last epoch", words(record["teacher"]), words(record["last"])))
-        rows.append(("the same without fine-tuning", "", f"{record['no_finetuning']:.2f}"))
+        rows.append(("top-1 in per cent, without fine-tuning", "", f"{record['no_finetuning']:.2f}"))
     before, after = _sizes(costs, student)
     rows.append(("parameters in memory", _bytes(before), _bytes(after)))
     products = sum(each.products for each in costs)
@@ -142,32 +142,32 @@ def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few
     tested, notes = _tested(folder, record), []
     if tested:
         notes.append(
-            f"Accuracies are of {tested:,} real images ({record['dataset']}, {record['config']['eval']['split']}), by which "
-            "nothing was chosen. In brackets: 95 % intervals, from the number of images alone. Teacher and student are judged "
-            "on the same images, so their difference is known better than each of them. One seed says nothing of others."
+            f"Accuracies are of {tested:,} real images ({record['dataset']}, {record['config']['eval']['split']}). No choice "
+            "was made with them. In brackets: 95 % intervals, from the number of images alone. Both networks were tested on "
+            "the same images, so the difference is more certain than each accuracy. Other seeds may give other accuracies."
         )
     held_out = record.get("held_out")
     if held_out:
-        words = f"On {held_out['images']:,} synthetic images that it did not learn from, it agrees with the teacher on "
+        words = f"On {held_out['images']:,} synthetic images outside its training, the student agrees with the teacher for "
         notes.append(f"{words}{held_out['agreement']:.1f} % (KL divergence {held_out['kl']:.3f}).")
     else:
-        notes.append(f"On {few} of the images that it learned from, it agrees with the teacher on {agreed:.1f} %.")
+        notes.append(f"On {few} of the images that it was trained on, the student agrees with the teacher for {agreed:.1f} %.")
     notes.append(
-        "Memory: each quantized weight takes its bits, every other parameter 32. Bit operations: for each multiplication the "
-        "product of the bits of both factors; a layer whose input is not quantized counts 32 for it."
+        "Memory: each quantized weight takes its own bits, and every other parameter takes 32. Bit operations: each "
+        "multiplication counts as the product of the bits of both factors. A factor that is not quantized has 32 bits."
     )
     return notes
 
 
 def _sizes(costs: Sequence[Cost], student: Student) -> tuple[float, float]:
-    """Bytes of all parameters and statistics before and after."""
+    """Bytes of all parameters and statistics, before and after quantization."""
     trees = {name: tree for name, tree in student.variables.items() if name != "ranges"}
     everything = 4 * sum(leaf.size for leaf in jax.tree.leaves(trees))
     return everything, everything - sum(each.parameters * (FULL - each.weights) / 8 for each in costs)
 
 
 def _average(costs: Sequence[Cost]) -> float:
-    """Bits of a weight, on average over those that are quantized."""
+    """The average bits of the quantized weights; `FULL` if there are none."""
     quantized = [each for each in costs if each.weights < FULL]
     total = sum(each.parameters for each in quantized)
     return sum(each.parameters * each.weights for each in quantized) / total if total else FULL
@@ -175,8 +175,8 @@ def _average(costs: Sequence[Cost]) -> float:
 
 def _images_words(record: Mapping[str, Any]) -> str:
     if record.get("real_split"):
-        return f"{format_images(record)}: an upper bound, as real images were used."
-    return f"{format_images(record)}, made from the statistics of the network's batch norms. No real image was used for them."
+        return f"{format_images(record)}: an upper bound, because real images were used."
+    return f"{format_images(record)}, made from the statistics of the network's batch norms, without any real image."
 
 
 def _picture(images: np.ndarray, student: Student) -> str:
@@ -198,12 +198,12 @@ def _curves(folder: RunFolder, record: Mapping[str, Any]) -> list[tuple[str, str
     found: list[tuple[str, str, list[str]]] = []
     loss = series("synthesis", "loss")
     if loss:
-        words = "Making the images: the loss of each batch, one batch after the other."
+        words = "Synthesis of the images: the loss of each batch, one batch after another."
         found.append((words, charts.curves({"loss": loss}, "iterations", "loss"), []))
-    kl = {"as they are": series("finetune", "kl"), "made harder": series("finetune", "kl_promoted")}
+    kl = {"clean images": series("finetune", "kl"), "images made harder": series("finetune", "kl_promoted")}
     kl = {name: points for name, points in kl.items() if points}
     if kl:
-        words = "Training the quantized network: its KL divergence from the teacher on the images."
+        words = "Training of the quantized network: its KL divergence from the teacher."
         found.append((words, charts.curves(kl, "steps", "KL"), list(kl)))
     evaluations = folder.read_evaluations() if record["teacher"] is not None else {}
     if len(evaluations) > 2:
@@ -211,7 +211,7 @@ def _curves(folder: RunFolder, record: Mapping[str, Any]) -> list[tuple[str, str
         points = [(epoch * steps, top1) for epoch, top1 in sorted(evaluations.items())]
         teacher = [(points[0][0], record["teacher"]), (points[-1][0], record["teacher"])]
         chart = charts.curves({"quantized": points, "teacher": teacher}, "steps", "top-1, %")
-        found.append(("Its top-1 on real images, which chose nothing.", chart, ["quantized", "teacher"]))
+        found.append(("Its top-1 on real images. No choice was made with them.", chart, ["quantized", "teacher"]))
     return [each for each in found if each[1]]
 
 
@@ -228,7 +228,7 @@ def _part(each: Sensitivity, most: float) -> dict[str, Any]:
 
 
 def _rules(student: Student, bits: Mapping[str, int], record: Mapping[str, Any]) -> str:
-    """Suggested bits as `config.bits.rules`, of the layers whose bits are not the default ones."""
+    """Suggested bits in the form of `config.bits.rules`, for the layers whose bits differ from the default."""
     inputs = {"/".join(call.path): site.bits for call, site in student.network.sites.items()}
     default, rules = record["bits"]["weights"], []
     for name, each in bits.items():
@@ -241,7 +241,7 @@ def _rules(student: Student, bits: Mapping[str, int], record: Mapping[str, Any])
 def _histograms(student: Student, images: np.ndarray) -> list[tuple[str, str, str]]:
     found = []
     for (name, kind), each in measure.histograms(student.network, student.variables, images).items():
-        words = f"{kind}: {100 * each.used:.0f} % of the integers used, {100 * each.cut:.2g} % of the values beyond the ends"
+        words = f"{kind}: {100 * each.used:.0f} % of the integers are used, {100 * each.cut:.2g} % of the values lie outside"
         found.append((name, words, charts.histogram(each)))
     return found
 
@@ -249,7 +249,7 @@ def _histograms(student: Student, images: np.ndarray) -> list[tuple[str, str, st
 def _made(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How the run was made, as rows of a table."""
     segments = record["segments"]
-    # Segments of version 0.2.0 know neither the command nor the version.
+    # Segments of version 0.2.0 record neither the command nor the version.
     commands = dict.fromkeys(each["command"] or "a call in Python" for each in segments if "command" in each)
     versions = dict.fromkeys(f"hast_jax {each['hast_jax']}, jax {each['jax']}" for each in segments if "hast_jax" in each)
     seconds = record["seconds"]
@@ -270,7 +270,7 @@ def _made(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _changes(values: dict[str, Any]) -> list[str]:
-    """The fields that are not at their defaults, as "finetune.lr=0.0003"."""
+    """The fields that differ from their defaults, such as "finetune.lr=0.0003"."""
     known = flatten_dict(config_lib.to_dict(config_lib.default()), sep=".")
     found = flatten_dict(values, sep=".")
     return [f"{name}={shown(value)}" for name, value in found.items() if known.get(name) != value]

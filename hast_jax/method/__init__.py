@@ -1,1 +1,1 @@
-"""The method of the paper, and what goes beyond it, as pure functions of arrays: nothing here knows of files or devices."""
+"""The paper's method and extensions of it, as pure functions of arrays. Nothing here knows of files or devices."""

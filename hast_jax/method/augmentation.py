@@ -1,7 +1,7 @@
 """Image augmentation on the device, differentiable in the images.
 
 A random resized crop and a flip are linear in the image and separable: each is `rows @ image @ columns^T` with two
-small matrices of bilinear weights. Randomness comes from explicit keys, one for each image.
+small matrices of bilinear weights. Randomness comes from explicit keys: one for each image, or one for the whole batch.
 """
 
 import jax
@@ -13,10 +13,12 @@ PROPOSALS = 10
 
 
 def crop_box(key: Array, size: int, scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[Array, ...]:
-    """Top, left, height, width (whole numbers, float32 scalars) of a random crop of a square image.
+    """Top, left, height and width of a random crop of a square image: whole numbers, as float32 scalars.
 
-    As in torchvision: the first of ten proposals (area uniform in `scale`, log aspect uniform in `ratio`) that fits, else
-    the whole image.
+    size: side of the image. scale: limits of the crop's share of the area. ratio: limits of its width / height.
+
+    As in torchvision, ten crops are proposed, with area uniform in `scale` and log aspect uniform in `ratio`. The first one
+    that fits is taken. If none fits, the crop is the whole image.
     """
     area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
     area = size**2 * jax.random.uniform(area_key, (PROPOSALS,), minval=scale[0], maxval=scale[1])
@@ -33,10 +35,10 @@ def crop_box(key: Array, size: int, scale: tuple[float, float], ratio: tuple[flo
 
 
 def resize_matrix(start: Array, length: Array, size: int) -> Array:
-    """Matrix [size, size] that resizes pixels start ... start + length - 1 of a line to the whole line, bilinearly.
+    """Matrix [size, size] of a bilinear resize: pixels start ... start + length - 1 of a line become the whole line.
 
-    Pixel centres are at half coordinates and the crop's edge pixels are repeated beyond it, as in PyTorch with
-    `align_corners=False`.
+    As in PyTorch with `align_corners=False`, pixel centres are at half coordinates. The crop's edge pixels are repeated beyond
+    the crop.
     """
     target = jnp.arange(size)
     source = start + jnp.clip((target + 0.5) * length / size - 0.5, 0, length - 1)
@@ -48,7 +50,7 @@ def random_resized_crop_and_flip(
 ) -> Array:
     """Crop, resize back and flip (probability 1/2) square images [batch, size, size, channels].
 
-    key: one key for the whole batch, which then shares its crop, or [batch] keys, one for each image.
+    key: [batch] keys, one for each image, or one key, whose crop and flip the whole batch shares. scale, ratio: see `crop_box`.
     """
     if key.ndim == 0:
         rows, columns = (matrix[None] for matrix in _matrices(key, images.shape[1], scale, ratio))
@@ -56,7 +58,7 @@ def random_resized_crop_and_flip(
         rows, columns = jax.vmap(lambda k: _matrices(k, images.shape[1], scale, ratio))(key)
     shape = (images.shape[0], *rows.shape[1:])
     rows, columns = (jnp.broadcast_to(matrix, shape).astype(images.dtype) for matrix in (rows, columns))
-    # An accelerator would round the images to bfloat16 here, and no config says so.
+    # By default an accelerator would round the images to bfloat16 here, which no config field asks for.
     return jnp.einsum("biy,byxc,bjx->bijc", rows, images, columns, precision=jax.lax.Precision.HIGHEST)
 
 

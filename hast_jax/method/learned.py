@@ -2,8 +2,8 @@
 
     s = (high - low) / (2^k - 1)      z = round(low / s)      n = round(clip(x / s, z, z + 2^k - 1))      x_hat = n s
 
-This is the grid of `quantizer`, with n = q + Z and s = 1 / S. It divides by the step, as integer runtimes do. The gradients
-differ. Rounding passes gradients unchanged; clipping does not:
+This is the grid of `quantizer`, with n = q + Z and s = 1 / S. Here `x` is divided by the step, as in integer runtimes. The
+gradients differ from those of `quantizer`. Rounding passes gradients unchanged; clipping does not:
 
     d x_hat / d x       1 inside the range, 0 outside
     d x_hat / d low     (x - x_hat) / (high - low)                   inside
@@ -11,8 +11,8 @@ differ. Rounding passes gradients unchanged; clipping does not:
     d x_hat / d high    (x_hat - x) / (high - low)                   inside
                         (x_hat - low) / (high - low)                 outside
 
-Every range holds zero, so zero is on the grid. The integers of a weight stay within -127 ... 127: an int8 with zero point 0
-holds them.
+Every range holds zero, so zero is on the grid. The integers of a weight stay within -127 ... 127, so that an int8 with
+zero point 0 holds them.
 """
 
 import math
@@ -25,18 +25,18 @@ from hast_jax.method import quantizer
 
 Array = jax.Array
 
-LARGEST_INTEGER = 127  # of a weight
-NARROWEST = 1e-8  # width of a range, as in `quantizer`
+LARGEST_INTEGER = 127  # of a weight, in magnitude
+NARROWEST = 1e-8  # smallest width of a range, as in `quantizer`
 
 
 def grid(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
-    """s and z: the step, and the integer of the smallest value."""
+    """The step s, and z, the integer of the smallest value."""
     step = jnp.maximum(high - low, NARROWEST) / (2**bits - 1)
     return step, jnp.round(low / step)
 
 
 def integers(x: Array, low: Array, high: Array, bits: int, largest: int | None = None) -> Array:
-    """n: whole numbers from z to z + 2^bits - 1, in the dtype of `x`; with `largest`, none is beyond +-largest."""
+    """The integers n of `x`, in its dtype: from z to z + 2^bits - 1, and within -largest ... largest if `largest` is given."""
     step, z = grid(low, high, bits)
     return jnp.round(jnp.clip(x / step, *_ends(z, bits, largest)))
 
@@ -50,7 +50,7 @@ def _ends(z: Array, bits: int, largest: int | None) -> tuple[Array, Array]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def fake_quantize(x: Array, low: Array, high: Array, bits: int, largest: int | None = None) -> Array:
-    """`x` moved onto the grid of [low, high], which broadcast against it, with the derivatives above."""
+    """`x` moved onto the grid of [low, high], with the derivatives above. low, high: broadcast against `x`."""
     return integers(x, low, high, bits, largest) * grid(low, high, bits)[0]
 
 
@@ -62,7 +62,7 @@ def _jvp(bits: int, largest: int | None, values: tuple[Array, ...], tangents: tu
     lowest, highest = _ends(z, bits, largest)
     position, width = x / step, jnp.maximum(high - low, NARROWEST)
     inside = (position >= lowest) & (position <= highest)
-    # Where `largest` cuts the grid, the integer stands still and only the step moves.
+    # Beyond an end that `largest` cuts off, the integer is constant and only the step depends on the range.
     moves = jnp.where(position < lowest, lowest == z, highest == z + 2**bits - 1).astype(x.dtype)
     by_high = jnp.where(inside, y - x, y - moves * low) / width
     by_low = jnp.where(inside, 0.0, moves) - by_high
@@ -82,19 +82,19 @@ def scale_gradient(x: Array, factor: float) -> Array:
 
 
 def fake_quantize_weight(kernel: Array, low: Array, high: Array, bits: int) -> Array:
-    """`kernel` on the grids of its output channels. low, high: broadcast against `kernel`, of size one on the summed axes.
+    """`kernel` moved onto the grids of its output channels. low, high: of size one on the axes that a channel sums over.
 
-    The gradient of a range is multiplied by 1 / sqrt(values that share it * 2^(bits-1)), as in LSQ.
+    As in LSQ, the gradient of a range is scaled. If N values share the range, the factor is 1 / sqrt(N * 2^(bits-1)).
     """
     factor = 1 / math.sqrt(kernel.size / low.size * 2 ** (bits - 1))
     return fake_quantize(kernel, scale_gradient(low, factor), scale_gradient(high, factor), bits, LARGEST_INTEGER)
 
 
 def fake_quantize_activation(x: Array, low: Array, high: Array, bits: int) -> Array:
-    """Activations [batch, ...] on the grid of one range of scalars.
+    """Activations [batch, ...] moved onto the grid of one range. low, high: scalars.
 
-    A range that begins at zero keeps its zero: after a ReLU there is no offset to learn. The gradient of a range is
-    multiplied by 1 / sqrt(values of one image * (2^bits - 1)).
+    If `low` is zero, it gets no gradient, because there is no offset to learn after a ReLU. The gradient of a range is scaled.
+    For N values in each image the factor is 1 / sqrt(N * (2^bits - 1)).
     """
     factor = 1 / math.sqrt(math.prod(x.shape[1:]) * (2**bits - 1))
     low = jnp.where(low == 0, 0.0, scale_gradient(low, factor))
@@ -102,15 +102,16 @@ def fake_quantize_activation(x: Array, low: Array, high: Array, bits: int) -> Ar
 
 
 def proper(low: Array, high: Array) -> tuple[Array, Array]:
-    """The range with zero in it, and not empty."""
+    """The range, widened to hold zero and to be at least `NARROWEST` wide."""
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     return low, jnp.maximum(high, low + NARROWEST)
 
 
 def weight_range(kernel: Array, bits: int, axes: tuple[int, ...], rule: quantizer.RangeRule) -> tuple[Array, Array]:
-    """The range to start from for each output channel; of size one on `axes`, those that one output channel sums over.
+    """The range (low, high) of each output channel from which learning starts. Both ends are of size one on `axes`.
 
-    rule: one of `quantizer.RANGE_RULES`. With eight bits the range is symmetric, as -128 ... 127 is all there is.
+    axes: those that one output channel sums over. rule: one of `quantizer.RANGE_RULES`. With eight bits the range is symmetric,
+    because an int8 with zero point 0 has no integers left for an offset.
     """
     moved = jnp.moveaxis(kernel, axes, range(len(axes)))
     channels = moved.reshape(math.prod(moved.shape[: len(axes)]), -1)

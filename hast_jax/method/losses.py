@@ -15,7 +15,7 @@ Array = jax.Array
 
 
 class BatchNormTap(NamedTuple):
-    """What the BN statistics loss needs of one layer: its input [batch, ..., c], its running moments [c]."""
+    """What the batch-norm statistics loss needs from one layer: its input [batch, ..., c] and its running moments [c]."""
 
     inputs: Array
     mean: Array
@@ -23,9 +23,9 @@ class BatchNormTap(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of the input x of one batch-norm layer [c]: E[x], E[(x - running mean)^2]; and the layer's running moments [c].
+    """Moments of the input x of one batch-norm layer, E[x] and E[(x - running mean)^2], and its running moments; each [c].
 
-    Those of a batch are the averages of those of its equal parts.
+    If a batch is split into equal parts, the moments of the batch are the averages of the parts' moments.
     """
 
     mean: Array
@@ -35,7 +35,7 @@ class Moments(NamedTuple):
 
 
 def bn_moments(taps: Sequence[BatchNormTap]) -> tuple[Moments, ...]:
-    """The moments of every batch-norm layer, over batch, height and width, in one pass over its input."""
+    """The moments of every batch-norm layer, over all axes of its input but the last, in one pass over the input."""
 
     def over(x):
         return tuple(range(x.ndim - 1))
@@ -54,8 +54,8 @@ def bn_statistics(layers: Sequence[Moments]) -> tuple[Array, Array]:
 
         L_BNS = (1/L) sum_l [ mean_c (m_lc - running_mean_lc)^2 + mean_c (v_lc - running_var_lc)^2 ]
 
-    m, v: mean and biased variance of the input of batch-norm layer l. Taken around the running mean r, which m approaches,
-    v = E[(x - r)^2] - (m - r)^2 loses no digits.
+    m, v: mean and biased variance of the input of batch-norm layer l. The variance is computed around the running mean r, as
+    v = E[(x - r)^2] - (m - r)^2. This difference loses no digits, because m approaches r.
     """
     means = [jnp.mean(jnp.square(layer.mean - layer.running_mean)) for layer in layers]
     variances = [layer.spread - jnp.square(layer.mean - layer.running_mean) for layer in layers]
@@ -66,8 +66,9 @@ def bn_statistics(layers: Sequence[Moments]) -> tuple[Array, Array]:
 def hard_sample(logits: Array, labels: Array, gamma: float) -> Array:
     """L_HIL = mean_i d_i^gamma * CE_i with the difficulty d_i = 1 - p(y_i | x_i; t) (gamma: Eq. 8 of the paper).
 
-    The gradient flows through d^gamma. For gamma < 1 its derivative at d = 0 is infinite; such a sample, which is
-    perfectly easy, weighs nothing here instead of turning the whole batch into NaN.
+    logits: the teacher's [batch, classes]. labels: [batch]. The gradient flows through d^gamma too. For gamma < 1 the
+    derivative of d^gamma is infinite at d = 0. A sample with d = 0 therefore has a constant weight: 0, or 1 if gamma is 0.
+    Without this, one perfectly easy sample would turn the whole batch into NaN.
     """
     labels = labels[:, None]
     cross_entropy = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels, 1)[:, 0]

@@ -1,4 +1,4 @@
-"""Sample difficulty promotion: images are moved one step to where teacher and student differ more (Eq. 10)."""
+"""Sample difficulty promotion: images are moved one step in the direction in which teacher and student differ more (Eq. 10)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,8 @@ def promote(distances: Distances, params: Any, images: Array, eps: Array | float
     """Losses and parameter gradient on the clean images, and the promoted images, from one forward and one backward pass.
 
     distances: (params, images [batch, height, width, channels]) -> scalars {"kl": L_KL, "fa": L_FA, ...}. The gradient
-    with respect to the images flows through both teacher and student, so `distances` must not stop it.
+    with respect to the images flows through both teacher and student, so `distances` must not stop it. direction: one of
+    `DIRECTIONS`.
 
     Returns (losses, gradient of their sum with respect to `params`, promoted images). A direction that leaves out a loss
     costs a second backward pass.

@@ -6,9 +6,8 @@
 Rounding is half to even. Because Z is itself rounded, the grid may be shifted by up to half a step:
 three bits on [-1, 1] give the levels -4/3.5 ... 3/3.5.
 
-Invariants: `codes` are whole numbers in [-2^(k-1), 2^(k-1) - 1]; `dequantize(codes)` has at most 2^k values;
-the straight-through gradient of `fake_quantize` is the identity everywhere, outside the range too, and never reaches the
-range.
+Invariants: `codes` are whole numbers in [-2^(k-1), 2^(k-1) - 1]. `dequantize(codes)` has at most 2^k values. The
+straight-through gradient of `fake_quantize` is the identity for each `x`, even outside the range. It never reaches the range.
 """
 
 from collections.abc import Callable
@@ -41,7 +40,7 @@ def dequantize(codes: Array, scale: Array, zero_point: Array) -> Array:
 
 
 def limits(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
-    """The smallest and the largest real value of a code; near `low` and `high`, which need not be on the grid."""
+    """The real values of the smallest and the largest code: near `low` and `high`, which need not be on the grid."""
     scale, zero_point = scale_and_zero_point(low, high, bits)
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     return dequantize(jnp.asarray(lowest), scale, zero_point), dequantize(jnp.asarray(highest), scale, zero_point)
@@ -49,7 +48,7 @@ def limits(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def fake_quantize(x: Array, low: Array, high: Array, bits: int) -> Array:
-    """`x` moved onto the grid of [low, high], with the identity as its derivative, of any order and in any mode.
+    """`x` moved onto the grid of [low, high]. The derivative is the identity, in forward and reverse mode and for any order.
 
     `low` and `high` broadcast against `x` (scalars, or size one on every axis but the channel axis).
     """
@@ -75,13 +74,13 @@ def fake_quantize_weight(kernel: Array, bits: int, axes: tuple[int, ...] | None 
 def fake_quantize_activation(x: Array, low: Array, high: Array, bits: int, straight_through: str) -> Array:
     """Fake-quantize activations with one range [low, high], scalars. straight_through: one of `STRAIGHT_THROUGH`."""
     if straight_through == "clipped":
-        # This changes no code; it stops the gradient of what it cuts.
+        # The clip changes no code, but it stops the gradient of the values that it cuts.
         x = jnp.clip(x, *limits(low, high, bits))
     return fake_quantize(x, low, high, bits)
 
 
 def running_range(average: tuple[Array | None, Array | None], observed: tuple[Array, Array]) -> tuple[Array, Array]:
-    """The running average [low, high] with decay 0.9 after one more observed range; the first one sets it (None before)."""
+    """The running average (low, high), with decay 0.9, after one more range. Before the first, `average` is (None, None)."""
     low, high = (new if old is None else RANGE_DECAY * old + (1 - RANGE_DECAY) * new for old, new in zip(average, observed))
     return low, high
 
@@ -93,9 +92,9 @@ def minmax_range(x: Array, bits: int) -> tuple[Array, Array]:
 
 
 def mse_range(x: Array, bits: int) -> tuple[Array, Array]:
-    """Range of a batch of activations that loses least: [r * min, r * max] with the smallest mean squared error.
+    """Range [r * min, r * max] of a batch of activations whose quantization has the smallest mean squared error; scalars.
 
-    r runs over 0.05, 0.10 ... 1. A few outliers then no longer stretch the grid of all other values. Scalars.
+    r runs over 0.05, 0.10 ... 1. With r below 1, a few outliers no longer stretch the grid of all other values.
     """
 
     def error(ratio: Array) -> Array:
@@ -107,7 +106,7 @@ def mse_range(x: Array, bits: int) -> tuple[Array, Array]:
     return best * low, best * high
 
 
-# The gradient of a quantized activation outside its range: the authors' identity, or zero, as for any bounded activation.
+# The derivative of a quantized activation outside its range: one, as in the authors' code, or zero, as for any clipped value.
 STRAIGHT_THROUGH = ("identity", "clipped")
 
 RANGE_RULES = {"minmax": minmax_range, "mse": mse_range}

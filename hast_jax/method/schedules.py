@@ -1,4 +1,4 @@
-"""Schedules and optimizers: PyTorch's plateau or a cosine for images, steps or a cosine with SGD or Adam for the student."""
+"""Schedules and optimizers. Images: PyTorch's plateau or a cosine. Student: steps or a cosine, with SGD or Adam."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ Array = jax.Array
 
 
 class Plateau(NamedTuple):
-    """Learning rate of PyTorch's ReduceLROnPlateau with what it remembers; scalars."""
+    """PyTorch's ReduceLROnPlateau, as scalars: learning rate, best loss, and number of iterations since without improvement."""
 
     lr: Array
     best: Array
@@ -19,7 +19,7 @@ class Plateau(NamedTuple):
 
 
 def plateau_update(plateau: Plateau, loss: Array, settings: Any) -> Plateau:
-    """Multiply the rate by `factor` once the loss has not improved by `threshold` (relative) for `patience` iterations.
+    """Multiply the rate by `factor` after more than `patience` iterations without a relative improvement of `threshold`.
 
     settings: `threshold`, `patience`, `factor` and `min_lr` of `config.synthesis`.
     """
@@ -27,7 +27,7 @@ def plateau_update(plateau: Plateau, loss: Array, settings: Any) -> Plateau:
     bad = jnp.where(better, 0, plateau.bad + 1)
     drop = bad > settings.patience
     lower = jnp.maximum(plateau.lr * settings.factor, settings.min_lr)
-    # PyTorch ignores a drop of the rate by less than 1e-8.
+    # PyTorch ignores a drop of the rate by 1e-8 or less.
     lr = jnp.where(drop & (plateau.lr - lower > 1e-8), lower, plateau.lr)
     return Plateau(lr, jnp.where(better, loss, plateau.best), jnp.where(drop, 0, bad))
 
@@ -40,7 +40,10 @@ def image_rate(plateau: Plateau, iteration: Array, settings: Any) -> Array:
 
 
 def learning_rate(settings: Any) -> optax.Schedule:
-    """The rate of each step. settings: `config.finetune`; `lr_drops` counts epochs of fine-tuning."""
+    """The student's rate at each step: a cosine to zero, or a division by 10 at each epoch in `lr_drops`.
+
+    settings: `config.finetune`.
+    """
     if settings.schedule == "cosine":
         return optax.cosine_decay_schedule(settings.lr, settings.epochs * settings.steps_per_epoch)
     drops = {epoch * settings.steps_per_epoch: 0.1 for epoch in settings.lr_drops}
@@ -48,9 +51,9 @@ def learning_rate(settings: Any) -> optax.Schedule:
 
 
 def optimizer(settings: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Of the student's `params`. settings: `config.finetune`; schedule: of the rate.
+    """Optimizer of the student's `params`. settings: `config.finetune`. schedule: the rate of each step.
 
-    sgd: PyTorch's, with Nesterov momentum; the weight decay of every parameter enters before the momentum (the paper's).
+    sgd (the paper's): PyTorch's SGD with Nesterov momentum. The weight decay of each parameter is added before the momentum.
     adam: Adam with decoupled weight decay.
     """
     if settings.optimizer == "adam":
@@ -60,9 +63,9 @@ def optimizer(settings: Any, schedule: optax.Schedule) -> optax.GradientTransfor
 
 
 def student_optimizer(settings: Any) -> optax.GradientTransformation:
-    """Of everything trained, {"params": ...} and with learned ranges {"ranges": ...} too. settings: `config.finetune`.
+    """Optimizer of all that is trained: {"params": ...}, and {"ranges": ...} if these are learned. settings: `config.finetune`.
 
-    Ranges are trained by Adam; each step is a share of the range's width, so it fits activations of any size.
+    Adam trains the ranges. Each update is a share of the range's width, so that one rate fits activations of any magnitude.
     """
     schedule = learning_rate(settings)
     share = settings.ranges_lr / settings.lr
@@ -73,10 +76,10 @@ def student_optimizer(settings: Any) -> optax.GradientTransformation:
 
 
 def scale_by_width() -> optax.GradientTransformation:
-    """Multiply the update of each end of a range by high - low. The tree holds {"low": array, "high": array} at its ends."""
+    """Multiply the update of each end of a range by high - low. The tree's leaves are {"low": array, "high": array}."""
 
     def scale(updates: Any, ranges: Any) -> Any:
-        if isinstance(updates, optax.MaskedNode):  # by `optax.partition`: not a range
+        if isinstance(updates, optax.MaskedNode):  # `optax.partition` masks what is not a range
             return updates
         if ranges.keys() == {"low", "high"} and not isinstance(ranges["low"], Mapping):
             width = ranges["high"] - ranges["low"]

@@ -1,7 +1,7 @@
-"""The layers from which version 0.1 asked a network to be built, kept for networks that were written for it.
+"""The layers of version 0.1, kept for networks that were written for that version. Write a new network in plain Flax.
 
-Each is Flax's own layer today. What version 0.1 needed beside it is taken and ignored: bits and `Precision` come from the
-config, and batch norms and branches are found by themselves, so taps are None. Write a new network in plain Flax.
+Each function makes a layer of Flax or of `hast_jax.networks.layers`. Bits and `Precision` are accepted and ignored, because
+bits come from the config. Taps are None, because batch norms and branches are now found in the structure of a network.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Norm = Callable[..., tuple[Array, None]]
 
 
 class Precision(NamedTuple):
-    """Bits of weights and activations: always none, as a network's own calls are in full precision."""
+    """Bits of weights and activations. They stay None, because a network's own calls are in full precision."""
 
     weights: int | None = None
     activations: int | None = None
@@ -28,7 +28,7 @@ FULL_PRECISION = Precision()
 
 
 class Taps(NamedTuple):
-    """What a network returned beside its logits."""
+    """What a network of version 0.1 returned besides its logits."""
 
     batch_norms: tuple[Any, ...]
     branches: tuple[Any, ...]
@@ -46,7 +46,7 @@ def Conv(  # noqa: N802 - these stand for classes
     dilation: int = 1,
     name: str | None = None,
 ) -> nn.Conv:
-    """A convolution, padded by size // 2 on each side where `padding` is not given."""
+    """A convolution, padded by size // 2 on each side if `padding` is not given."""
     height, width = (size, size) if isinstance(size, int) else size
     sides = ((height // 2,) * 2, (width // 2,) * 2) if padding is None else padding
     return nn.Conv(
@@ -67,7 +67,7 @@ def Dense(features: int, bits: int | None = None, use_bias: bool = True, name: s
 
 
 def BatchNorm(epsilon: float = 1e-5, name: str | None = None, **settings: Any) -> Norm:  # noqa: N802
-    """A batch norm; its call returns its output and None."""
+    """A batch norm, whose call returns (output, None)."""
     settings = {"momentum": 0.9, "use_fast_variance": False} | settings
     norm = nn.BatchNorm(epsilon=epsilon, name=name, **settings)
     return lambda x, train=False: (norm(x, use_running_average=not train), None)
@@ -76,7 +76,7 @@ def BatchNorm(epsilon: float = 1e-5, name: str | None = None, **settings: Any) -
 def ConvNorm(  # noqa: N802
     features: int, size: int, stride: int = 1, bits: int | None = None, groups: int = 1, name: str | None = None
 ) -> Norm:
-    """A convolution and its batch norm; its call returns its output and None."""
+    """A convolution with batch norm, whose call returns (output, None)."""
     block = layers.ConvNorm(features, size, stride, groups, name=name)
     return lambda x, train=False: (block(x, train), None)
 

@@ -1,4 +1,4 @@
-"""Networks: any Linen module as teacher or student, the built-in ones by name, and weights from files."""
+"""Networks: any Linen module as teacher or student, built-in networks by name, and weights from files."""
 
 from functools import partial
 from typing import Any
@@ -24,9 +24,9 @@ ARCHITECTURES: dict[str, Any] = {
 
 
 def module(name: str, classes: int, **arguments: Any) -> nn.Module:
-    """The module called `name`: one of `ARCHITECTURES`, or "FILE.py:CLASS" for a class in a file of the user's.
+    """The module called `name`: one of `ARCHITECTURES`, or "FILE.py:CLASS" for a class in a user's file.
 
-    arguments: of the constructor, beside `classes`. Raises UserError where there is no such network.
+    arguments: of the constructor, besides `classes`. Raises UserError if there is no such network or if its constructor fails.
     """
     if name in ARCHITECTURES:
         try:

@@ -1,4 +1,4 @@
-"""Where the residual branches of a network end: what feature alignment compares."""
+"""Where the residual branches of a network end. Feature alignment compares the outputs at these ends."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,7 +9,7 @@ Path = tuple[str, ...]
 
 
 class Call(NamedTuple):
-    """One call of the module at `path`, the first of which has the number 0."""
+    """One call of the module at `path`. number: 0 for the module's first call."""
 
     path: Path
     number: int
@@ -22,10 +22,13 @@ def branches(
     layer_inputs: set[int],
     shapes: Mapping[Call, tuple[int, ...]],
 ) -> tuple[Call, ...]:
-    """The last batch norm of each branch before an addition, and those that a layer follows directly.
+    """The last batch norm of each residual branch, and each batch norm whose output a layer reads directly.
 
-    Of the two operands of an addition, the branch is the one with more batch norms before it, the other is the shortcut. A
-    network without additions has no branches in this sense: there, every batch norm counts.
+    A branch ends at an addition of two feature maps. The operand with more batch norms before it is the branch, the other one
+    is the shortcut. In a network without such additions, every batch norm is returned.
+
+    norms: number of a batch norm's output in `traced` -> its call. layer_outputs, layer_inputs: numbers of values in `traced`.
+    shapes: of the outputs of batch norms.
     """
     images = traced.descendants(traced.inputs[-1:])
     depth = {value: len(above) for value, above in traced.upstream(norms).items()}
@@ -44,7 +47,7 @@ def branches(
 
 
 def _joins(addition: Operation, images: set[int]) -> bool:
-    """Whether it adds two feature maps."""
+    """Whether `addition` adds two feature maps."""
     same = addition.shapes[0] == addition.shapes[1] and len(addition.shapes[0]) > 1
     return same and all(value in images for value in addition.reads)
 

@@ -12,14 +12,14 @@ from hast_jax.networks.network import ENDS, Network, Variables
 
 
 class Codes(dict[str, Any]):
-    """The integer form of one kernel: `codes` (int8), `scale` and `zero_point` of each output channel; (codes + Z) / S.
+    """The integer form of one kernel: `codes` (int8), with the `scale` S and the `zero_point` Z of each output channel.
 
-    axes: of the kernel, those that one output channel sums over.
+    The weights are (codes + Z) / S. `axes` are those axes of the kernel that one output channel sums over.
     """
 
     @property
     def integers(self) -> np.ndarray:
-        """codes + Z, int64, the shape of the kernel; within -127 ... 127 where ranges are learned."""
+        """codes + Z: int64, in the shape of the kernel; within -127 ... 127 if ranges are learned."""
         return self["codes"].astype(np.int64) + self.spread("zero_point").astype(np.int64)
 
     @property
@@ -65,5 +65,5 @@ def _learned_codes(kernel: jax.Array, low: jax.Array, high: jax.Array, bits: int
     largest = int(jnp.max(jnp.abs(integers)))
     assert largest <= learned.LARGEST_INTEGER, largest
     zero_point = z + 2 ** (bits - 1)
-    # In double precision, from which the step comes back exactly.
+    # S is in double precision, so that 1 / S gives back the float32 step exactly.
     return integers - zero_point, 1 / np.asarray(step, np.float64), zero_point

@@ -1,10 +1,12 @@
 """A two-dimensional convolution, in the form that is fastest on a CPU.
 
-On a CPU, XLA's convolutions come near the rate of its matrix products with 32 output channels or more and reach less than
-half of it below. A narrow convolution of stride 1 therefore computes `pack` neighbouring pixels of a row at once, as
-`pack * out` channels of one convolution with stride (1, pack). Its result reshapes to the wanted one without moving a byte.
-The gradient of the image is such a convolution too. The added taps are zeros: the result is the same, to rounding. A depthwise
-convolution is a sum of shifted products instead, as XLA's own is slow there. docs/performance.md says how much both gain.
+On a CPU, XLA's convolutions with 32 output channels or more come near the rate of its matrix products. With fewer channels
+they reach less than half of that rate. A narrow convolution of stride 1 therefore computes `pack` neighbouring pixels of a row
+at once, as `pack * out` channels of one convolution with stride (1, pack). The result is reshaped without moving a byte. The
+gradient of the image is computed in the same way. The entries that the kernel gains are zeros, so the result is the same up to
+rounding.
+
+A depthwise convolution is a sum of shifted products instead, because XLA's own is slow. docs/performance.md gives both gains.
 """
 
 import functools
@@ -20,7 +22,7 @@ Padding = tuple[Pair, Pair]  # before and after, of height and width
 
 FULL_SPEED_CHANNELS = 32
 
-# JAX's names of what an accelerator's products may round their operands to -> bits of the mantissa; None: to nothing less.
+# JAX's names of the types to which products may round their operands -> bits of the mantissa; None: no rounding.
 ARITHMETIC: dict[str, int | None] = {"float32": None, "tensorfloat32": 10, "bfloat16": 7}
 
 
@@ -40,7 +42,7 @@ def conv(x: Array, kernel: Array, strides: Pair, padding: Padding, dilation: Pai
 
 
 def _rounded(x: Array) -> Array:
-    """`x` as an accelerator would take it into a product, which a CPU computes in float32."""
+    """`x` rounded as an accelerator rounds the operands of a product. A CPU computes products in float32."""
     mantissa_bits = ARITHMETIC.get(jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
     return x if mantissa_bits is None else lax.reduce_precision(x, 8, mantissa_bits)
 
@@ -54,7 +56,7 @@ def _direct(x: Array, kernel: Array, strides: Pair, padding: Padding, dilation: 
         rhs_dilation=dilation,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
-        precision=lax.Precision.DEFAULT,  # a CPU has but one, and keeps its fast convolutions for this one
+        precision=lax.Precision.DEFAULT,  # all are the same on a CPU, but only this one gets the fast convolutions
     )
 
 
@@ -88,7 +90,7 @@ def _packed_conv(x: Array, kernel: Array, padding: Padding) -> Array:
 
 
 def _forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
-    # The barriers keep XLA from computing whole residual chains again inside the weight gradient's transposes.
+    # The barriers keep XLA from recomputing whole residual chains inside the weight gradient's transposes.
     x = lax.optimization_barrier(x)
     return _packed(x, kernel, padding), (x, kernel)
 

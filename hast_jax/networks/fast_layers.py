@@ -1,4 +1,4 @@
-"""Where the fast convolutions of conv.py take over from `nn.Conv`."""
+"""Which calls of `nn.Conv` the fast convolutions of conv.py replace, and how."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ Array = jax.Array
 
 
 def is_plain_convolution(module: nn.Module, x: Array) -> bool:
-    """Whether `conv.conv` computes what the layer does: in two dimensions, with zeros around the image, in float32."""
+    """Whether `conv.conv` can replace `module`: a two-dimensional convolution, padded with zeros, in float32 or float64."""
     if type(module) is not nn.Conv or isinstance(module.kernel_size, int) or len(module.kernel_size) != 2 or x.ndim != 4:
         return False
     own = (module.conv_general_dilated, module.conv_general_dilated_cls, module.precision, module.mask)
@@ -23,7 +23,7 @@ def is_plain_convolution(module: nn.Module, x: Array) -> bool:
 
 
 def fast_convolution(module: Any, x: Array) -> Array:
-    """What the bound `module`, which `is_plain_convolution`, computes of `x` [batch, height, width, in]."""
+    """The output of the bound `module` for `x` [batch, height, width, in]. `is_plain_convolution` must hold."""
     kernel = module.get_variable("params", "kernel")
     strides, dilation, padding = _pair(module.strides), _pair(module.kernel_dilation), module.padding
     height: Any

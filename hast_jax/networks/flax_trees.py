@@ -1,7 +1,7 @@
 """Variables as trees: Flax's own, in Python or in a msgpack file, and Orbax checkpoints, which are folders.
 
-A tree is `{"params": ..., "batch_stats": ...}`, or it holds those two beside other things, as a TrainState does, at most
-`DEPTH` levels down. Only these two are taken. A tree with no `params` in it is taken for the params themselves.
+A tree is `{"params": ..., "batch_stats": ...}`. These two may also lie beside other entries, up to `DEPTH` levels down, as in a
+TrainState. All other entries are ignored. A tree without `params` is taken for the params themselves.
 """
 
 import math
@@ -19,7 +19,7 @@ from hast_jax.errors import UserError
 from hast_jax.networks.packed import check_size
 
 COLLECTIONS = ("params", "batch_stats")
-DEPTH = 3  # an item of a checkpoint, a name in it, and what a TrainState calls its params
+DEPTH = 3  # an item of a checkpoint, a name in the item, and the name of a TrainState's params
 TREE = "_METADATA"  # the file that every Orbax folder of arrays has
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders whose writer was stopped
 
@@ -29,30 +29,30 @@ Place = tuple[str, ...]
 def flat(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """State dict of a tree of arrays: {"params/conv/kernel": array}, in the layout and the dtypes of the tree.
 
-    Raises UserError where the tree holds the variables of more than one network.
+    Raises UserError if the tree holds the variables of more than one network.
     """
     place = _place(tree)
     return _named({"params": tree} if place is None else _variables(_at(tree, place)))
 
 
 def read_msgpack(path: Path) -> dict[str, np.ndarray]:
-    """State dict of a file that `flax.serialization` wrote, as by `flat`. Raises ValueError where it holds no tree."""
+    """State dict of a file that `flax.serialization` wrote, as from `flat`. Raises ValueError if it holds no tree."""
     tree = flax.serialization.msgpack_restore(path.read_bytes())
     if not isinstance(tree, dict):
-        raise ValueError(f"it holds one {type(tree).__name__} and no tree of arrays")
+        raise ValueError(f"it holds one {type(tree).__name__} instead of a tree of arrays")
     return flat(tree)
 
 
 def read_orbax(folder: Path) -> dict[str, np.ndarray]:
-    """State dict of an Orbax checkpoint, of the newest one in a folder of steps; as by `flat`.
+    """State dict of an Orbax checkpoint, as from `flat`. In a folder of several steps, the newest one is read.
 
-    Raises UserError where the folder holds no checkpoint or more than one network, and ValueError where the arrays are larger
-    than what is on the disk.
+    Raises UserError if the folder holds no checkpoint or more than one network. Raises ValueError if the arrays would take far
+    more memory than the files take on the disk.
     """
     items = _items(folder) or _items(_newest_step(folder))
     if not items:
         raise UserError(f"{folder} is a folder without an Orbax checkpoint: give a file of weights, or the folder Orbax wrote.")
-    # The older of Orbax's two interfaces, as only it reads a part of a tree, and as NumPy arrays on any devices.
+    # Of Orbax's two interfaces, only the older one reads a part of a tree, and reads it as NumPy arrays on any devices.
     handler = ocp.PyTreeCheckpointHandler()
     try:
         trees = {item: handler.metadata(where).tree for item, where in items.items()}
@@ -70,7 +70,7 @@ def read_orbax(folder: Path) -> dict[str, np.ndarray]:
 
 
 def _place(tree: Mapping[str, Any]) -> Place | None:
-    """Where in `tree` the one mapping with `params` is; None where there is none."""
+    """The path in `tree` of the only mapping with `params`; None if there is none. Raises UserError if there are several."""
     places = list(_places(tree, DEPTH))
     if len(places) > 1:
         both = " and ".join("/".join((*place, "params")) for place in places[:2])
@@ -110,7 +110,7 @@ def _named(tree: Any) -> dict[str, np.ndarray]:
 
 
 def _items(folder: Path) -> dict[str, Path]:
-    """Name -> folder of each tree of a checkpoint: the folder itself, or those in it, as `default` or `state`."""
+    """Name -> folder of each tree in a checkpoint: `folder` itself, or the folders in it, such as `default` or `state`."""
     if (folder / TREE).is_file():
         return {"": folder}
     inside = [found.parent for found in sorted(folder.glob(f"*/{TREE}"))]
@@ -118,13 +118,13 @@ def _items(folder: Path) -> dict[str, Path]:
 
 
 def _newest_step(folder: Path) -> Path:
-    """The folder of the last step that has a checkpoint in it; `folder` where there is none."""
+    """The folder of the last step that has a checkpoint in it; `folder` if there is none."""
     steps = {step: child for child in folder.iterdir() if (step := _step(child)) is not None and _items(child)}
     return steps[max(steps)] if steps else folder
 
 
 def _step(folder: Path) -> int | None:
-    """12 of "12" and of "checkpoint_12"; None where the folder is no step."""
+    """12 for "12" and for "checkpoint_12"; None if the folder is no step."""
     found = re.fullmatch(r"(?:.*_)?(\d+)", folder.name)
     return int(found[1]) if found else None
 
@@ -134,13 +134,13 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _bytes(leaf: Any) -> int:
-    """What reading an array of this description takes: whole chunks are unpacked, also of a smaller array."""
+    """Bytes that reading the described array takes. Whole chunks are unpacked, even if the array is smaller."""
     chunk = leaf.storage.chunk_shape if getattr(leaf, "storage", None) else None
     return max(math.prod(leaf.shape), math.prod(chunk or ())) * np.dtype(leaf.dtype).itemsize
 
 
 def _restore(handler: ocp.PyTreeCheckpointHandler, folder: Path, like: Any) -> Any:
-    """The part of a tree whose description is `like`, as NumPy arrays."""
+    """The part of the tree in `folder` that `like` describes, as NumPy arrays."""
 
     def each(make):
         return jax.tree.map(make, like, is_leaf=_is_array)

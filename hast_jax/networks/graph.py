@@ -1,4 +1,4 @@
-"""Which values of a traced network depend on which: what the layers of a stranger's network read and where its branches end."""
+"""Which values of a traced network depend on which others. This tells what layers read and where branches end."""
 
 import re
 import zlib
@@ -9,27 +9,27 @@ import jax
 import numpy as np
 from jax.extend import core as jax_core
 
-INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # where primitives that only call another function keep it
+INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters that hold the function which a primitive calls
 
 
 class Operation(NamedTuple):
-    """One primitive with the numbers of the values that it reads and makes; None reads a constant."""
+    """One primitive with the numbers of the values that it reads and makes; None stands for a constant."""
 
     name: str
     reads: tuple[int | None, ...]
     makes: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], ...]  # of what it reads
+    shapes: tuple[tuple[int, ...], ...]  # of the values that it reads
 
 
 class Graph:
-    """A traced function as a list of operations in order; functions that it calls are written out in their place.
+    """A traced function as a list of operations, in order. The functions that it calls are inlined.
 
-    inputs, outputs: the numbers of its arguments and results, in the order of their leaves. checksum: of what it computes;
-    other versions of JAX write the same function in another way.
+    inputs, outputs: the numbers of its arguments and results, in the order of their leaves. checksum: of the traced program. It
+    depends on the version of JAX too, because versions may trace the same function to other programs.
     """
 
     def __init__(self, traced: Any):
-        """traced: what `jax.make_jaxpr` gives."""
+        """traced: the closed jaxpr of a function, as from `jax.make_jaxpr`."""
         self.operations: list[Operation] = []
         self.checksum = _checksum(traced)
         self._values = 0
@@ -50,7 +50,7 @@ class Graph:
         return found
 
     def upstream(self, marked: Iterable[int]) -> dict[int, frozenset[int]]:
-        """For each value, those of the marked ones that it depends on, itself included; a value without any is absent."""
+        """For each value, the marked values that it depends on, itself included. Values that depend on none are absent."""
         marked = set(marked)
         found: dict[int, frozenset[int]] = {value: frozenset([value]) for value in self.inputs if value in marked}
         for operation in self.operations:
@@ -88,7 +88,7 @@ class Graph:
 
 
 def trace(function: Any, *arguments: Any) -> tuple[Graph, Any]:
-    """The graph of `function(*arguments)`, and its result with the number of a value in the place of each leaf."""
+    """The graph of `function(*arguments)`, and the function's result with the number of a value in place of each leaf."""
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
     graph = Graph(traced)
     return graph, jax.tree.unflatten(jax.tree.structure(shapes), graph.outputs)
@@ -103,6 +103,6 @@ def _checksum(traced: Any) -> int:
 
 
 def _name(equation: Any) -> str:
-    """The name of a primitive; a product that sums over nothing is one of elements."""
+    """The name of a primitive. A dot_general that sums over no axis counts as "mul", because it multiplies single elements."""
     name = equation.primitive.name
     return "mul" if name == "dot_general" and not equation.params["dimension_numbers"][0][0] else name

@@ -1,20 +1,22 @@
 """Weights that Keras wrote: `.h5` of Keras 2, `.weights.h5` and `.keras` of Keras 3. They are read with h5py, without Keras.
 
-A layer NAME is the Flax module NAME; a nested model is a nested module, and so is what a "/" in a name parts. In it,
+The layer NAME becomes the Flax module NAME. A nested model becomes a nested module, and a "/" in a name separates nested
+modules. The variables of a layer become
 
     kernel, bias                  params: kernel, bias
     gamma, beta                   params: scale, bias          (absent where the layer has no scale or no center)
     moving_mean, moving_variance  batch_stats: mean, var
     depthwise_kernel [h, w, c, m] params: kernel [h, w, 1, c * m] of a convolution with feature_group_count=c
 
-and other names are kept. So the state dict of Conv1 has "params/Conv1/kernel" in Flax's layout, which is Keras' own but for
-depthwise kernels. Where the network's modules are called otherwise, a name map says so:
+Other names are kept. The state dict of the layer Conv1 has "params/Conv1/kernel" in Flax's layout, which differs from Keras'
+for depthwise kernels alone. If the network's modules have other names than the layers, a name map translates them:
 `names=lambda path: "/".join({"stem": "Conv1"}.get(part, part) for part in path)`.
 
-Keras 3 numbers the variables of a layer: their names are "params/Conv1/vars/0" until `resolve` has seen the network. Older
-files of Keras 3 call layers by class and number (`conv2d_1`): a `.keras` says whose those are; a `.weights.h5` cannot.
+Keras 3 numbers the variables of a layer. Their names are "params/Conv1/vars/0" and so on, until `resolve` finds their names in
+the network. Older files of Keras 3 name a layer by class and number (`conv2d_1`). A `.keras` file also holds the layer's own
+name; a `.weights.h5` file does not.
 
-TensorFlow's padding "same", asymmetric at stride 2, is Flax's "SAME". Keras' batch norm has epsilon 1e-3, Flax's 1e-5.
+TensorFlow's padding "same", which is asymmetric at stride 2, is Flax's "SAME". Keras' batch norm has epsilon 1e-3, Flax's 1e-5.
 Kernels of transposed convolutions differ from Flax's in more than their layout and are not converted.
 """
 
@@ -38,7 +40,7 @@ Shape = tuple[int, ...]
 
 LEAVES = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var", "depthwise_kernel": "kernel"}
 STATISTICS = ("mean", "var")
-# The variables of a layer in Keras' order, where their number and the network's module leave no doubt of which is which.
+# Sets of variables of a layer, in Keras' order, in which a number stands for one variable without doubt.
 ORDERS = (("kernel",), ("kernel", "bias"), ("scale", "bias"), ("mean", "var"), ("scale", "bias", "mean", "var"))
 CONTAINERS = ("layers", "_layer_checkpoint_dependencies")
 NO_LAYERS = ("optimizer", "optimizer_weights", "metrics")
@@ -46,15 +48,15 @@ NUMBERED = re.compile(r"(.+)/vars/(\d{1,4})")
 
 
 def read_h5(path: Path) -> dict[str, np.ndarray]:
-    """State dict of an `.h5` file, with the names that the module's page gives.
+    """State dict of an `.h5` file, with the names that the docstring of this module gives.
 
-    Raises UserError where h5py is missing, and ValueError or OSError where the file is not what it says.
+    Raises UserError if h5py is missing, and ValueError or OSError if the file is not valid.
     """
     return _read(path, path.stat().st_size, path, {})
 
 
 def read_keras(path: Path) -> dict[str, np.ndarray]:
-    """State dict of a `.keras` archive, as `read_h5`."""
+    """State dict of a `.keras` archive, as from `read_h5`."""
     check_archive(path)
     with zipfile.ZipFile(path) as archive:
         config, packed = json.loads(archive.read("config.json")), archive.read("model.weights.h5")
@@ -62,10 +64,10 @@ def read_keras(path: Path) -> dict[str, np.ndarray]:
 
 
 def resolve(found: Collection[str], expected: Collection[str]) -> dict[str, str]:
-    """Name of the file -> name of the network, for those variables in `found` that have a number.
+    """Name in the file -> name in the network, for each variable in `found` that has a number.
 
-    found, expected: names such as "params/Conv1/vars/0" and "batch_stats/bn/mean". A layer whose variables could be told apart
-    in more than one way, or in none, is left out.
+    found: names in the file, such as "params/Conv1/vars/0". expected: names in the network, such as "batch_stats/bn/mean". A
+    layer is left out if it is not certain which variable each number stands for.
     """
     resolved: dict[str, str] = {}
     for layer, numbered in _layers(found).items():
@@ -76,7 +78,7 @@ def resolve(found: Collection[str], expected: Collection[str]) -> dict[str, str]
 
 
 def doubts(unknown: Collection[str], expected: Collection[str]) -> list[str]:
-    """A clause for each layer of the network that `resolve` left out."""
+    """One clause of an error message for each layer of the network that `resolve` left out."""
     layers = {layer: (numbered, _leaves(layer, expected)) for layer, numbered in _layers(unknown).items()}
     return [
         f"the {len(numbered)} numbered arrays of {layer} could be any of {', '.join(names)} (save the model as .keras or .h5)"
@@ -86,24 +88,24 @@ def doubts(unknown: Collection[str], expected: Collection[str]) -> list[str]:
 
 
 def is_numbered(name: str) -> bool:
-    """Whether the name says only which variable of its layer it is."""
+    """Whether `name` gives only the number of a variable in its layer."""
     return NUMBERED.fullmatch(name) is not None
 
 
 def depthwise(kernel: np.ndarray) -> np.ndarray:
-    """[h, w, c, m] -> [h, w, 1, c * m]: output m of channel c is number c * M + m for Keras and for Flax."""
+    """[h, w, C, M] -> [h, w, 1, C * M]. Output m of input channel c has the number c * M + m, in Keras and in Flax."""
     height, width, channels, multiplier = kernel.shape
     return kernel.reshape(height, width, 1, channels * multiplier)
 
 
 def as_expected(array: np.ndarray, wanted: Shape) -> np.ndarray:
-    """A numbered variable in the shape that the network wants, if it is the kernel of a depthwise convolution."""
+    """A numbered variable. If it is the kernel of a depthwise convolution, it is reshaped to `wanted`, the network's shape."""
     is_depthwise = array.ndim == 4 and array.shape != wanted and math.prod(array.shape) == math.prod(wanted)
     return depthwise(array) if is_depthwise and wanted[:3] == (*array.shape[:2], 1) else array
 
 
 def _layers(names: Collection[str]) -> dict[str, list[str]]:
-    """Layer -> names of its numbered variables, in their order."""
+    """Layer -> names of its numbered variables, in the order of the numbers."""
     layers: dict[str, dict[int, str]] = {}
     for name in names:
         if found := NUMBERED.fullmatch(name):
@@ -124,7 +126,7 @@ def _named(modules: list[str], leaf: str) -> str:
 
 
 def _read(file: Any, size: int, path: Path, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """file, size: what h5py opens, and its bytes. path: for messages. config: of the model, empty where it is not known."""
+    """file: for h5py to open. size: of the file, in bytes. path: for messages. config: of the model, empty if unknown."""
     try:
         import h5py
     except ImportError as error:
@@ -132,22 +134,22 @@ def _read(file: Any, size: int, path: Path, config: Mapping[str, Any]) -> dict[s
     state: dict[str, np.ndarray] = {}
     with h5py.File(file, "r") as opened:
         config = config or json.loads(opened.attrs.get("model_config", "{}"))
-        root = opened.get("model_weights", opened)  # a whole model of Keras 2, or its weights
+        root = opened.get("model_weights", opened)  # in a whole model of Keras 2, a group; else the file
         found: dict[str, Any] = {}
-        root.visititems(lambda name, each: found.update({name: each}))  # it follows no link out of the file
+        root.visititems(lambda name, each: found.update({name: each}))  # `visititems` follows no link out of the file
         arrays = {name: each for name, each in found.items() if isinstance(each, h5py.Dataset) and _is_weight(name)}
         for name, array in arrays.items():
             if array.external or array.is_virtual or array.dtype.hasobject:
-                raise ValueError(f"{name} in it is no array of numbers of this file")
+                raise ValueError(f"{name} is not an array of numbers in the file itself")
         check_size(sum(map(_bytes, arrays.values())), size)
         name_of = _keras_3(found, config) if any(map(is_numbered, arrays)) else _keras_2(root)
         kernels = tuple(f"/{layer['config']['name']}/kernel" for _, layer in _groups(config) if _is_depthwise(layer))
         for source, array in arrays.items():
             name = name_of(source)
             if name in state:
-                raise ValueError(f"two arrays in it are {name}")
+                raise ValueError(f"two arrays in it have the name {name}")
             values = np.asarray(array)
-            if array.attrs.get("dtype") == "bfloat16":  # HDF5 has no such type
+            if array.attrs.get("dtype") == "bfloat16":  # HDF5 lacks this type: the array holds its bytes
                 values = values.view(np.dtype(jnp.bfloat16))
             if source.partition(":")[0].endswith("/depthwise_kernel") or name.endswith(kernels):
                 values = depthwise(values)
@@ -165,18 +167,18 @@ def _is_depthwise(layer: Mapping[str, Any]) -> bool:
 
 
 def _bytes(array: Any) -> int:
-    """What reading a dataset takes: whole chunks are unpacked, also of a smaller array."""
+    """Bytes that reading a dataset takes. Whole chunks are unpacked, even if the array is smaller."""
     return max(math.prod(array.shape), math.prod(array.chunks or ())) * array.dtype.itemsize
 
 
 def _keras_2(root: Any) -> Callable[[str], str]:
-    """Dataset -> name: "block/block_1/conv/kernel:0", in the group of the layer "block", is "params/block/conv/kernel"."""
+    """A function, path in the file -> name: "block/block_1/conv/kernel:0" of layer "block" is "params/block/conv/kernel"."""
     said = [name for key, names in root.attrs.items() if re.fullmatch(r"layer_names\d*", key) for name in names]
     layers = [name.decode() if isinstance(name, bytes) else str(name) for name in said]
 
     def name_of(source: str) -> str:
         group = max((layer for layer in layers if source.startswith(f"{layer}/")), key=len, default=source.split("/")[0])
-        # Inside of its group, a variable has the layer's name once more, and may have the model's before it.
+        # Inside its group, a variable's path has the layer's name once more, perhaps behind the model's name.
         inside = re.split(rf"(?:^|/){re.escape(group)}(?:_\d+)?/", source.removeprefix(f"{group}/"), maxsplit=1)[-1]
         *modules, variable = inside.partition(":")[0].split("/")
         return _named([*group.split("/"), *modules], LEAVES.get(variable, variable))
@@ -185,7 +187,7 @@ def _keras_2(root: Any) -> Callable[[str], str]:
 
 
 def _keras_3(found: Mapping[str, Any], config: Mapping[str, Any]) -> Callable[[str], str]:
-    """Dataset -> name: "layers/conv2d/vars/0" is "params/Conv1/vars/0", if the file calls its first Conv2D so."""
+    """A function, path in the file -> name: "layers/conv2d/vars/0" is "params/Conv1/vars/0" if that layer is Conv1."""
     configs = dict(_groups(config))
 
     def name_of(source: str) -> str:
@@ -210,7 +212,7 @@ def _keras_3(found: Mapping[str, Any], config: Mapping[str, Any]) -> Callable[[s
 
 
 def _groups(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Group in a file of Keras 3 -> config of each layer of a model, counted as Keras does, of nested models too."""
+    """(group in a file of Keras 3, config) of each layer of a model, nested models included. Keras numbers groups so."""
     inner = config.get("config", {})
     counts: Counter[str] = Counter()
     for layer in inner if isinstance(inner, list) else inner.get("layers", []):

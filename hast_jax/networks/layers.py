@@ -1,4 +1,4 @@
-"""What the built-in networks are made of, beside Flax's own layers."""
+"""Layers of the built-in networks that Flax does not have."""
 
 from collections.abc import Callable
 
@@ -24,14 +24,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Activation(nn.Module):
     """An activation function whose *output* a student quantizes, with one range for the layer, as the paper does.
 
-    In a network with such marks nothing else is quantized but weights. In a network without any, the inputs of its
-    convolutions and linear layers are.
+    In a network with such layers, only their outputs and the weights are quantized. In a network without them, the inputs of
+    convolutions and linear layers are quantized instead. Rules (rules.py) can quantize more inputs.
     """
 
     function: str = "relu"
 
     def __call__(self, x: Array) -> Array:
-        """Any shape, kept. Raises InputError for an unknown function."""
+        """`x` of any shape -> the same shape. Raises InputError for an unknown function."""
         if self.function not in ACTIVATIONS:
             raise InputError(f"the activation {self.function!r} is unknown: choose from {', '.join(ACTIVATIONS)}.")
         return ACTIVATIONS[self.function](x)
@@ -40,7 +40,7 @@ class Activation(nn.Module):
 class ConvNorm(nn.Module):
     """Convolution without bias, padded by size // 2 on each side as in PyTorch, and batch norm with PyTorch's settings.
 
-    groups: the input channels for a depthwise one.
+    groups: for a depthwise convolution, the number of input channels.
     """
 
     features: int
@@ -64,6 +64,6 @@ class ConvNorm(nn.Module):
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
             name="conv",
         )(x)
-        # PyTorch's momentum 0.1 is 0.9 here, and the variance is not computed as E[x^2] - E[x]^2.
+        # PyTorch's momentum 0.1 is Flax's 0.9. Flax's fast variance, E[x^2] - E[x]^2, would lose digits.
         norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, name="bn")
         return norm(x)

@@ -1,4 +1,4 @@
-"""Layers that multiply vectors with a kernel: which axes of the kernel one output channel sums over."""
+"""Layers that multiply vectors by a kernel: the axes of the kernel that one output channel sums over."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,12 @@ LINEAR = (nn.Conv, nn.Dense, nn.DenseGeneral, nn.Einsum)
 
 
 def summed_axes(module: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[int, ...]:
-    """Axes of the kernel that are summed over. Raises UserError where the layer is no linear map of vectors."""
+    """Axes of the kernel that one output channel sums over. Raises UserError if the layer is no linear map of vectors."""
     own_call = next(kind for kind in LINEAR if isinstance(module, kind)).__call__
     if type(module).__call__ is not own_call:
-        raise InputError(f"{place(module)} is a {name_of(module)} with a call of its own, whose weights nothing knows.")
+        raise InputError(f"{place(module)} is a {name_of(module)} with a call of its own: use the layer of Flax itself.")
     if getattr(module, "mask", None) is not None:
-        raise InputError(f"{place(module)} has a mask over its kernel: multiply the weights by it and leave it out.")
+        raise InputError(f"{place(module)} has a mask over its kernel: multiply the weights by the mask, and leave it out.")
     if isinstance(module, nn.Conv):
         sizes = module.kernel_size
         return tuple(range(1 + (1 if isinstance(sizes, int) else len(sizes))))
@@ -42,10 +42,10 @@ def _einsum_axes(module: nn.Einsum, text: str) -> tuple[int, ...]:
 
 
 def name_of(module: Any) -> str:
-    """What messages call a network."""
+    """The name of a network or layer in messages."""
     return type(module).__name__
 
 
 def place(module: nn.Module) -> str:
-    """Where a bound module is in its network."""
+    """The path of a bound module in its network, or its class if it is the network itself."""
     return "/".join(module.path) or name_of(module)

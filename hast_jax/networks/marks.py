@@ -1,6 +1,7 @@
-"""A network traced with marks where activations are quantized, for those who write it in another form.
+"""A network with marks where activations are quantized. An export traces it and writes the marks in its own form.
 
-The grid of a mark is static: integers from `lowest` to `lowest` + 2^bits - 1, times `step`. `name` is the path of its range.
+The grid of a mark is constant: the integers from `lowest` to `lowest` + 2^bits - 1, times `step`. `name` is the path of the
+range.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ _mark.def_abstract_eval(lambda x, **_: x)
 
 
 def marked(network: Network) -> Network:
-    """`network` that marks its activations instead of quantizing them, and takes its kernels as they are given."""
+    """`network`, but it marks its activations instead of quantizing them and uses its kernels as they are given."""
 
     def mark(x: jax.Array, low: jax.Array, high: jax.Array, site: Site) -> Any:
         step, lowest = activation_grid(network, low, high, site.bits)
@@ -31,7 +32,7 @@ def marked(network: Network) -> Network:
 
 
 def activation_grid(network: Network, low: jax.Array, high: jax.Array, bits: int) -> tuple[float, int]:
-    """The step (a float32) and the smallest integer of the grid of a range, which is a constant of the trace."""
+    """The step (exact in float32) and the smallest integer of a range's grid. The range must be a constant of the trace."""
     with jax.ensure_compile_time_eval():
         if network.learned_ranges:
             step, lowest = learned.grid(low, high, bits)

@@ -1,4 +1,4 @@
-"""MobileNetV1 and MobileNetV2: depthwise convolutions; architecture and names of parts are those of pytorchcv."""
+"""MobileNetV1 and MobileNetV2, of depthwise convolutions. Architecture and names of parts are those of pytorchcv."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -59,7 +59,7 @@ class MobileNetV1(nn.Module):
 
 
 class LinearBottleneck(nn.Module):
-    """Expansion, depthwise convolution and linear projection, with a skip where shapes allow."""
+    """Expansion, depthwise convolution and linear projection, with a skip connection if the shapes allow it."""
 
     features: int
     stride: int
@@ -83,8 +83,8 @@ class LinearBottleneck(nn.Module):
 class MobileNetV2(nn.Module):
     """pytorchcv's `mobilenetv2_w1`, or torchvision's `mobilenet_v2`.
 
-    torchvision's first unit has no expanding convolution, and its last layer is linear with a bias instead of a 1x1
-    convolution without.
+    torchvision's first unit has no expanding convolution. Its last layer is linear with a bias; pytorchcv's is a 1x1
+    convolution without bias.
 
     classes: number of logits. widths: channels of each unit of each stage; each stage but the first halves the image.
     """

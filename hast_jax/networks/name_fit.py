@@ -1,4 +1,4 @@
-"""Which tensor of a state dict is which variable of a network: the name map that fits best, behind any common prefix."""
+"""Which tensor of a state dict is which variable of a network, by the name map that fits best behind any common prefix."""
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping
@@ -8,15 +8,15 @@ from hast_jax.networks import keras_files
 from hast_jax.networks.flax_trees import COLLECTIONS
 from hast_jax.networks.names import Path
 
-MAX_PREFIXES = 8  # wrappers around a network
-MOST = 0.9  # missing names, of which it is said how many there are rather than which
+MAX_PREFIXES = 8  # nested wrappers around a network, at most
+MOST = 0.9  # share of missing names; above it, a message counts them instead of listing them
 
 
 class Fit(NamedTuple):
-    """What fits what.
+    """How the names in a file fit those in a network.
 
-    pairs: name in the file -> name in the network. missing, unknown: names of the network and of the file without the other.
-    prefix: what every name in the file has in front.
+    pairs: name in the file -> name in the network. missing: names that only the network has. unknown: names that only the file
+    has. prefix: of all names in the file; it is removed before the names are compared.
     """
 
     pairs: dict[str, str]
@@ -26,29 +26,30 @@ class Fit(NamedTuple):
 
 
 def best(found: Collection[str], maps: Collection[Mapping[str, Path]]) -> tuple[Fit, Mapping[str, Path]]:
-    """The fit with the most pairs, and its map; of equals that with the shortest prefix, and then the first of `maps`.
+    """The fit with the most pairs, and its map. Of equal fits, the one with the shortest prefix wins, then the first map.
 
-    found: the names in the file. maps: of each library, its names of the network's variables.
+    found: the names in the file. maps: for each library, its name of each variable -> path of the variable.
     """
     fits = [(_fit(found, names, prefix), names) for prefix in _prefixes(found) for names in maps]
     return max(fits, key=lambda each: len(each[0].pairs))
 
 
 def faults(fit: Fit) -> list[str]:
-    """A clause for each tensor that is missing or unknown; one for all where that is nearly every one."""
+    """One clause of an error message for each missing or unknown tensor, or one for all if nearly all are missing."""
     wanted = len(fit.missing) + len(fit.pairs)
     if len(fit.missing) > MOST * wanted:
         if not fit.unknown:
             return [f"{len(fit.missing)} of its {wanted} tensors are missing, such as {fit.missing[0]}"]
         return [
-            f"{len(fit.missing)} of its {wanted} tensors are missing and {len(fit.unknown)} others unknown, as its names are "
-            f"like {fit.missing[0]} and the file's like {fit.unknown[0]} (state_dict_names of its class says which is which)"
+            f"{len(fit.missing)} of its {wanted} tensors are missing and {len(fit.unknown)} others are unknown, because its "
+            f"names are like {fit.missing[0]} and the file's like {fit.unknown[0]} "
+            "(state_dict_names of its class can translate them)"
         ]
     return [f"{name} is missing" for name in fit.missing] + [f"{name} is unknown" for name in fit.unknown]
 
 
 def is_flax(name: str) -> bool:
-    """Whether it is a name of Flax, whose array is in Flax's layout."""
+    """Whether `name` is one of Flax, so that its array is in Flax's layout."""
     return bool(_split(name)[0])
 
 
@@ -60,10 +61,10 @@ def _fit(found: Collection[str], names: Mapping[str, Path], prefix: str) -> Fit:
 
 
 def _prefixes(names: Collection[str]) -> Iterator[str]:
-    """The empty one, and each chain of whole modules that all names share, behind the collection in those of Flax."""
+    """The empty prefix, and each chain of whole modules with which all names begin (names of Flax: behind the collection)."""
     yield ""
     rests = [_split(name)[1] for name in names]
-    first, last = min(rests, default=""), max(rests, default="")  # what these two share, all share
+    first, last = min(rests, default=""), max(rests, default="")  # what these two share, all names share
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last))
     ends = [end for end, (character, _) in enumerate(same, start=1) if character in "./"]
     yield from (first[:end] for end in ends[:MAX_PREFIXES])

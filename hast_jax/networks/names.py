@@ -1,4 +1,4 @@
-"""What our variables are called in the state dicts of others: explicit maps, one for each family and library.
+"""The names of our variables in the state dicts of other libraries: one explicit map for each family and library.
 
 A path is (collection, names of modules ..., leaf), as in ("params", "stage2_unit1", "conv1", "bn", "scale").
 """
@@ -59,7 +59,7 @@ def mobilenet_pytorchcv(path: Path) -> str:
 
 
 def mobilenetv2_torchvision(path: Path, units: Sequence[int]) -> str:
-    """("params", "stage2_unit1", "conv3", "bn", "scale") -> "features.2.conv.3.weight". units: of each stage."""
+    """("params", "stage2_unit1", "conv3", "bn", "scale") -> "features.2.conv.3.weight". units: number in each stage."""
     _, block, *inner, leaf = path
     if block == "output":
         modules = ["classifier", "1"]

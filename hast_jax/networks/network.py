@@ -1,8 +1,8 @@
-"""A Linen module as teacher or student, unchanged: its calls are intercepted where something is quantized or looked at.
+"""A Linen module as teacher or student, unchanged: its calls are intercepted where values are quantized or recorded.
 
-The kernels of a student are a pure function of `params`, computed before the call. Its activations are quantized where layers
-consume them: `flax.linen.intercept_methods` sees each call of a layer. In full precision nothing is changed, and the logits are
-those of the module's own `apply`.
+The kernels of a student are fake-quantized before the call, as a pure function of `params`. Its activations are quantized where
+layers consume them: `flax.linen.intercept_methods` sees each call of a layer. In full precision nothing is changed, and the
+logits are those of the module's own `apply`.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from hast_jax.networks.structure import COLLECTION, Call, Path, Structure, argum
 Array = jax.Array
 Variables = Mapping[str, Any]
 
-ENDS = ("low", "high")  # of a range, in the collection `ranges`
+ENDS = ("low", "high")  # names of the two ends of a range, in the collection `ranges`
 
 
 class Taps(NamedTuple):
-    """What a network shows beside its logits.
+    """What a network gives besides its logits.
 
     batch_norms: the input and the running moments of each call of a batch norm, in the order of execution.
     branches: the outputs that feature alignment compares [batch, height, width, c].
@@ -47,17 +47,18 @@ class Taps(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A module with what the stages need to know of it.
+    """A module with all that the stages need to know of it. A network without bits is in full precision: a teacher.
 
-    call: keyword arguments of its calls. kernels: bits of each quantized kernel, by layer. sites: of each call whose input (of
-    a layer) or output (of an `Activation`) is quantized. range_rule: observes the range of a batch of activations.
-    learned_ranges: kernels have ranges of their own in the collection `ranges`, and the gradient reaches all ranges; otherwise
-    the range of a kernel is its minimum and maximum. kernel_range_rule: the range from which that of a kernel is learned.
-    straight_through: one of `quantizer.STRAIGHT_THROUGH`, where ranges are not learned. quantize_activation: a function of
-    (x, low, high, site) that is called instead of the fake quantization of activations; an export marks their places with it.
-    arithmetic: of convolutions and matrix products, one of `conv.ARITHMETIC`. fast_convolution: use `networks.conv` on a CPU.
-
-    A network without bits is in full precision: a teacher.
+    call: keyword arguments of the module's calls. branches: calls of batch norms whose outputs are aligned. kernels: bits of
+    each quantized kernel, by layer. sites: a `Site` for each call whose input (of a layer) or output (of an `Activation`) is
+    quantized. range_rule: gives the range of a batch of activations.
+    learned_ranges: whether ranges are learned. If they are, each kernel has a range in the collection `ranges`, and the
+    gradient reaches all ranges. If not, the range of a kernel is its minimum and maximum. kernel_range_rule: gives the range of
+    a kernel from which learning starts. straight_through: one of `quantizer.STRAIGHT_THROUGH`, used if ranges are not learned.
+    quantize_activation: a function of (x, low, high, site) that replaces the fake quantization of activations. An export marks
+    activations with it.
+    arithmetic: precision of convolutions and matrix products, one of `conv.ARITHMETIC`. fast_convolution: use `networks.conv`
+    on a CPU.
     """
 
     module: nn.Module
@@ -97,13 +98,13 @@ def create(
     rules: Rules | None = None,
     **settings: Any,
 ) -> Network:
-    """`module` as a network of the stages, for normalised images [batch, *image]: a teacher, or with `rules` a student.
+    """`module` as a `Network`, for normalised images [batch, *image]: a student if `rules` are given, else a teacher.
 
-    call: keyword arguments of its call; by default those that make it infer (`structure.inference_arguments`).
-    branches: a regular expression over whole names in the paths of batch norms; empty: those that the module names in an
-    attribute `branches`, or else those found in its structure. settings: other fields of `Network`.
+    call: keyword arguments of the module's call; by default those for inference (`structure.inference_arguments`).
+    branches: a regular expression over whole names in the paths of batch norms. If it is empty, the module's own attribute
+    `branches` is used. Without that attribute, branches are found in the structure. settings: other fields of `Network`.
 
-    Raises UserError, with the reason, where it cannot be quantized.
+    Raises UserError, with the reason, if the module cannot be quantized.
     """
     call = structure_lib.inference_arguments(module) if call is None and isinstance(module, nn.Module) else call or {}
     structure = structure_lib.inspect(module, image, call)
@@ -119,8 +120,8 @@ def create(
 def apply(network: Network, variables: Variables, images: Array) -> tuple[Array, Taps]:
     """Logits [batch, classes] and taps of normalised images [batch, height, width, channels]; nothing is updated.
 
-    variables: those of the module; of a student, `ranges` too. Logits and taps are float32 at least, whatever the module
-    computes in: losses of a few per cent would be lost in less.
+    variables: the module's, and for a student also `ranges`. Logits, inputs of batch norms and branches are float32 at least,
+    even if the module computes in less. Narrower types would lose the small differences that losses measure.
     """
     logits, left = _call(network, variables, images, observing=False)
 
@@ -138,8 +139,8 @@ def apply(network: Network, variables: Variables, images: Array) -> tuple[Array,
 def observe(network: Network, variables: Variables, ranges: Variables, images: Array) -> Variables:
     """The `ranges` after one more batch of images [batch, height, width, channels]; `ranges` is empty before the first.
 
-    The range of the batch enters a running average; the first batch sets it. Where ranges are learned, those of the kernels
-    are among them.
+    The range of each batch enters a running average, which the first batch sets. If ranges are learned, the result also has the
+    ranges of the kernels.
     """
     ranges = ranges or kernel_ranges(network, variables["params"])
     if not network.sites:
@@ -151,7 +152,7 @@ def observe(network: Network, variables: Variables, ranges: Variables, images: A
 
 
 def kernel_ranges(network: Network, params: Variables) -> Variables:
-    """The `ranges` of the kernels from which learning starts; {} where ranges are not learned."""
+    """The `ranges` of the kernels from which learning starts; {} if ranges are not learned."""
     if not network.learned_ranges:
         return {}
     flat, limits = flatten_dict(params), {}
@@ -161,18 +162,17 @@ def kernel_ranges(network: Network, params: Variables) -> Variables:
 
 
 def proper_ranges(ranges: Variables) -> Variables:
-    """`ranges`, each with zero in it."""
+    """`ranges`, each widened to hold zero (`learned.proper`)."""
     flat = flatten_dict(ranges)
     names = dict.fromkeys(path[:-1] for path in flat)
     return _ranges({name: learned.proper(flat[*name, "low"], flat[*name, "high"]) for name in names})
 
 
 def settled(network: Network, params: Variables, ranges: Variables) -> tuple[Variables, Variables]:
-    """`params` and `ranges` of the same student, with each quantized kernel on its grid and the ends of each range too.
+    """`params` and `ranges` of the same student, with each quantized kernel and the ends of each range moved onto their grids.
 
-    Learning leaves some weights within rounding of the middle between two integers. One program would round them up, another
-    one down. Once a student is settled, each program finds the same integers. Ranges that are not learned, and their kernels,
-    stay as they are.
+    Learning leaves some weights almost halfway between two integers. One program would round such a weight up, another one
+    down. Once a student is settled, each program finds the same integers. If ranges are not learned, nothing changes.
     """
     if not network.learned_ranges:
         return params, ranges
@@ -191,7 +191,7 @@ def settled(network: Network, params: Variables, ranges: Variables) -> tuple[Var
 
 
 def quantized_params(network: Network, params: Variables, ranges: Variables) -> Variables:
-    """`params` with the fake-quantized kernels in the place of the others."""
+    """`params`, in which each kernel that has bits is fake-quantized."""
     flat, limits = flatten_dict(params), flatten_dict(ranges)
     for layer, bits in network.kernels.items():
         kernel = flat[layer.kernel]
@@ -219,14 +219,14 @@ def _call(network: Network, variables: Variables, images: Array, observing: bool
 
 
 def network_arithmetic(network: Network) -> contextlib.AbstractContextManager[None]:
-    """The precision of products. A CPU computes in float32 whatever it is told, and slower where it is told to."""
+    """A context with the precision of products. A CPU always computes in float32, but is slower if told to do so."""
     if network.arithmetic == "float32" and jax.default_backend() == "cpu":
         return contextlib.nullcontext()
     return jax.default_matmul_precision(network.arithmetic)
 
 
 class _Interceptor:
-    """Quantizes and leaves values at the calls of layers, batch norms and marks of one `apply`."""
+    """Quantizes and records values at the calls of layers, batch norms and marks, in one `apply`."""
 
     def __init__(self, network: Network, ranges: Mapping[Path, Array], observing: bool):
         self._network, self._ranges, self._observing = network, ranges, observing
@@ -239,7 +239,7 @@ class _Interceptor:
         module = context.module
         if context.method_name != "__call__" or module.path not in self._calls:
             return function(*arguments, **named)
-        # A lifted transformation may trace a call more than once.
+        # A lifted transformation may trace all calls of a module again, so the numbers start again at 0.
         call = Call(module.path, self._counts[module.path] % self._calls[module.path])
         self._counts[module.path] += 1
         if isinstance(module, nn.BatchNorm):
@@ -261,7 +261,7 @@ class _Interceptor:
 
     def _quantized(self, module: nn.Module, x: Array, site: Site, number: int) -> Array:
         low, high = (self._ranges.get((*site.name, end)) for end in ENDS)
-        wide = _wide(x)  # a running average of ranges is no average in bfloat16
+        wide = _wide(x)  # bfloat16 is too coarse for a running average of ranges
         if self._observing:
             low, high = quantizer.running_range((low, high), self._network.range_rule(wide, site.bits))
             if self._network.learned_ranges:
@@ -275,14 +275,14 @@ class _Interceptor:
         else:
             y = quantizer.fake_quantize_activation(wide, low, high, site.bits, self._network.straight_through)
         y = y.astype(x.dtype)
-        # By number: a module may be quantized at some of its calls alone.
+        # The name has the call's number, because only some calls of a module may be quantized.
         module.sow(COLLECTION, f"range_{number}", (low, high))
         module.sow(COLLECTION, f"quantized_{number}", y)
         return y
 
 
 def _wide(x: Array) -> Array:
-    """`x` in float32 at least."""
+    """`x` in float32 or a wider type."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -301,12 +301,12 @@ def _below(tree: Any, path: Path) -> Any:
 
 
 def _branches(module: nn.Module, structure: Structure, pattern: str) -> tuple[Call, ...]:
-    declared = getattr(module, "branches", "")  # a stranger's network may call anything so
+    declared = getattr(module, "branches", "")  # in a user's network the attribute may be anything
     pattern = pattern or (declared if isinstance(declared, str) else "")
     if not pattern:
         return structure.branches
     found = tuple(call for call in structure.norms if compiled(pattern).search("/".join(call.path)))
     if not found:
         names = ", ".join("/".join(call.path) for call in structure.norms[:8])
-        raise InputError(f"no batch norm of {name_of(module)} has a path with {pattern!r} in it; there are: {names}.")
+        raise InputError(f"no batch norm of {name_of(module)} has a path that matches {pattern!r}; there are: {names}.")
     return found

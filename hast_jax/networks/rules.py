@@ -1,8 +1,8 @@
 """Bits by layer: which rule gives a layer its bits.
 
-Rules are (pattern, bits) pairs, the last one that matches winning. A pattern is a regular expression over whole names in a
-layer's path, joined by slashes: `block1|output` matches ("block1", "conv") and ("output",), not ("block10", "conv"). Bits are
-those of the weights and of the activations, None being full precision.
+Rules are (pattern, bits) pairs. The last rule that matches wins. A pattern is a regular expression over whole names in a
+layer's path, joined by slashes. `block1|output` matches ("block1", "conv") and ("output",), but not ("block10", "conv"). Bits
+are the pair (weights, activations). None means full precision.
 """
 
 import functools
@@ -18,20 +18,20 @@ from hast_jax.method.quantizer import MAX_BITS, MIN_BITS
 Bits = tuple[int | None, int | None]
 Rules = tuple[tuple[str, Bits], ...]
 
-DEFAULT = "default"  # the name, among patterns, of the bits that no pattern gives
+DEFAULT = "default"  # stands in place of a pattern for all layers that no pattern matches
 ALL = ".*"
 FORMS = "w8a8, w8 (activations in full precision), a8 or full"
 
 
 def parse_rules(text: str) -> dict[str, Bits]:
-    """The pattern and bits of each rule in "PATTERN=BITS; PATTERN=BITS", in its order. Raises UserError."""
+    """Pattern -> bits of each rule in a text "PATTERN=BITS; PATTERN=BITS", in order. Raises UserError if it is malformed."""
     rules: dict[str, Bits] = {}
     for part in filter(None, map(str.strip, text.split(";"))):
         pattern, equals, bits = (word.strip() for word in part.rpartition("="))
         if not equals:
             raise InputError(f"the rule {shown(part)} has no bits: write PATTERN=BITS.")
         if pattern == DEFAULT:
-            raise InputError("a rule is for some layers: bits.weights and bits.activations are those of the others.")
+            raise InputError("the default is no rule: bits.weights and bits.activations are for layers that no rule matches.")
         if pattern in rules:
             raise InputError(f"the pattern {shown(pattern)} has two rules: keep one.")
         compiled(pattern)
@@ -40,7 +40,7 @@ def parse_rules(text: str) -> dict[str, Bits]:
 
 
 def text_of(rules: Rules) -> str:
-    """The text from which `parse_rules` reads these rules, none of which is the default."""
+    """The text from which `parse_rules` reads these rules. The default must not be among them."""
 
     def form(bits):
         return "".join(f"{letter}{each}" for letter, each in zip("wa", bits) if each is not None) or "full"
@@ -49,10 +49,10 @@ def text_of(rules: Rules) -> str:
 
 
 def normalise(bits: Any) -> Rules:
-    """The rules that a person means by bits written in Python. Raises UserError.
+    """The rules for bits that a user wrote in Python. Raises UserError if the bits are malformed.
 
-    bits: "w4a4"; a pair such as (4, 4); or {"default": (3, 3), "init_block|output": (8, 8), "stem": None, "head": (8, None)},
-    whose values may also be such a text, or one number for both.
+    bits: "w4a4"; a pair such as (4, 4); or {"default": (3, 3), "init_block|output": (8, 8), "stem": None, "head": (8, None)}.
+    The values of the dict may also be texts such as "w4a4", or one number for both weights and activations.
     """
     if isinstance(bits, str | tuple | list):
         return ((ALL, _bits(bits)),)
@@ -69,21 +69,21 @@ def normalise(bits: Any) -> Rules:
 
 
 def bits_of(rules: Rules, path: tuple[str, ...]) -> Bits:
-    """The bits (weights, activations) of the layer at `path`; full precision where no rule matches."""
+    """The bits (weights, activations) of the layer at `path`; full precision if no rule matches."""
     name = "/".join(path)
     return next((bits for pattern, bits in reversed(rules) if compiled(pattern).search(name)), (None, None))
 
 
 @functools.cache
 def compiled(pattern: str) -> re.Pattern[str]:
-    """What finds a pattern as whole names of a path, joined by slashes. Raises UserError for what is no regular expression."""
+    """A regular expression that finds `pattern` as whole names in a path joined by slashes. Raises UserError if it is none."""
     if not pattern:
         raise InputError("a pattern is empty: write a regular expression over names of layers.")
     try:
-        re.compile(pattern)  # alone too: between parentheses, "a)(b" would be one
+        re.compile(pattern)  # on its own too, because "a)(b" is valid between parentheses
         return re.compile(rf"(^|/)(?:{pattern})(/|$)")
     except (re.error, OverflowError, RecursionError) as error:
-        words = " ".join(str(error).split())  # it may quote a line break of the pattern
+        words = " ".join(str(error).split())  # the message may quote a line break of the pattern
         raise InputError(f"the pattern {shown(pattern)} is no regular expression: {words}.") from error
 
 
@@ -99,7 +99,7 @@ def _bits(value: Any) -> Bits:
 
 
 def _read(text: str) -> Bits:
-    """Bits from a text."""
+    """Bits from a text, one of the forms in `FORMS`."""
     found = re.fullmatch("(?:w([0-9]{1,3}))?(?:a([0-9]{1,3}))?", text)
     if text == "full":
         return None, None
@@ -115,6 +115,6 @@ def _checked(bits: Any) -> int | None:
     whole = isinstance(bits, numbers.Integral) and not isinstance(bits, bool)
     if not whole or not MIN_BITS <= bits <= MAX_BITS:
         raise InputError(
-            f"the bits {shown(bits)} are impossible: they are whole numbers between {MIN_BITS} and {MAX_BITS}, or None."
+            f"the bits {shown(bits)} are impossible: they must be whole numbers between {MIN_BITS} and {MAX_BITS}, or None."
         )
     return int(bits)

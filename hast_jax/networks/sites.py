@@ -1,4 +1,4 @@
-"""Where the activations of a network are quantized, and with how many bits, by its structure and the rules."""
+"""Where the activations of a network are quantized, and with how many bits. Its structure and the rules decide."""
 
 from typing import NamedTuple
 
@@ -10,17 +10,18 @@ from hast_jax.networks.structure import Call, Path, Structure, name_of
 
 
 class Site(NamedTuple):
-    """Where activations are quantized. name: the path of its range in the collection `ranges`."""
+    """A place where activations are quantized. name: the path of its range in the collection `ranges`."""
 
     name: Path
     bits: int
 
 
 def sites(structure: Structure, rules: Rules) -> dict[Call, Site]:
-    """Where activations are quantized.
+    """The calls at which activations are quantized, each with its site. The first rule is the default.
 
-    With marks: the output of each mark. Without: the input of each layer but for the image. A rule that names a layer
-    quantizes its input too, the image included, unless that is the output of a mark. The first rule is the default.
+    In a network with marks (`Activation`), the output of each mark is quantized. In a network without marks, the input of each
+    layer is quantized, except the image. Another rule than the default also quantizes the input of each layer that it matches,
+    even the image, unless the input is the output of a mark.
     """
     sites: dict[Call, Site] = {}
     for call in structure.marks:
@@ -34,13 +35,13 @@ def sites(structure: Structure, rules: Rules) -> dict[Call, Site]:
         bits = exception[1] if exception else bits_of(rules, each.call.path)[1] if by_default else None
         if bits is None or each.marked:
             continue
-        # Layers that read the same values share their range: what they read is stored once.
+        # Layers that read the same value with the same bits share a range, because the value is stored once.
         sites[each.call] = shared.setdefault((each.value, bits), Site(_site_name(each.call, ("input",)), bits))
     return sites
 
 
 def _exception(rules: Rules, path: Path) -> Bits | None:
-    """The bits that a rule beside the default gives the layer at `path`; None where there is no such rule."""
+    """The bits that a rule other than the default gives the layer at `path`; None if no such rule matches."""
     return next((bits for pattern, bits in reversed(rules[1:]) if compiled(pattern).search("/".join(path))), None)
 
 
@@ -50,7 +51,7 @@ def _site_name(call: Call, kind: Path) -> Path:
 
 
 def check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
-    """Raise InputError for a rule that names no layer, and for weights that nothing quantizes and no rule leaves alone."""
+    """Raise InputError if a rule matches no layer, or if a matrix of no layer has no rule for full precision."""
     paths = [layer.path for layer in structure.layers] + [call.path for call in structure.marks]
     for pattern, _ in rules[1:]:
         if not any(compiled(pattern).search("/".join(path)) for path in [*paths, *structure.others]):
@@ -60,7 +61,7 @@ def check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
         exception = _exception(rules, path)
         if exception is None or exception[0] is not None:
             raise InputError(
-                f"{name_of(module)} has weights that nothing quantizes ({'/'.join(path)}), as they are not those of an nn.Conv "
-                "or nn.Dense, or as nn.jit hides it: use such a layer, without nn.jit, or leave them in full precision with "
-                f"the rule {'/'.join(path)!r}: None."
+                f"{name_of(module)} has weights that nothing quantizes ({'/'.join(path)}), because they belong to no nn.Conv "
+                "or nn.Dense, or because nn.jit hides the layer: use such a layer without nn.jit, or leave the weights in full "
+                f"precision with the rule {'/'.join(path)!r}: None."
             )

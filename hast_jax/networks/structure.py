@@ -1,7 +1,7 @@
 """What a Linen network consists of: its layers, what they read, its batch norms and its branches, found by tracing it once.
 
 The network is any `flax.linen.Module` of `nn.Conv`, `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum` and `nn.BatchNorm` with any
-functions between them. It is called on shapes alone; nothing is computed.
+functions between them. The trace takes shapes alone; nothing is computed.
 """
 
 import functools
@@ -25,8 +25,8 @@ from hast_jax.networks.linear import LINEAR, name_of, place, summed_axes
 
 Path = tuple[str, ...]
 
-COLLECTION = "hast_jax"  # of the values that an intercepted call leaves
-# Their weights enter a network in ways that are no product of one input vector with one column for each output channel.
+COLLECTION = "hast_jax"  # holds the values that intercepted calls record
+# Layers whose outputs are not products of input vectors with the columns of a kernel in `params`.
 REFUSED: dict[type, str] = {
     nn.MultiHeadDotProductAttention: "attention multiplies activations with each other",
     nn.ConvLocal: "a kernel for every pixel is not quantized",
@@ -38,12 +38,13 @@ REFUSED: dict[type, str] = {
 }
 WATCHED: Any = (*LINEAR, nn.BatchNorm, Activation, *REFUSED)
 _calls = itertools.count()
-READ = ("inputs", "x")  # what Flax's layers call the argument that they read
+READ = ("inputs", "x")  # names of the argument that Flax's layers read
+# Usual names of the arguments that tell inference from training -> their values in inference.
 TRAINING = {"train": False, "training": False, "is_training": False, "deterministic": True, "use_running_average": True}
 
 
 class Layer(NamedTuple):
-    """A convolution or linear layer. axes: of its kernel, those that are summed over for one output channel."""
+    """A convolution or linear layer. axes: those axes of its kernel that one output channel sums over."""
 
     path: Path
     axes: tuple[int, ...]
@@ -55,20 +56,20 @@ class Layer(NamedTuple):
 
 
 class Input(NamedTuple):
-    """What one call of a layer reads. value: equal where two calls read the same; image: no other layer is before it."""
+    """What one call of a layer reads. value: the same number for the same value. image: whether no layer comes before it."""
 
     call: Call
     value: int
     image: bool
-    marked: bool  # it is the output of an `Activation`
+    marked: bool  # whether it is the output of an `Activation`
 
 
 class Structure(NamedTuple):
     """A network, each part in the order of execution.
 
     marks: calls of `Activation`. norms: calls of batch norms. branches: calls of batch norms whose outputs end a branch.
-    others: paths in `params` of matrices that no layer owns. classes: the number of logits. collections: of its variables.
-    program: the checksum of what it computes (`graph.Graph`).
+    others: paths in `params` of matrices that no layer owns. classes: the number of logits. collections: those of its
+    variables. program: the checksum of what it computes (`graph.Graph`).
     """
 
     layers: tuple[Layer, ...]
@@ -83,9 +84,9 @@ class Structure(NamedTuple):
 
 
 def inference_arguments(module: nn.Module) -> dict[str, Any]:
-    """The keyword arguments that make `module` infer instead of train, by the usual names of such arguments.
+    """The keyword arguments that make `module` infer instead of train, if they have one of the usual names (`TRAINING`).
 
-    Raises UserError where its call needs another argument beside the images.
+    Raises UserError if the call needs another argument besides the images.
     """
     parameters = list(python_inspect.signature(type(module).__call__).parameters.values())[2:]
     arguments = {each.name: TRAINING[each.name] for each in parameters if each.name in TRAINING}
@@ -97,7 +98,7 @@ def inference_arguments(module: nn.Module) -> dict[str, Any]:
 
 
 def training_arguments(module: nn.Module) -> dict[str, Any]:
-    """The keyword arguments that make `module` train, by the same names."""
+    """The keyword arguments of the same names, with the values that make `module` train."""
     parameters = python_inspect.signature(type(module).__call__).parameters
     return {name: not inferring for name, inferring in TRAINING.items() if name in parameters}
 
@@ -112,7 +113,7 @@ def inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any]) 
     key = module, tuple(image), tuple(sorted(call.items()))
     try:
         hash(key)
-    except TypeError:  # a field or an argument has no hash: the network is traced each time
+    except TypeError:  # a field or an argument has no hash, so the network is traced each time
         return _inspect(module, image, call)
     return _inspect_once(*key)
 
@@ -140,7 +141,7 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
     if not seen.norms:
         raise InputError(
             f"{name_of(module)} has no nn.BatchNorm: images are made from the statistics of batch norms, so a network "
-            "without any (a transformer, a network with layer or group norm) cannot be quantized without data."
+            "without them (a transformer, a network with layer or group norm) cannot be quantized without data."
         )
 
     def value(call, name):
@@ -168,23 +169,22 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
 
 
 def mutable() -> list[str]:
-    """The collections that an intercepted call may write to: `COLLECTION`, and an unused one of its own.
+    """The collections that intercepted calls may write to: `COLLECTION`, and one with a new name, which stays empty.
 
-    `nn.jit` keeps what it traced by the names of these collections. Without a new name, a student would run what was traced of
-    its teacher.
+    `nn.jit` caches traces by the names of these collections. Without a new name, a student would run its teacher's trace.
     """
     return [COLLECTION, f"{COLLECTION}_{next(_calls)}"]
 
 
 def logits_of(output: Any) -> Any:
-    """The logits of what a network returns: an array, or the first of a tuple, or the "logits" of a dict."""
+    """The logits in a network's output: the array itself, the first of a tuple or list, or the "logits" of a dict."""
     if isinstance(output, Mapping):
         output = output.get("logits")
     return output[0] if isinstance(output, tuple | list) and output else output
 
 
 def argument(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-    """What an intercepted call of a layer reads, and a function that puts another value in its place."""
+    """The value that an intercepted call reads, and a function that gives the call's arguments with another value instead."""
     if arguments:
         return arguments[0], lambda x: ((x, *arguments[1:]), named)
     name = next(name for name in READ if name in named)
@@ -192,7 +192,7 @@ def argument(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any,
 
 
 class _Seen:
-    """What a network called while it was traced."""
+    """The calls that a network made while it was traced."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -205,7 +205,7 @@ class _Seen:
         self._counts: Counter[Path] = Counter()
 
     def look(self, variables: Any, images: jax.Array, call: Mapping[str, Any]) -> tuple[jax.Array, Any]:
-        """Logits, and what the intercepted calls left."""
+        """The logits, and the values that the intercepted calls recorded."""
         output, state = self.module.apply(variables, images, mutable=mutable(), **call)
         logits = logits_of(output)
         shape = getattr(logits, "shape", None)
@@ -222,7 +222,7 @@ class _Seen:
         return logits, state.get(COLLECTION, {})
 
     def intercept(self, function: Any, arguments: Any, named: Any, context: Any) -> Any:
-        """Leave the input and the output of every layer, mark and batch norm."""
+        """Record the input and the output of every layer, mark and batch norm."""
         module: Any = context.module
         if context.method_name != "__call__" or not isinstance(module, WATCHED):
             return function(*arguments, **named)
@@ -257,7 +257,7 @@ class _Seen:
                 "the argument of its call that stops this, as call={'train': False}."
             )
         if module.axis not in (-1, argument(arguments, named)[0].ndim - 1):
-            raise InputError(f"{place(module)} has its channels on the axis {module.axis}: they must be on the last.")
+            raise InputError(f"{place(module)} has its channels on the axis {module.axis}: they must be on the last axis.")
 
 
 def _check_kernels(module: nn.Module, seen: _Seen, params: Mapping[Path, Any]) -> None:
@@ -286,7 +286,7 @@ def _refuse_products(module: nn.Module, traced: graph.Graph, activations: set[in
         if operation.name in ("dot_general", "conv_general_dilated") and all(v in activations for v in operation.reads[:2]):
             raise InputError(
                 f"{name_of(module)} multiplies activations with each other (attention?): only products of activations with "
-                "weights are quantized, so a transformer cannot be."
+                "weights are quantized, so a transformer cannot be quantized."
             )
 
 
@@ -294,6 +294,6 @@ def _no_linen_module(module: Any) -> str:
     if any(base.__module__.startswith("flax.nnx") for base in type(module).__mro__):
         return (
             f"{name_of(module)} is a flax.nnx module, whose calls cannot be intercepted: write the same network as a "
-            "flax.linen.Module and give its variables, whose kernels have the same layout."
+            "flax.linen.Module and give it the same variables, because kernels have the same layout there."
         )
     return f"the network is a {name_of(module)}: give an instance of a flax.linen.Module."

@@ -1,4 +1,4 @@
-"""Networks in files of the user's: FILE.py:CLASS."""
+"""Networks in a user's files, with names of the form FILE.py:CLASS."""
 
 import functools
 import importlib.util
@@ -21,15 +21,15 @@ def is_own(name: str) -> bool:
 
 @functools.cache
 def load(name: str) -> Any:
-    """What "FILE.py:NAME" names. Runs the file's code. Raises UserError where there is none."""
+    """The object that "FILE.py:NAME" names. Runs the file's code. Raises UserError if there is no such object."""
     file, _, attribute = name.rpartition(":")
     path = paths.local(file)
-    # Python would load .pyc and .so files too, whose names `is_own` does not know.
+    # Python would load .pyc and .so files too, whose names `is_own` refuses.
     if not (is_own(name) and path.is_file()):
         raise InputError(f"the network {name!r} is not known and there is no file {file!r}: give FILE.py:CLASS.")
-    spec: Any = importlib.util.spec_from_file_location(f"{path.stem} of hast_jax", path)  # a name that no import has
+    spec: Any = importlib.util.spec_from_file_location(f"{path.stem} of hast_jax", path)  # no import can have this name
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look annotations up
+    sys.modules[spec.name] = module  # dataclasses look annotations up there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file does wrong
@@ -43,12 +43,12 @@ def load(name: str) -> Any:
 def make(name: str, classes: int, arguments: Mapping[str, Any]) -> nn.Module:
     """An instance of the class that "FILE.py:CLASS" names.
 
-    arguments: of its constructor. Where the class has a field for the number of classes (`CLASSES`) and `arguments` do not give
-    it, it is set to `classes`. Raises UserError where there is no such class, or it fails.
+    arguments: of its constructor. If the class has a field for the number of classes (one of `CLASSES`) that `arguments` do not
+    give, that field is set to `classes`. Raises UserError if there is no such class, or if its constructor fails.
     """
     found = load(name)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise InputError(f"{name}: {name.rpartition(':')[2]!r} is no class that is a flax.linen.Module.")
+        raise InputError(f"{name}: {name.rpartition(':')[2]!r} is not a subclass of flax.linen.Module.")
     fields = found.__dataclass_fields__
     known = {each: classes for each in CLASSES if each in fields and each not in arguments}
     try:

@@ -1,8 +1,8 @@
-"""Files of weights, by what holds them: each reader gives a flat state dict `{name: array}` as the file names it.
+"""Files of weights, by format. Each reader gives a flat state dict `{name: array}`.
 
-`.safetensors` and `.npz` hold arrays alone; `.pth`, `.pt`, `.pth.tar`, `.ckpt` and `.bin` are PyTorch's, read where torch is
-installed; `.msgpack` is Flax's and a folder Orbax's (flax_trees.py); `.h5` and `.keras` are Keras' (keras_files.py). No reader
-runs code that is in a file, nor takes far more memory than the file takes on the disk.
+`.safetensors` and `.npz` hold arrays alone. `.pth`, `.pt`, `.pth.tar`, `.ckpt` and `.bin` are PyTorch's, and reading them needs
+torch. `.msgpack` is Flax's, and a folder is Orbax's (flax_trees.py). `.h5`, `.hdf5` and `.keras` are Keras' (keras_files.py).
+No reader runs code that is in a file, or takes far more memory than the file takes on the disk.
 """
 
 import json
@@ -25,7 +25,7 @@ ALONE = "save the state dict alone, as torch.save(model.state_dict(), FILE)"
 
 
 class Metadata(NamedTuple):
-    """What a weight file says of itself; None where it says nothing.
+    """What a weight file says of itself. A field is None if the file does not say.
 
     mean, std: of images in [0, 1]. crop: as `config.eval.crop`. top1: in per cent.
     """
@@ -38,11 +38,11 @@ class Metadata(NamedTuple):
 
 
 def read(path: Path) -> tuple[StateDict, Metadata]:
-    """State dict and metadata of a weight file or of an Orbax folder. Raises UserError where it cannot be read."""
+    """State dict and metadata of a weight file or of an Orbax folder. Raises UserError if it cannot be read."""
     kind = "an Orbax checkpoint" if path.is_dir() else next((end for end in READERS if path.name.lower().endswith(end)), None)
     if kind is None:
         ending = f"ends in {path.suffix!r}" if path.suffix else "has no ending that says what it is"
-        raise UserError(f"{path} {ending}: weights are read from folders of Orbax and files in {', '.join(READERS)}.")
+        raise UserError(f"{path} {ending}: weights are read from folders of Orbax and files that end in {', '.join(READERS)}.")
     try:
         if path.is_dir():
             return flax_trees.read_orbax(path), Metadata()
@@ -50,10 +50,10 @@ def read(path: Path) -> tuple[StateDict, Metadata]:
         return READERS[kind](path), metadata
     except (UserError, ImportError):
         raise
-    except Exception as error:  # each library raises its own on a damaged file
+    except Exception as error:  # on a damaged file, each library raises errors of its own
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
         raise UserError(
-            f"{path} cannot be read as {kind}: {reason}; where the file is damaged, copy or download it again."
+            f"{path} cannot be read as {kind}: {reason}; if the file is damaged, copy or download it again."
         ) from error
 
 
@@ -105,12 +105,14 @@ def _read_torch(path: Path) -> StateDict:
         raise UserError(f"{path} holds one {type(state).__name__} instead of a state dict, which names each tensor: {ALONE}.")
     others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if others:
-        raise UserError(f"{path} is not a bare state dict: {', '.join(map(repr, others[:3]))} of it is no tensor; {ALONE}.")
+        raise UserError(
+            f"{path} is not a bare state dict: some entries are no tensors ({', '.join(map(repr, others[:3]))}); {ALONE}."
+        )
     return {str(name): _from_torch(path, name, tensor) for name, tensor in state.items()}
 
 
 def _from_torch(path: Path, name: Any, tensor: Any) -> np.ndarray:
-    """A tensor as NumPy's array, in float32 where NumPy lacks the type."""
+    """A tensor as a NumPy array, in float32 if NumPy lacks its type."""
     import torch
 
     if tensor.is_quantized or tensor.layout != torch.strided:

@@ -1,8 +1,8 @@
 """Weights of networks: state dicts of any library become checked variables of Flax, by explicit name maps (names.py).
 
 A state dict is a flat `{name: array}`. A name that begins with "params/" or "batch_stats/" is one of Flax, and its array is in
-Flax's layout; any other array is in PyTorch's (convolutions OIHW, linear layers [out, in]). The files that hold state dicts are
-those of weight_files.py; they are written as `.safetensors`, which can hold no code.
+Flax's layout. Any other array is in PyTorch's layout (convolutions OIHW, linear layers [out, in]). weight_files.py reads files
+that hold state dicts. It writes them as `.safetensors`, which can hold no code.
 """
 
 from collections.abc import Callable, Mapping
@@ -50,17 +50,17 @@ Shape = tuple[int, ...]
 BUILT_IN = ("digits", "cifar10", "cifar100")
 FLAX = "flax"
 TORCH = "torch"
-SHOWN = 8  # faults that a message names
+SHOWN = 8  # faults that a message lists, at most
 
 
 class _FaultError(Exception):
-    """A clause about one tensor that cannot be used."""
+    """One tensor cannot be used. The text is a clause of an error message."""
 
 
 def libraries(model: nn.Module) -> dict[str, names_lib.NameOf]:
     """The libraries whose state dicts fit `model`, each with its name map: those that the model declares, Flax and PyTorch.
 
-    PyTorch's is that of a network whose modules are called there as here.
+    A model declares libraries with a method `state_dict_names`. PyTorch's map keeps the names of the modules.
     """
     declared = model.state_dict_names() if hasattr(model, "state_dict_names") else {}
     return {**declared, FLAX: names_lib.flax, TORCH: names_lib.torch}
@@ -75,8 +75,8 @@ def name_map(
 ) -> dict[str, tuple[str, ...]]:
     """State dict name -> path of our variable, for each weight and running statistic of `model`.
 
-    library: one of `libraries(model)`, by default the first. names: a map of one's own instead. image, call: as
-    `abstract_variables`. Raises UserError where two variables share a name.
+    library: one of `libraries(model)`, by default the first. names: a name map to use instead. image, call: as in
+    `abstract_variables`. Raises UserError if two variables share a name.
     """
     maps = libraries(model)
     return _name_map(flatten_dict(abstract_variables(model, image, call)), names or maps[library or next(iter(maps))])
@@ -89,14 +89,14 @@ def _name_map(variables: Mapping[tuple[str, ...], Any], name_of: names_lib.NameO
         other = names.setdefault(name, path)
         if other != path:
             both = f"{'/'.join(other)} and {'/'.join(path)}"
-            raise InputError(f"the network's name map calls both {both} {name!r}: give each a name of its own.")
+            raise InputError(f"the network's name map gives {both} the same name {name!r}: give each a name of its own.")
     return names
 
 
 def _called(name_of: names_lib.NameOf, path: tuple[str, ...]) -> str:
     try:
         name = name_of(path)
-    except Exception as error:  # whatever a map of the user's does wrong
+    except Exception as error:  # a user's map may raise anything
         raise InputError(f"the name map fails on {path}: {type(error).__name__}: {error}.") from error
     if not isinstance(name, str):
         raise InputError(f"the name map gives {name!r} for {path}: it must give a text.")
@@ -106,8 +106,8 @@ def _called(name_of: names_lib.NameOf, path: tuple[str, ...]) -> str:
 def abstract_variables(model: nn.Module, image: Shape = (32, 32, 3), call: Mapping[str, Any] = {}) -> Variables:
     """Shapes and dtypes of the `params` and `batch_stats` of `model`, without computing anything.
 
-    image: [height, width, channels] of what the network takes. call: more arguments of its `__call__`, as {"train": False}.
-    Raises UserError where the network fails on such an image.
+    image: (height, width, channels) of one image. call: keyword arguments of `__call__` besides the images, as
+    {"train": False}. Raises UserError if the network fails on such an image.
     """
     images = jax.ShapeDtypeStruct((1, *image), jnp.zeros(()).dtype)
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
@@ -120,13 +120,13 @@ def abstract_variables(model: nn.Module, image: Shape = (32, 32, 3), call: Mappi
         given = f" with {dict(call)}" if call else ""
         raise InputError(
             f"{type(model).__name__} fails on an image {tuple(image)}{given}: {type(error).__name__}: {words}; "
-            "say what its __call__ takes."
+            "give an image and arguments that its __call__ takes."
         ) from error
     return {name: variables.get(name, {}) for name in flax_trees.COLLECTIONS}
 
 
 def to_torch_layout(array: np.ndarray) -> np.ndarray:
-    """HWIO -> OIHW, for any number of spatial axes; [in, out] -> [out, in]; vectors and scalars as they are."""
+    """HWIO -> OIHW, for any number of spatial axes; [in, out] -> [out, in]; vectors and scalars stay as they are."""
     axes = array.ndim
     return np.transpose(array, (axes - 1, axes - 2, *range(axes - 2))) if axes > 1 else array
 
@@ -145,10 +145,11 @@ def from_state_dict(
 ) -> Variables:
     """`params` and `batch_stats` of `model`, in float32, from a state dict of any of its libraries.
 
-    names: a name map of one's own instead of the libraries': path of our variable -> name in `state`. image, call: as
-    `abstract_variables`. A prefix that all names share is taken off where more of them fit then.
-    Raises UserError that names each tensor that is missing, unknown, of the wrong shape or no floating point numbers; or, where
-    all fit, those that are not finite, and the variances that are negative.
+    names: a name map to use instead of the libraries': path of our variable -> name in `state`. image, call: as in
+    `abstract_variables`. If all names in `state` share a prefix, it is removed if more names fit without it.
+
+    Raises UserError if tensors are missing, unknown, of a wrong shape or not in floating point. If all fit, raises UserError if
+    values are not finite or variances are negative by `epsilon` or more. The message names the tensors.
     """
     state = {name: array for name, array in state.items() if not name.endswith("num_batches_tracked")}
     expected = flatten_dict(abstract_variables(model, image, call))
@@ -174,8 +175,8 @@ def from_variables(
 ) -> Variables:
     """`params` and `batch_stats` of `model`, in float32, from a tree of Flax: nested mappings of NumPy's or JAX's arrays.
 
-    variables: {"params", "batch_stats"}, what else flax_trees.py takes, or an object with attributes of these names.
-    image, call, errors: as `from_state_dict`.
+    variables: {"params": ..., "batch_stats": ...}, another tree that flax_trees.py takes, or an object with attributes `params`
+    and `batch_stats`. image, call, errors: as in `from_state_dict`.
     """
     if not isinstance(variables, Mapping):  # a TrainState
         variables = {name: getattr(variables, name) for name in flax_trees.COLLECTIONS if hasattr(variables, name)}
@@ -185,7 +186,7 @@ def from_variables(
 
 
 def _library_maps(model: nn.Module, expected: Mapping[tuple[str, ...], Any]) -> list[dict[str, tuple[str, ...]]]:
-    """The name map of each library; without that of PyTorch where it is none for this network, as nobody declared it."""
+    """The name map of each library. PyTorch's map is left out if it fails, because the model did not declare it."""
     maps = []
     for library, name_of in libraries(model).items():
         try:
@@ -197,13 +198,13 @@ def _library_maps(model: nn.Module, expected: Mapping[tuple[str, ...], Any]) -> 
 
 
 def _variable(name: str, ours: str, array: np.ndarray, wanted: Shape) -> jax.Array:
-    """An array of a file as the variable that the network calls `ours`. Raises _FaultError where it cannot be."""
+    """An array of a file as the variable that the network calls `ours`. Raises _FaultError if the array does not fit."""
     is_flax = name_fit.is_flax(ours)
     if not is_flax:
         converted = _from_torch(array, len(wanted))
     else:
         converted = keras_files.as_expected(array, wanted) if keras_files.is_numbered(name) else array
-    if converted.shape != wanted:  # asked first, as it may be a view of far more numbers than its file holds
+    if converted.shape != wanted:  # asked first, because an array may be a view of far more numbers than its file holds
         shown = wanted if is_flax else to_torch_layout(np.empty(wanted, np.bool_)).shape
         raise _FaultError(f"{name} has the shape {array.shape} instead of {shown}")
     if not jnp.issubdtype(converted.dtype, jnp.floating):
@@ -212,7 +213,10 @@ def _variable(name: str, ours: str, array: np.ndarray, wanted: Shape) -> jax.Arr
 
 
 def _damage(name: str, path: tuple[str, ...], value: jax.Array, epsilon: Callable[[tuple[str, ...]], float]) -> str | None:
-    """A clause about values with which no network computes anything. epsilon: of the batch norm that has a variable."""
+    """A clause if values are not finite, or if a variance is negative and `epsilon` does not make it positive; else None.
+
+    epsilon: path of a variable -> epsilon of its batch norm.
+    """
     if not np.isfinite(value).all():
         return f"{name} holds numbers that are not finite"
     if path[0] == "batch_stats" and path[-1] == "var" and np.any(np.asarray(value) < 0) and np.min(value) <= -epsilon(path):
@@ -221,7 +225,7 @@ def _damage(name: str, path: tuple[str, ...], value: jax.Array, epsilon: Callabl
 
 
 def _epsilon(model: nn.Module, image: Shape, call: Mapping[str, Any], path: tuple[str, ...]) -> float:
-    """What the batch norm with the variable of this path adds to its variance; zero where none is found."""
+    """The epsilon that the batch norm with the variable at `path` adds to its variance; zero if there is no such batch norm."""
     found: dict[tuple[str, ...], float] = {}
 
     def note(function: Any, arguments: Any, named: Any, context: Any) -> Any:
@@ -257,9 +261,9 @@ def to_state_dict(
 
 
 def locate(name: str) -> Path:
-    """The file of a built-in teacher (`BUILT_IN`), or the path itself, of a file or of a folder of Orbax.
+    """The file of the built-in teacher `name` (one of `BUILT_IN`), or else the path `name` of a file or a folder of Orbax.
 
-    Raises UserError where there is neither.
+    Raises UserError if there is no such file or folder.
     """
     if not name:
         raise InputError("config.teacher.weights is empty: give the file of the trained network's weights.")
@@ -267,5 +271,7 @@ def locate(name: str) -> Path:
     path = path if name in BUILT_IN else paths.local(name)
     if not path.exists():
         known = ", ".join(BUILT_IN)
-        raise InputError(f"there is no weight file {path}: give the path of one, or one of the built-in teachers: {known}.")
+        raise InputError(
+            f"there is no weight file {path}: give the path of a weight file, or the name of a built-in teacher: {known}."
+        )
     return path

@@ -1,6 +1,6 @@
 """The experiments of the paper's supplement: what each cell changes in the config, and what the paper reports for it.
 
-A baseline is a cell like any other. Published numbers: HAST, supplement, Tables 1 to 4 and Figure 1; top-1 in per cent.
+Baselines are cells too. Published numbers: HAST, supplement, Tables 1 to 4 and Figure 1; top-1 in per cent.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
 
-# Network and data set -> the published accuracy of the teacher. Elsewhere there is nothing to compare with.
+# (network, data set) -> the teacher's published accuracy. For other pairs the paper has no numbers to compare with.
 PAPER_TEACHERS = {("resnet20", "cifar10"): 94.03, ("resnet20", "cifar100"): 70.33, ("resnet18", "imagenet2012"): 71.47}
 PAPER_BUDGET = "5120 images x 1000 iterations, 29400 steps of 256 (ImageNet: 16)"
 
@@ -18,19 +18,19 @@ Paper = dict[tuple[str, str], dict[str, float]]
 
 
 def data_set(config: ConfigDict) -> str:
-    """The data set under its published name: a folder of a thousand classes is taken for ImageNet."""
+    """The data set under its published name. A folder of image files with 1,000 classes is assumed to be ImageNet."""
     return "imagenet2012" if config.eval.dataset == "folder" and config.teacher.classes == 1000 else config.eval.dataset
 
 
 def effective(changes: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
-    """Without what the config says too: cells of which this is equal are one run."""
+    """The changes that differ from the config. Cells with the same effective changes share one run."""
     return {path: value for path, value in changes.items() if config_lib.field(config, path) != value}
 
 
 class Cell(NamedTuple):
-    """One row of an experiment: its name, the config fields that it changes, and which accuracy of the run counts.
+    """One row of an experiment: its name, the config fields that it changes, and which accuracy of the run is used.
 
-    epoch: "last", or "no_finetuning" for the quantized network before any.
+    epoch: "last", or "no_finetuning" for the quantized network before fine-tuning.
     """
 
     label: str
@@ -39,7 +39,7 @@ class Cell(NamedTuple):
 
 
 class Experiment(NamedTuple):
-    """Cells that are compared, their published results by (data set, bits) and label, and what else is published."""
+    """Cells to compare. paper: (data set, bits) -> label -> published top-1. note: what else is published."""
 
     title: str
     cells: list[Cell]
@@ -48,7 +48,7 @@ class Experiment(NamedTuple):
 
 
 def table1(config: ConfigDict) -> Experiment:
-    """Loss whose gradient gives the direction of the promotion. Without alignment, that of the alignment gives none."""
+    """Loss whose gradient directs the promotion. With `finetune.lam` 0, "fa" is left out, because its gradient is zero."""
     cells = [Cell(name, {"finetune.direction": name}) for name in ("kl", "fa", "kl+fa")]
     paper = {
         ("cifar10", "W4A4"): (92.43, 92.29, 92.36),
@@ -78,7 +78,8 @@ def table2(config: ConfigDict) -> Experiment:
 def table3(config: ConfigDict) -> Experiment:
     """Direct and relaxed feature alignment.
 
-    Distances of features are far larger than those of attentions, and the paper names one lambda: DFA gets a smaller one too.
+    The paper gives one lambda for both. Distances of features are far larger than distances of attentions, so DFA is also run
+    with a smaller lambda.
     """
     cells = [Cell(name, {"finetune.alignment": name.lower()}) for name in ("DFA", "RFA")]
     cells.append(Cell("DFA, lambda / 1000", {"finetune.alignment": "dfa", "finetune.lam": config.finetune.lam / 1000}))
@@ -94,7 +95,7 @@ def table3(config: ConfigDict) -> Experiment:
 
 
 def table4(config: ConfigDict) -> Experiment:
-    """Number of images: a twentieth, a quarter, half and all of the config's, in whole batches."""
+    """Number of images: a twentieth, a quarter, half and all of the config's images, rounded up to whole batches."""
     images, batch = config.synthesis.images, config.synthesis.batch
     counts = sorted({-(-images // (share * batch)) * batch for share in (20, 4, 2, 1)})
     cells = [Cell(f"{count} images", {"synthesis.images": count}) for count in counts]
@@ -104,7 +105,7 @@ def table4(config: ConfigDict) -> Experiment:
 
 
 def baselines(config: ConfigDict) -> Experiment:
-    """What each part of the method adds, what others do, and what real images would give."""
+    """The method without each of its parts, ideas of other methods, and real images in place of synthetic ones."""
     promotion_off = {"finetune.b": 0.0}
     kl_alone = promotion_off | {"finetune.lam": 0.0}
     cells = [
@@ -113,7 +114,7 @@ def baselines(config: ConfigDict) -> Experiment:
         Cell("BN statistics only (as ZeroQ)", {"synthesis.beta": 0.0}),
         Cell("plain inception loss (gamma = 0)", {"synthesis.gamma": 0.0}),
         Cell("no promotion", promotion_off),
-        Cell("no promotion, a = 2", promotion_off | {"finetune.a": 2.0}),  # the loss as large as with promotion
+        Cell("no promotion, a = 2", promotion_off | {"finetune.a": 2.0}),  # the loss is as large as with promotion
         Cell("no feature alignment", {"finetune.lam": 0.0}),
         Cell("KL alone", kl_alone),
         Cell("CE + KL (fine-tuning loss of IntraQ)", kl_alone | {"finetune.ce": 1.0}),
@@ -130,10 +131,10 @@ def baselines(config: ConfigDict) -> Experiment:
         ("imagenet2012", "W3A3"): {"HAST": 51.15, "no promotion": 47.94, "all real images, HAST's losses": 51.95},
     }
     note = (
-        "The paper's figures for whole methods of others, with their own fine-tuning, ResNet-20 at W4A4 / W3A3: "
+        "The paper also reports other methods as a whole, each with its own fine-tuning, for ResNet-20 at W4A4 / W3A3: "
         "CIFAR-10 ZeroQ 84.68 / 29.32, GDFQ 90.25 / 71.10, IntraQ 91.49 / 77.07, AdaDFQ 92.31 / 84.89; "
         "CIFAR-100 ZeroQ 58.42 / 15.38, GDFQ 63.58 / 43.87, IntraQ 64.98 / 48.25, AdaDFQ 66.81 / 52.74. "
-        "The rows here share HAST's quantizer, teacher, budget and loop."
+        "All rows here use HAST's quantizer, teacher, budget and training loop."
     )
     return Experiment("Baselines", cells, paper, note)
 
@@ -149,7 +150,7 @@ def figure1(config: ConfigDict) -> Experiment:
 
 
 def recipe(config: ConfigDict) -> Experiment:
-    """One change at a time, around a config of the recipe `best`: what each of its parts gives."""
+    """One change at a time to a config of the recipe `best`, which shows what each part of the recipe gives."""
     finetune, synthesis = config.finetune, config.synthesis
     sgd = {"finetune.optimizer": "sgd", "finetune.lr": 1e-5, "finetune.temperature": 20.0, "finetune.alpha": 20.0}
     cells = [
@@ -193,7 +194,7 @@ EXPERIMENTS: dict[str, Callable[[ConfigDict], Experiment]] = {
 
 
 class Finding(NamedTuple):
-    """A claim to check: in this experiment, `better` beats `worse` (labels, or positions of cells)."""
+    """A claim to check: in `experiment`, the cell `better` beats the cell `worse`. Cells are given by label or position."""
 
     sentence: str
     experiment: str
@@ -203,9 +204,9 @@ class Finding(NamedTuple):
 
 FINDINGS = [
     Finding("the paper: promotion helps", "baselines", "HAST", "no promotion"),
-    Finding("the same against as large a loss on clean images alone", "baselines", "HAST", "no promotion, a = 2"),
+    Finding("promotion helps, against an equally large loss on clean images alone", "baselines", "HAST", "no promotion, a = 2"),
     Finding("the paper: relaxed alignment (RFA) beats direct (DFA)", "table3", "RFA", "DFA"),
-    Finding("the same with a lambda that suits DFA", "table3", "RFA", "DFA, lambda / 1000"),
+    Finding("RFA beats DFA, with a lambda that suits DFA", "table3", "RFA", "DFA, lambda / 1000"),
     Finding("the paper: more images help", "table4", -1, 0),
     Finding("the paper: directing the promotion by KL + FA beats FA alone", "table1", "kl+fa", "fa"),
     Finding("hard samples help, against BN statistics only", "baselines", "HAST", "BN statistics only (as ZeroQ)"),

@@ -1,4 +1,4 @@
-"""Figure 2 of the supplement, from the checkpoints of the base cell: gradients along fine-tuning, Hessians at its end."""
+"""Figure 2 of the supplement, from checkpoints of the base cell: gradients during fine-tuning, Hessians at its end."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -21,13 +21,16 @@ from hast_jax.stages import finetune
 Array = jax.Array
 Variables = Mapping[str, Any]
 
-BATCHES = 8  # on which the gradients are compared
+BATCHES = 8  # number of batches on which the gradients are compared
 HESSIAN_IMAGES, PROBES, DEPTH = 128, 4, 32
-GRID, WIDTH = 800, 0.1  # points, and width of a node, of the drawn densities
+GRID, WIDTH = 800, 0.1  # number of points of a drawn density, and the width of each node in it
 
 
 class Base(NamedTuple):
-    """The finished base cell of the first seed. students: (epoch, params) before fine-tuning and at its kept checkpoints."""
+    """The finished base cell of the first seed.
+
+    students: (epoch, trained variables) before fine-tuning and at the checkpoints that were kept.
+    """
 
     losses: landscape.LossFunctions
     fixed: finetune.FixedInputs
@@ -36,7 +39,7 @@ class Base(NamedTuple):
 
 
 def base(sweep: Sweep) -> Base:
-    """Run the base cell where it is not finished. Raises UserError where it failed."""
+    """The base cell, which is run first if it has not finished. Raises UserError if it failed."""
     cell, seed = Cell("HAST", {}), sweep.seeds[0]
     result = sweep.run_one(cell, seed)
     if "failed" in result:
@@ -45,7 +48,7 @@ def base(sweep: Sweep) -> Base:
     teacher, variables = from_config.teacher(config)
     student = from_config.student(config)
     images, labels = synthetic_set.load(sweep.images({}, seed), tuple(config.teacher.image), config.teacher.classes)
-    most = max(BATCHES * config.finetune.batch, HESSIAN_IMAGES)  # that are looked at
+    most = max(BATCHES * config.finetune.batch, HESSIAN_IMAGES)  # images that the figure needs
     count = min(most, config.synthesis.images)
     constants = jnp.asarray(images[:count]), jnp.asarray(labels[:count])
     fixed = finetune.fixed_inputs(variables, folder.read_ranges(student.range_names), *constants, config)
@@ -60,13 +63,13 @@ def _students(folder: RunFolder, variables: Variables, settings: Any, range_name
     with folder.open_checkpoints("latest", keep=2, writing=False) as checkpoints:
         for step, state in checkpoints.restore_each(fresh):
             epoch = step // settings.steps_per_epoch
-            whole = step % settings.steps_per_epoch == 0  # not where a run was stopped in between
+            whole = step % settings.steps_per_epoch == 0  # False for a checkpoint of a run that was stopped within an epoch
             if whole and (epoch % settings.keep_every == 0 or epoch == settings.epochs):
                 yield epoch, state.trained
 
 
 def gradient_angles(sweep: Sweep) -> Section:
-    """Figure 2a: cosine similarity of gradients, on clean images as they are, without augmentation."""
+    """Figure 2a: cosine similarity of gradients, on clean images without augmentation."""
     found = base(sweep)
     batch, images, labels = found.config.finetune.batch, found.fixed.images, found.fixed.labels
     batches = max(1, min(BATCHES, len(labels) // batch))
@@ -82,14 +85,14 @@ def gradient_angles(sweep: Sweep) -> Section:
     figures.cosines(epochs, curves, sweep.workdir / "figure2a")
     body = (
         f"Cosine similarity of the gradients with respect to the student's parameters, on {batches} batches of {batch} clean "
-        f"synthetic images; bars: standard deviation over batches; seed {sweep.seeds[0]}."
+        f"synthetic images. Error bars: standard deviation over batches. Seed {sweep.seeds[0]}."
     )
     title, data = "Figure 2a: do the losses pull in one direction?", {"epochs": epochs, "cosine_with_kl": values}
     return Section(title, body, data, angle_findings(epochs, values)).with_picture("figure2a.png")
 
 
 def angle_findings(epochs: list[int], values: dict[str, list[list[float]]]) -> tuple[str, str]:
-    """What the supplement says of Figure 2a, and whether it holds. values: loss -> [epochs, batches]."""
+    """The supplement's two claims about Figure 2a, and whether they hold. values: loss -> [epochs, batches]."""
     means = {loss: np.mean(by_epoch, 1) for loss, by_epoch in values.items()}
 
     def say(loss):
@@ -97,12 +100,12 @@ def angle_findings(epochs: list[int], values: dict[str, list[list[float]]]) -> t
 
     return (
         f"the paper: gradients of FA and KL agree throughout: **{_holds(bool(np.all(means['fa'] > 0)))}** ({say('fa')})",
-        f"the paper: those of CE and KL oppose throughout: **{_holds(bool(np.all(means['ce'] < 0)))}** ({say('ce')})",
+        f"the paper: gradients of CE and KL oppose throughout: **{_holds(bool(np.all(means['ce'] < 0)))}** ({say('ce')})",
     )
 
 
 def hessian_spectra(sweep: Sweep) -> Section:
-    """Figure 2b: eigenvalue densities at the end of fine-tuning, without the losses' constant weights alpha and lambda."""
+    """Figure 2b: eigenvalue densities at the end of fine-tuning, without the weights alpha and lambda of the losses."""
     found = base(sweep)
     trained, settings = found.students[-1][1], found.config.finetune
     constants = (found.fixed, found.fixed.images[:HESSIAN_IMAGES], found.fixed.labels[:HESSIAN_IMAGES])
@@ -120,9 +123,9 @@ def hessian_spectra(sweep: Sweep) -> Section:
     spectra = {loss: moments(each) for loss, each in probes.items()}
     body = (
         f"With respect to the student's parameters at the end of fine-tuning, on {len(constants[1])} clean synthetic images, "
-        f"by stochastic Lanczos quadrature ({PROBES} probes of depth {DEPTH}); seed {sweep.seeds[0]}. KL "
-        "keeps its T^2 and is without alpha, FA is without lambda: these weights would only stretch the axis. The last "
-        "column does not depend on them; ± is its standard error, from the probes.\n\n"
+        f"by stochastic Lanczos quadrature ({PROBES} probes of depth {DEPTH}). Seed {sweep.seeds[0]}. KL "
+        "includes its factor T^2 but not alpha, and FA does not include lambda: these weights would only stretch the axis. The "
+        "last column does not depend on them. ± is its standard error over the probes.\n\n"
         "| | largest eigenvalue | smallest | mean | root mean square | largest / root mean square |\n"
         "|---|---|---|---|---|---|\n"
     )
@@ -139,9 +142,10 @@ _LABELS = {"ce": "CE", "kl": "T^2 KL", "fa": "FA"}
 
 
 def moments(probes: list[landscape.Quadrature]) -> dict[str, float]:
-    """Largest and smallest eigenvalue, mean, root mean square; the largest by that, and its standard error.
+    """Largest and smallest eigenvalue, mean, root mean square, largest / root mean square, and the error of this ratio.
 
-    The largest eigenvalue is found by any probe, the root mean square is an average over probes: the error is of the latter.
+    The error is a standard error. It comes from the root mean square alone, which is an average over probes. Any single probe
+    finds the largest eigenvalue.
     """
     nodes, weights = landscape.average(probes)
     squares = [float(each.weights @ each.nodes**2) for each in probes]
@@ -158,16 +162,17 @@ def moments(probes: list[landscape.Quadrature]) -> dict[str, float]:
 
 
 def _density(spectrum: landscape.Quadrature, linear_width: float) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and density, evenly spaced and widened on the axis on which they are drawn."""
+    """Eigenvalues and density for a plot with an asinh axis: points are evenly spaced, and nodes equally wide, on this axis."""
     drawn = spectrum._replace(nodes=np.arcsinh(spectrum.nodes / linear_width))
     grid = np.linspace(drawn.nodes.min() - 0.5, drawn.nodes.max() + 0.5, GRID)
     return linear_width * np.sinh(grid), landscape.density(drawn, grid, WIDTH)
 
 
 def tail_finding(spectra: dict[str, dict[str, float]]) -> str:
-    """Whether CE's largest eigenvalue is the largest beside the root mean square of its own spectrum.
+    """Whether CE has the largest ratio of the largest eigenvalue to the root mean square of all eigenvalues.
 
-    By itself it would compare the losses' weights. A difference decides where it is larger than twice its standard error.
+    The largest eigenvalue alone depends on the weight of the loss, but the ratio does not. The claim is undecided unless the
+    difference is larger than twice its standard error.
     """
     ce, *others = (spectra[loss] for loss in ("ce", "kl", "fa"))
 

@@ -1,4 +1,4 @@
-"""The figures of the supplement, and accuracy over time, as PNG and SVG; readable when printed in grey."""
+"""The figures of the supplement, and accuracy over time, as PNG and SVG. They are readable when printed in grey."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ STYLES: tuple[dict[str, Any], ...] = (
     {"linestyle": "--", "marker": "s"},
     {"linestyle": ":", "marker": "^"},
 )
-COLOURS = ("#1b1b1b", "#b34a00", "#0072b2")  # of clearly different lightness
+COLOURS = ("#1b1b1b", "#b34a00", "#0072b2")  # they differ clearly in lightness
 
 
 def sensitivity(panels: dict[str, list[tuple[float, float, float | None]]], teacher: float, path: Path) -> None:
@@ -31,7 +31,7 @@ def sensitivity(panels: dict[str, list[tuple[float, float, float | None]]], teac
 
 
 def cosines(epochs: list[int], values: dict[str, np.ndarray], path: Path) -> None:
-    """Cosine similarity of gradients along fine-tuning (Figure 2a). values: label -> [epochs, batches]."""
+    """Cosine similarity of gradients during fine-tuning (Figure 2a). values: label -> [epochs, batches]."""
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axis = figure.subplots()
     for (label, each), style, colour in zip(values.items(), STYLES, COLOURS):
@@ -44,10 +44,10 @@ def cosines(epochs: list[int], values: dict[str, np.ndarray], path: Path) -> Non
 
 
 def spectra(spectra: dict[str, tuple[np.ndarray, np.ndarray]], linear_width: float, path: Path) -> None:
-    """Eigenvalue density of each loss's Hessian (Figure 2b), one panel a loss. spectra: label -> eigenvalues, density.
+    """Eigenvalue density of each loss's Hessian (Figure 2b), one panel per loss. spectra: label -> eigenvalues, density.
 
-    The eigenvalues' axis is linear within `linear_width` of zero and logarithmic beyond, so that both the bulk and single
-    large eigenvalues show.
+    The axis of eigenvalues is linear within `linear_width` of zero and logarithmic beyond. It thus shows both the bulk and
+    single large eigenvalues.
     """
     figure = Figure(figsize=(4.2 * len(spectra), 3.2), layout="constrained")
     axes = figure.subplots(1, len(spectra), sharex=True, sharey=True, squeeze=False)[0]
@@ -79,13 +79,13 @@ def over_time(curves: dict[str, list[tuple[float, float]]], teacher: float, path
 
 
 def _decades(low: float, high: float, linear_width: float) -> list[float]:
-    """Zero, and every second power of ten within [low, high] that is far enough from it to be told apart on the axis."""
+    """Ticks: zero, and every second power of ten within [low, high] that can be told apart from zero on the axis."""
     powers = 10.0 ** np.arange(np.ceil(np.log10(10 * linear_width)), np.log10(max(-low, high, 10 * linear_width)) + 1, 2)
     return [*(-power for power in reversed(powers) if power <= -low), 0, *(power for power in powers if power <= high)]
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write `path`.png and `path`.svg; the same figure gives the same bytes."""
+    """Write `path`.png and `path`.svg. The same figure always gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "hast_jax"}):
         figure.savefig(path.with_suffix(".png"), dpi=150)

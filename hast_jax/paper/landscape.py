@@ -1,7 +1,6 @@
-"""What the losses look like around a student: angles between their gradients, eigenvalues of their Hessians.
+"""The losses around a student: angles between their gradients, and eigenvalues of their Hessians (supplement, Figure 2).
 
-Supplement, Figure 2. Derivatives are with respect to what is trained of the student, on clean images, and pass the quantizers
-straight through.
+Derivatives are with respect to the trained variables of the student, on clean images, with the straight-through estimator.
 """
 
 from collections.abc import Callable
@@ -24,19 +23,19 @@ LossFunctions = Callable[..., dict[str, Array]]
 
 
 class Quadrature(NamedTuple):
-    """What one probe shows of a spectrum: nodes, which are estimates of eigenvalues, and their weights, whose sum is one."""
+    """The spectrum as one probe sees it: nodes, which estimate eigenvalues, and their weights, whose sum is one."""
 
     nodes: np.ndarray
     weights: np.ndarray
 
 
 def losses(teacher: Network, student: Network, settings: ConfigDict) -> LossFunctions:
-    """(trained, fixed, images, labels) -> {"ce", "kl", "fa"}: the losses with the method's factors; that of CE is 1.
+    """A function (trained, fixed, images, labels) -> {"ce", "kl", "fa"}: each loss times its weight; the weight of CE is 1.
 
-    settings: `config.finetune`. Raises UserError where L_FA weighs nothing.
+    settings: `config.finetune`. Raises UserError if L_FA has no weight.
     """
     if settings.lam == 0:
-        raise UserError("figure 2 compares L_FA with the other losses: it needs finetune.lam above zero.")
+        raise UserError("figure 2 compares L_FA with the other losses: set finetune.lam above zero.")
     settings = settings.copy_and_resolve_references()
     settings.ce = 1.0
 
@@ -50,7 +49,7 @@ def losses(teacher: Network, student: Network, settings: ConfigDict) -> LossFunc
 def gradient_cosines(
     losses: LossFunctions, trained: Any, fixed: finetune.FixedInputs, images: Array, labels: Array
 ) -> dict[str, Array]:
-    """Cosine similarity of the gradients of CE and KL, and of FA and KL, on one batch (Figure 2a); scalars."""
+    """Cosine similarity (scalar) of the gradient of KL with those of CE ("ce") and FA ("fa"), on one batch (Figure 2a)."""
     values, pull_back = jax.vjp(lambda t: losses(t, fixed, images, labels), trained)
 
     def gradient(name: str) -> Array:
@@ -70,8 +69,8 @@ def hessian_spectrum(
 ) -> list[Quadrature]:
     """Spectrum of the Hessian of `loss(trained, *constants)`, by stochastic Lanczos quadrature (Figure 2b).
 
-    Each of `probes` random unit vectors gives at most `depth` nodes; the average of all is the spectrum. depth: at most the
-    number of trained values.
+    Each of `probes` random unit vectors gives one quadrature with at most `depth` nodes. Their average is the spectrum. depth:
+    at most the number of trained values.
     """
     flat, unravel = ravel_pytree(trained)
 
@@ -90,10 +89,10 @@ def hessian_spectrum(
 
 
 def lanczos(product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, depth: int) -> Quadrature:
-    """Lanczos' algorithm for the symmetric matrix behind `product`, from `start`: a Gauss quadrature of its spectrum.
+    """A Gauss quadrature of the spectrum of a symmetric matrix, by Lanczos' algorithm. product: multiplies it by a vector.
 
-    Its loop runs here and not in a JAX library such as matfree: those loop inside XLA, where convolutions on a CPU are more
-    than ten times slower (jax issue 12868). Each new vector is made orthogonal to all before it, twice, to be stable.
+    The loop runs in Python. JAX libraries such as matfree loop inside XLA, where convolutions on a CPU are more than ten times
+    slower (jax issue 12868). For stability, each new vector is made orthogonal to all earlier vectors twice.
     """
     basis = start[None] / np.linalg.norm(start)
     diagonal: list[float] = []
@@ -114,11 +113,11 @@ def lanczos(product: Callable[[np.ndarray], np.ndarray], start: np.ndarray, dept
 
 
 def average(quadratures: list[Quadrature]) -> Quadrature:
-    """That of all probes."""
+    """The average over all probes: all their nodes, with weights whose sum is one."""
     nodes, weights = (np.concatenate(each) for each in zip(*quadratures))
     return Quadrature(nodes, weights / len(quadratures))
 
 
 def density(quadrature: Quadrature, grid: np.ndarray, width: float) -> np.ndarray:
-    """The spectrum on `grid` [n], each node widened to a Gaussian of standard deviation `width`."""
+    """The spectrum's density on `grid` [n]. Each node is widened to a Gaussian with standard deviation `width`."""
     return scipy.stats.norm.pdf(grid[:, None], quadrature.nodes[None], width) @ quadrature.weights

@@ -1,5 +1,6 @@
-"""Runs that share what is equal: each set of images is made once, each cell run once, ranges that no cell changes are
-calibrated once, and a failed cell stops no other.
+"""Many runs that share their common work: each set of images is made once, and equal cells are run once.
+
+Cells that change only fine-tuning share their calibrated ranges. A cell that fails does not stop the others.
 """
 
 import functools
@@ -23,64 +24,64 @@ from hast_jax.runs.run_folder import RunFolder
 
 Result = dict[str, Any]
 
-# Changes of these fields alone leave the synthetic images as they are: fewer images are the first ones of the set.
+# These fields do not change the synthetic images: a cell with fewer images takes the first images of the set.
 SAME_IMAGES = ("synthesis.images", "synthesis.real_split")
-KEPT_CHECKPOINTS = 10  # of the base cell, for the gradients along fine-tuning
+KEPT_CHECKPOINTS = 10  # of the base cell, for the gradients during fine-tuning (Figure 2a)
 
 
 class Sweep:
     """Cells of one config in a folder.
 
-    workdir/images/NAME-seed0, workdir/cells/NAME-seed0: run folders, named after the fields that a cell changes. A cell that
-    failed holds error.txt. `failed`: names of those that failed in this process.
+    workdir/images/NAME-seed0 and workdir/cells/NAME-seed0 are run folders. NAME lists the fields that a cell changes. A failed
+    cell leaves error.txt in its folder. `failed`: names of the cells that failed in this process.
     """
 
     def __init__(
         self, config: ConfigDict, workdir: Path, seeds: int, progress: Progress = silent, say: Callable[[str], Any] = len
     ):
-        """`config` is that of the base cell. `say` is told a line for each cell. The folder is held until this process ends.
+        """config: of the base cell. say: gets one line of text for each cell. This process locks `workdir` until it ends.
 
-        Raises UserError where the config, or the folder, cannot serve.
+        Raises UserError if the config or the folder cannot be used.
         """
         config_lib.validate(config)
         if config.synthesis.real_split:
-            raise UserError("config.synthesis.real_split must be empty: a sweep has cells on real images of its own.")
+            raise UserError("config.synthesis.real_split must be empty: a sweep has its own cells with real images.")
         if config.synthesis.source:
             _check_source(config)
         config = config.copy_and_resolve_references()
-        config.report = False  # a table of cells is the report
+        config.report = False  # the table of all cells takes its place
         run_folder.open_for_run(workdir, config)
         self.config, self.workdir, self._progress, self._say = config, workdir, progress, say
         self.seeds = range(config.seed, config.seed + seeds)
         self.failed: list[str] = []
-        self._sets: dict[Path, Path | Exception] = {}  # run folder -> its synthetic set, or what ended it
+        self._sets: dict[Path, Path | Exception] = {}  # run folder -> its synthetic set, or the exception that ended it
         self._results: dict[Path, Result] = {}
 
     def run(self, cell: Cell) -> list[Result]:
-        """The results of a cell, one for each seed; {"failed": sentence} for one that ended in an error."""
+        """The results of a cell, one for each seed. The result of a failed run is {"failed": error message}."""
         return [self.run_one(cell, seed) for seed in self.seeds]
 
     def run_one(self, cell: Cell, seed: int) -> Result:
-        """Run a cell, go on with it, or read the result of the finished one; a failed one is not tried twice."""
+        """The result of a cell for one seed. The cell is run or resumed if it has not finished. A failed cell is tried once."""
         path = self.path(cell, seed)
         if path not in self._results:
             self._results[path] = self._attempt(cell, seed, path)
         return self._results[path]
 
     def path(self, cell: Cell, seed: int) -> Path:
-        """The run folder of a cell."""
+        """The run folder of a cell for one seed."""
         return self.workdir / "cells" / f"{_name(effective(cell.changes, self.config))}-seed{seed}"
 
     @functools.cached_property
     def teacher(self) -> Variables:
-        """Variables of the teacher that all cells follow."""
+        """Variables of the teacher, which all cells share."""
         return from_config.teacher(self.config)[1]
 
     def images(self, changes: dict[str, Any], seed: int) -> Path:
-        """The folder of the synthetic set for a cell with these changes, made where it is not there.
+        """The folder of the synthetic set for a cell with these changes. The set is made if it does not exist.
 
-        Where `config.synthesis.source` is set, cells that change nothing about synthesis use it, and the sets of the others are
-        of its seed too: the cells' seeds then change calibration and fine-tuning alone.
+        If `config.synthesis.source` is set, cells that change nothing about synthesis use that set. All other sets are made
+        with `config.seed`, so that the cells' seeds change only calibration and fine-tuning.
         """
         own = {k: v for k, v in changes.items() if k.startswith("synthesis.") and k not in SAME_IMAGES}
         if changes.get("synthesis.images", 0) > self.config.synthesis.images:
@@ -97,7 +98,7 @@ class Sweep:
         if path not in self._sets:
             try:
                 self._sets[path] = pipeline.run_synthesis(config, path, self._progress)
-            except Exception as error:  # every other cell of this set would end like the first
+            except Exception as error:  # remembered, because other cells with this set would fail in the same way
                 self._sets[path] = error
         found = self._sets[path]
         if isinstance(found, Exception):
@@ -107,7 +108,7 @@ class Sweep:
     def _attempt(self, cell: Cell, seed: int, path: Path) -> Result:
         try:
             result = self._result(effective(cell.changes, self.config), seed, path)
-        except Exception as error:  # whatever ended this cell, the others can still be run
+        except Exception as error:  # whatever ended this cell, the other cells can still be run
             path.mkdir(parents=True, exist_ok=True)
             write_text(path / "error.txt", traceback.format_exc())
             self.failed.append(path.name)
@@ -118,7 +119,7 @@ class Sweep:
         return result
 
     def _result(self, changes: dict[str, Any], seed: int, path: Path) -> Result:
-        """Of the finished cell, even where its images are gone; else of the one that is run now."""
+        """The stored result of a finished cell, which does not need its images any more. Otherwise the cell is run now."""
         folder, config = RunFolder(path), self._changed(changes, seed)
         if folder.result.exists():
             folder.check_teacher(self.teacher, remember=False)
@@ -143,7 +144,7 @@ class Sweep:
 
 
 def _check_source(config: ConfigDict) -> None:
-    """Raise UserError where the given set is not what the base would make: other cells would differ in more than they say."""
+    """Raise UserError if the given set differs from the one that the base cell would make: cells would not be comparable."""
     source = paths.local(config.synthesis.source)
     images, _ = synthetic_set.load(source, tuple(config.teacher.image), config.teacher.classes)
     _, made = run_folder.open_for_reading(source.parent)
@@ -152,11 +153,11 @@ def _check_source(config: ConfigDict) -> None:
     lines = config_lib.difference(old, new)
     if lines or len(images) != config.synthesis.images:
         found = "; ".join(lines) or f"{len(images)} images of {made.teacher.weights}"
-        raise UserError(f"{source} is not what this config would make ({found}): leave config.synthesis.source empty.")
+        raise UserError(f"{source} differs from the images of this config ({found}): leave config.synthesis.source empty.")
 
 
 def _name(changes: dict[str, Any]) -> str:
-    """The name of a cell's folder: each field that it changes, and the value; other changes have another name."""
+    """The name of a cell's folder: its changed fields and their values. Different changes give different names."""
     last = [path.split(".")[-1] for path in FIELDS]
 
     def short(path):

@@ -1,4 +1,4 @@
-"""From the results of cells to tables, with the paper's numbers beside ours, and to the page of all experiments."""
+"""Tables of the results of cells, with the paper's numbers beside ours, and the page of all experiments."""
 
 import math
 import statistics
@@ -17,7 +17,7 @@ Results = dict[str, list[Result]]
 
 
 class Section(NamedTuple):
-    """One experiment: its title, its Markdown, and the same as JSON values; `findings` are lines of the page."""
+    """One experiment. body: its Markdown. data: the same as JSON values. findings: lines among the findings of the page."""
 
     title: str
     body: str
@@ -25,7 +25,7 @@ class Section(NamedTuple):
     findings: tuple[str, ...] = ()
 
     def with_picture(self, name: str) -> "Section":
-        """The section with this picture, in the same folder, at its end."""
+        """The section with a picture at its end. name: of a file in the same folder."""
         return self._replace(body=f"{self.body}\n\n![{self.title}]({name})")
 
 
@@ -38,7 +38,7 @@ def section(experiment: Experiment, results: Results, config: ConfigDict) -> Sec
 
 
 def rows(experiment: Experiment, results: Results, config: ConfigDict) -> list[Row]:
-    """One row a cell: accuracy over seeds (%), drop from the teacher, and the paper's where it has one."""
+    """One row for each cell: accuracy over seeds (%), drop from the teacher, and the paper's numbers if there are any."""
     data_set = experiments.data_set(config)
     setting = (data_set, f"W{config.bits.weights}A{config.bits.activations}")
     paper_teacher = PAPER_TEACHERS.get((config.teacher.network, data_set))
@@ -69,7 +69,7 @@ def _row(label: str, results: list[Result], epoch: str) -> Row:
 
 
 def markdown(rows: list[Row]) -> str:
-    """A table of the rows; the paper's columns only where it has a number, agreement only where it was measured."""
+    """A table of the rows. The columns of the paper and of agreement are left out if they would be empty."""
     compared, judged = (any(name in row for row in rows) for name in ("paper", "agreement"))
     header = ["", "top-1", "drop"]
     header += ["agreement, held-out synthetic", "KL"] if judged else []
@@ -103,7 +103,7 @@ def _line(cells: list[str]) -> str:
 
 
 def draw_sensitivity(rows: list[Row], path: Path) -> bool:
-    """Figure 1 from its rows, whose labels are "name=value". False where every cell failed: there is nothing to draw."""
+    """Draw Figure 1 from its rows, whose labels are "name=value". Returns False if every cell failed: nothing is drawn."""
     panels: dict[str, list[tuple[float, float, float | None]]] = {}
     good = [row for row in rows if "mean" in row]
     for row in good:
@@ -115,7 +115,7 @@ def draw_sensitivity(rows: list[Row], path: Path) -> bool:
 
 
 def context(sweep: Sweep, images: int, devices: int) -> str:
-    """What every table is of: network, bits, budget, seeds. images: real ones, of the evaluation."""
+    """A text with what all tables have in common: network, bits, budget, seeds. images: number of real images evaluated on."""
     config = sweep.config
     made = f"{config.synthesis.images} images x {config.synthesis.iterations} iterations"
     steps = f"{config.finetune.epochs * config.finetune.steps_per_epoch} steps of {config.finetune.batch}"
@@ -126,20 +126,20 @@ def context(sweep: Sweep, images: int, devices: int) -> str:
     hardware = f"{devices} x {jax.devices()[0].device_kind}"
     return (
         f"{config.teacher.network} on {config.eval.dataset}, {bits}: {made}, {steps}, seed {seeds}, {hardware}. Top-1 in per "
-        f"cent on {images} real images at the last epoch; ± is the standard deviation over seeds, drop the distance from the "
-        f"full-precision teacher. The paper: {experiments.PAPER_BUDGET}."
+        f"cent on {images} real images at the last epoch. ± is the standard deviation over seeds. The drop is measured from "
+        f"the full-precision teacher. The paper: {experiments.PAPER_BUDGET}."
     )
 
 
 def page(sections: dict[str, Section], sweep: Sweep, context: str, images: int) -> str:
-    """The page of all experiments: what they are of, the findings, a section for each."""
+    """The page of all experiments: their context, the findings, and a section for each. images: real ones evaluated on."""
     lines = [verdict(finding, sections, images) for finding in FINDINGS if finding.experiment in sections]
     lines += [line for each in sections.values() for line in each.findings]
     config = sweep.config
     title = f"# The supplement's experiments: {config.teacher.network} on {config.eval.dataset}"
     rule = (
-        "A difference decides where it is larger than twice its standard error. That error is of the evaluation's number of "
-        "images and of the seeds; with one seed it leaves out what another seed would change."
+        "A finding is undecided unless the difference is larger than twice its standard error. The standard error comes from "
+        "the number of real images and from the spread over seeds. With one seed it leaves out that spread."
     )
     findings = "\n".join(f"- {line}" for line in lines)
     bodies = [f"## {each.title}\n\n{each.body}" for each in sections.values()]
@@ -147,7 +147,7 @@ def page(sections: dict[str, Section], sweep: Sweep, context: str, images: int) 
 
 
 def verdict(finding: Finding, sections: dict[str, Section], images: int) -> str:
-    """Whether a finding holds, by the experiment's rows. images: real ones, of the evaluation."""
+    """A line that says whether a finding holds, from the rows of its experiment. images: number of real images evaluated on."""
     rows = sections[finding.experiment].data.get("rows", [])
     by_label = {row["label"]: row for row in rows}
 
@@ -156,9 +156,9 @@ def verdict(finding: Finding, sections: dict[str, Section], images: int) -> str:
 
     pair = pick(finding.better), pick(finding.worse)
     if any("mean" not in row or row["failed"] for row in pair):
-        return f"{finding.sentence}: not measured, a cell failed or was left out"
+        return f"{finding.sentence}: not measured, because a cell failed or was left out"
     if pair[0]["changes"] == pair[1]["changes"]:
-        return f"{finding.sentence}: not measured, with this config both cells are one run"
+        return f"{finding.sentence}: not measured, because with this config both cells are the same run"
     difference = pair[0]["mean"] - pair[1]["mean"]
     error = 2 * math.sqrt(sum(_variance(row, images) for row in pair))
     decision = "undecided" if abs(difference) <= error else "holds" if difference > 0 else "does not hold"

@@ -1,1 +1,1 @@
-"""What makes a run survive: its folder, checkpoints, records, devices and processes. Nothing here knows the method."""
+"""What lets a run survive: its folder, checkpoints, records, devices and processes. Nothing here depends on the method."""

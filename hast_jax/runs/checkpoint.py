@@ -1,4 +1,4 @@
-"""The only room that knows Orbax: saving a tree of arrays by step, and restoring the newest that is whole."""
+"""Checkpoints, by Orbax: a tree of arrays is saved for a step, and the newest undamaged tree is restored."""
 
 import errno
 import shutil
@@ -15,14 +15,14 @@ from orbax.checkpoint import v1 as ocp
 from hast_jax.errors import CheckpointWarning, UserError
 from hast_jax.runs.files import crc32
 
-NOT_DAMAGED = (errno.EACCES, errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)  # of a file system that fails for now
-DISK_MARGIN = 2**20  # bytes beside the arrays of a checkpoint
+NOT_DAMAGED = (errno.EACCES, errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)  # the file system fails for now
+DISK_MARGIN = 2**20  # bytes of a checkpoint besides its arrays
 
 
 class Checkpoints:
-    """Checkpoints of one kind in a folder, the newest `keep` of them and those at multiples of `keep_every` steps.
+    """Checkpoints of one kind in a folder. The newest `keep` are kept, and those at multiples of `keep_every` steps.
 
-    writing=False only reads: it leaves alone what a running job has half written.
+    writing: False for reading only, which leaves the half-written files of a running job alone.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0, writing: bool = True):
@@ -36,48 +36,51 @@ class Checkpoints:
         )
 
     def save(self, step: int, tree: Any) -> None:
-        """Save `tree` (arrays of this process) under `step`, over what may be there. It is on disk on return."""
+        """Save `tree` (arrays of this process) under `step`, replacing an older one. It is on disk on return.
+
+        Raises UserError if the disk is full.
+        """
         tree = jax.tree.map(np.asarray, tree)
         metadata = {"crc32": crc32(tree)}
-        # Asked beforehand: TensorStore meets a full disk in threads of its own, with pages of tracebacks.
+        # Checked before, because TensorStore's own threads answer a full disk with pages of tracebacks.
         if shutil.disk_usage(self._folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + DISK_MARGIN:
             raise UserError(
                 f"the disk is full: no room for a checkpoint in {self._folder}; make room and run the same command "
-                "again, it goes on where it was."
+                "again to resume."
             )
         self._checkpointer.save(step, tree, force=True, overwrite=True, custom_metadata=metadata)
 
     def restore(self, like: Any, rows: int | None = None) -> Any | None:
-        """The newest whole tree with the structure and shapes of `like`, as NumPy arrays; None where there is none.
+        """The newest undamaged tree with the structure and shapes of `like`, as NumPy arrays; None if there are no checkpoints.
 
-        rows: where given, arrays may have any leading axis up to that, instead of that of `like`.
-        A checkpoint that cannot be read, or is not what was saved, is passed over with a warning for the one before it.
-        Raises UserError where there are checkpoints and none is whole.
+        rows: if given, the arrays' leading axis may have any length up to `rows`, instead of that of `like`.
+        A checkpoint that cannot be read, or differs from what was saved, gives a warning, and the one before it is tried.
+        Raises UserError if all checkpoints are damaged, or if the file system fails for now.
         """
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
         for step in steps:
             try:
                 return self._restore(step, like, rows)
-            except Exception as error:  # Orbax and TensorStore raise many kinds on damaged files
+            except Exception as error:  # Orbax and TensorStore raise many kinds of errors on damaged files
                 words = _first_line(error)
                 if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_DAMAGED:
                     raise UserError(
                         f"checkpoint {self._folder}/{step} cannot be read now ({words}): run the same command again later."
                     ) from error
                 warnings.warn(
-                    f"checkpoint {self._folder}/{step} cannot be read and is passed over: {words}.",
+                    f"checkpoint {self._folder}/{step} cannot be read, and the one before it is tried: {words}.",
                     CheckpointWarning,
                     stacklevel=2,
                 )
         if steps:
             raise UserError(
-                f"no checkpoint in {self._folder} can be read ({words}): where that cannot be mended, delete that folder to "
+                f"no checkpoint in {self._folder} can be read ({words}): if that cannot be mended, delete that folder to "
                 "start this stage anew."
             )
         return None
 
     def restore_each(self, like: Any) -> Iterator[tuple[int, Any]]:
-        """(step, tree) of every checkpoint, the oldest first. Raises UserError where one is damaged."""
+        """(step, tree) of every checkpoint, the oldest first. Raises UserError if one is damaged."""
         for step in sorted(c.step for c in self._checkpointer.checkpoints):
             try:
                 yield step, self._restore(step, like, None)
@@ -94,7 +97,7 @@ class Checkpoints:
             return leaf.shape[0 if rows is None else 1 :]
 
         saved_leaves, wanted_leaves = jax.tree.leaves(metadata.metadata), jax.tree.leaves(like)
-        # Before any array is read: a forged shape could fill the memory.
+        # Checked before any array is read, because a forged shape could fill the memory.
         if sorted(map(tail, saved_leaves)) != sorted(map(tail, wanted_leaves)):
             raise ValueError("its arrays have other shapes")
         if rows is not None and max(leaf.shape[0] for leaf in saved_leaves) > rows:

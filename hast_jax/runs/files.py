@@ -1,4 +1,4 @@
-"""Small files: written so that a reader never sees half of one. Checksums of arrays."""
+"""Small files, written so that a reader never sees a half-written one. Checksums of arrays."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from hast_jax.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file's content in one move, on disk when this returns."""
+    """Replace the file's content in one move. The new content is on disk on return."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """As `write_text`, of bytes."""
+    """As `write_text`, for bytes."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(content)
@@ -38,7 +38,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a file of a run folder. Raises UserError where it is damaged."""
+    """The value in a file of a run folder. Raises UserError if the file is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -46,7 +46,7 @@ def read_json(path: Path) -> Any:
 
 
 def crc32(tree: Any) -> int:
-    """CRC-32 of all arrays of a tree, in its order, without a copy of those that are contiguous."""
+    """CRC-32 of all arrays of a tree, in the tree's order. Contiguous arrays are not copied."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         total = zlib.crc32(np.ascontiguousarray(leaf).data, total)

@@ -1,4 +1,4 @@
-"""The loop around a pmapped step: it dispatches ahead of the device and looks at the metrics rarely."""
+"""The loop around a pmapped step: it dispatches calls ahead of the device and fetches the metrics rarely."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,9 +14,9 @@ Metrics = dict[str, float]
 
 
 class Snapshot(NamedTuple):
-    """Steps done, the state and the metrics after them; preempted: the run is to be saved and ended here.
+    """Number of steps done, and the state and the metrics after them. preempted: the run is to be saved and ended here.
 
-    A snapshot that is there only for that has no metrics, so that a log does not show where a run was broken.
+    A snapshot that is made only because the run ends has no metrics, so that the log does not show where a run was interrupted.
     """
 
     done: int
@@ -37,16 +37,17 @@ def drive(
     what: str,
     all_processes: bool = True,
 ) -> Iterator[Snapshot]:
-    """Call `step(state, *next(inputs))` from `start` to `stop`; yield what a snapshot shows now and then.
+    """Call `step(state, *next(inputs))` from `start` to `stop`, and yield snapshots.
 
-    It yields after each call that reaches a multiple of any number in `every`, at `stop`, and where SIGTERM asks the run to
-    end: then for the last time, with `preempted` true. Several processes end at the next of those steps, one at any.
+    A snapshot is due at `stop`, and after each call that reaches a multiple of any number in `every`. After SIGTERM the last
+    snapshot has `preempted` true. A single process yields it after the running call, several processes when the next is due.
 
-    The metrics are those of the step just done, averaged over this process's devices; fetching them is the only wait for the
-    device. `steps_per_call` must divide `start`, `stop` and whatever step must be met exactly (`call_length`). The yielded
-    state is donated to the next call: use it before going on.
+    The metrics are those of the step just done, averaged over this process's devices. Only fetching them waits for the device.
+    `steps_per_call` must divide `start`, `stop` and every step that must be met exactly (`call_length`). The yielded state is
+    donated to the next call: use it before the next snapshot is asked for.
 
-    Raises UserError where a metric is not finite.
+    what: the config section of the loop, for error messages. all_processes: whether all processes run this loop in step. If
+    they do not, several processes ignore SIGTERM in it. Raises UserError if a metric is not finite.
     """
     done = start
     while done < stop:
@@ -58,7 +59,7 @@ def drive(
             values = {name: float(np.mean(value)) for name, value in jax.device_get(metrics).items()}
             _check_finite(values, what, done)
             if all_processes:
-                preempted = preemption.agreed()  # here alone, where all wait for their devices anyway
+                preempted = preemption.agreed()  # only here, where all processes wait for their devices anyway
             yield Snapshot(done, state, values, preempted)
         elif preempted:
             yield Snapshot(done, state, {}, preempted)
@@ -72,7 +73,7 @@ def crosses(done: int, number: int, steps_per_call: int) -> bool:
 
 
 def call_length(requested: int, *intervals: int) -> int:
-    """The largest number of steps a call, at most `requested`, that divides every interval; zero has every divisor."""
+    """The largest number of steps per call, at most `requested`, that divides every interval. Every number divides zero."""
     common = math.gcd(*intervals) or requested
     return max(d for d in range(1, min(requested, common) + 1) if common % d == 0)
 

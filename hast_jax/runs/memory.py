@@ -1,4 +1,4 @@
-"""What a run keeps where it has no folder: the same as `RunFolder`, in memory and for as long as the run lasts."""
+"""The storage of a run without a folder: as `RunFolder`, but in memory, and only as long as the run lasts."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ Tree = Any
 
 
 class MemoryRun:
-    """As `RunFolder`, but nothing is written and nothing is there to go on from."""
+    """As `RunFolder`, but nothing is written, so there is nothing to resume from."""
 
     def __init__(self) -> None:
         self._ranges: Tree = None
@@ -25,7 +25,7 @@ class MemoryRun:
         return NoCheckpoints()
 
     def drop_checkpoints(self, name: str) -> None:
-        """There are none."""
+        """Does nothing: no checkpoints are kept."""
 
     def synthetic_set(self, images: int, batch: int, shape: tuple[int, int, int], create: bool = True) -> "MemorySet":
         """The synthetic set of this run."""
@@ -33,13 +33,13 @@ class MemoryRun:
         return self._set
 
     def check_images(self, images: np.ndarray, labels: np.ndarray) -> None:
-        """A run in memory has but one set of images."""
+        """Does nothing: a run in memory has only one set of images."""
 
     def check_teacher(self, variables: Tree, program: int | None = None, remember: bool = True) -> None:
-        """A run in memory has but one teacher."""
+        """Does nothing: a run in memory has only one teacher."""
 
     def teacher_accuracy(self) -> dict[str, float] | None:
-        """The teacher's accuracy, where it was measured."""
+        """The teacher's accuracy; None if it was not measured."""
         return self._accuracy
 
     def remember_teacher_accuracy(self, accuracy: dict[str, float]) -> None:
@@ -67,23 +67,23 @@ class MemoryRun:
         return self._evaluations
 
     def read_segments(self) -> list[dict[str, Any]]:
-        """What each start of this run did: there is one."""
+        """The records of the starts of this run, of which there is only one."""
         return self._segments
 
     def write_segments(self, segments: list[dict[str, Any]]) -> None:
-        """Keep what this run did."""
+        """Keep the records of the starts of this run."""
         self._segments = segments
 
     def read_result(self) -> dict[str, Any] | None:
-        """A run in memory is never finished before."""
+        """None: a run in memory is never finished when it starts."""
         return None
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """The caller has it."""
+        """Does nothing: the caller has the result."""
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Nobody else knows of this run."""
+        """Does nothing: no other process knows of this run."""
         yield
 
 

@@ -1,8 +1,8 @@
-"""The only room that knows devices and processes: how many there are, what is replicated, what runs on each.
+"""Devices and processes: how many there are, what is replicated, and what runs on each of them.
 
-Steps are `pmap`ped over the axis `AXIS`. An argument that belongs to one device carries a leading axis of as many rows as this
-process uses devices; the replicated state does too. A step runs on the devices of this process, or together on those of
-all processes, whose gradients `mean` brings together.
+Steps are `pmap`ped over the axis `AXIS`. Each argument, the replicated state included, has a leading axis with one row for each
+device that this process uses. A step runs on the devices of this process, or on those of all processes together. `mean`
+averages the gradients of the devices that take a step.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ KEEP_BARRIERS = "--xla_disable_hlo_passes=cse_barrier_expander"
 COMPILATION_CACHE = "~/.cache/hast_jax"
 CPU_STEPS_PER_CALL, ACCELERATOR_STEPS_PER_CALL = 1, 50
 CPU_MICRO_BATCH = 32
-HEARTBEAT_SECONDS = 30  # without a sign of life of another process, until JAX ends this one
-MAX_MESSAGE = 4096  # bytes of a sentence that one process tells the others
-FAILURE = "failure.txt"  # in the run folder: why a process of several ended
+HEARTBEAT_SECONDS = 30  # JAX ends this process if another one gives no sign of life for so long
+MAX_MESSAGE = 4096  # bytes of an error message that one process sends to the others
+FAILURE = "failure.txt"  # in the run folder: why one of several processes ended
 
 _failure: Path | None = None
 
@@ -39,8 +39,8 @@ _failure: Path | None = None
 def join(processes: str) -> None:
     """Become one of several processes that work on one run; call it before `setup`.
 
-    processes: "auto" on a Slurm, TPU or MPI cluster, which JAX knows, or "HOST:PORT,NUMBER,INDEX": the address of process 0,
-    how many processes there are, and which one this is. Raises UserError where it is neither, or not all of them come.
+    processes: "auto" on a Slurm, TPU or MPI cluster, which JAX recognises; or "HOST:PORT,NUMBER,INDEX": the address of process
+    0, the number of processes, and the index of this one. Raises UserError for other texts, or if not all processes join.
     """
     options: dict[str, Any] = {}
     if processes != "auto":
@@ -49,8 +49,8 @@ def join(processes: str) -> None:
             options = {"coordinator_address": address, "num_processes": int(number), "process_id": int(index)}
         except ValueError as error:
             raise UserError(f"--processes is {processes!r}: it must be auto, or HOST:PORT,NUMBER,INDEX.") from error
-    faulthandler.disable()  # it would bury in pages of threads what JAX says where another process has died
-    jax.config.update("jax_enable_preemption_service", False)  # it misses SIGTERM now and then
+    faulthandler.disable()  # its pages of tracebacks would bury JAX's message that another process has died
+    jax.config.update("jax_enable_preemption_service", False)  # it sometimes misses SIGTERM
     try:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=60)
     except (RuntimeError, ValueError) as error:
@@ -59,19 +59,19 @@ def join(processes: str) -> None:
 
 
 def setup(devices: int, batch: int | None = None) -> int:
-    """Prepare this process for JAX and return how many devices it uses; a command calls it before any JAX computation.
+    """Prepare this process for JAX and return how many devices it uses. A command calls this before any JAX computation.
 
     It changes environment variables and JAX's settings, so the library never calls it. Arguments and errors: see `choose`.
     """
     # A CPU device that waits for the others in a collective blocks a thread of the pool that all devices share. With one
-    # thread for each core, XLA's default, the others' convolutions can then wait for a thread for ever.
+    # thread for each core, XLA's default, the convolutions of the others can then wait for a thread for ever.
     on_cpu = devices or _cpu_devices(batch)
     os.environ.setdefault(THREADS, str(_cores() + on_cpu))
     # This pass would remove the optimization barriers of networks/conv.py; only the CPU's compiler has it.
     flags = os.environ.get("XLA_FLAGS", "")
     if KEEP_BARRIERS not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {KEEP_BARRIERS}"
-    with contextlib.suppress(RuntimeError):  # the backend is up already, in a test: its devices are used
+    with contextlib.suppress(RuntimeError):  # in a test the backend already runs: its devices are used
         jax.config.update("jax_num_cpu_devices", on_cpu)
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(os.environ.get("HAST_JAX_CACHE", COMPILATION_CACHE)))
     return choose(devices, batch)
@@ -80,14 +80,16 @@ def setup(devices: int, batch: int | None = None) -> int:
 def choose(devices: int, batch: int | None = None) -> int:
     """How many local devices this process uses.
 
-    devices: of each process; 0 for the default, which is all local accelerators, or on a CPU as many devices as cores (up to 8)
-    that divide `batch`, where one is given. Raises UserError where `devices` are not there or, together with those of the
-    other processes, do not divide `batch`, and in every process where not all have as many local devices.
+    devices: the number for each process; 0: the default. The default is all local accelerators. On a CPU it is one device for
+    each core, at most 8, reduced to a divisor of `batch` if that is given; without `setup` it is one device.
+
+    Raises UserError if a process has fewer devices, or if the devices of all processes together do not divide `batch`. Every
+    process raises it if the processes have different numbers of local devices.
     """
     found = jax.local_device_count()
     counts = [len(jax.local_devices(process)) for process in range(jax.process_count())]
     if len(set(counts)) > 1:
-        raise UserError(f"the processes of this run have {counts} devices: give all the same command, and as many devices.")
+        raise UserError(f"the processes of this run have {counts} devices: give all the same command and number of devices.")
     used = devices or found
     if not devices and jax.default_backend() == "cpu":
         # Without more threads than cores, several CPU devices could wait for each other for ever: see `setup`.
@@ -111,7 +113,7 @@ def _cpu_devices(batch: int | None) -> int:
 
 
 def is_main() -> bool:
-    """Whether this is process 0, which alone writes; the only one of most runs."""
+    """Whether this is process 0, the only process that writes files."""
     return process_index() == 0
 
 
@@ -121,7 +123,7 @@ def process_count() -> int:
 
 
 def on_main(action: Callable[[], Any]) -> None:
-    """Do this in process 0 alone; the others wait for its end. A UserError there, or a full disk, is raised in all."""
+    """Run `action` in process 0 while the others wait. A UserError or an error of the disk is raised in all as UserError."""
     message = ""
     if is_main():
         try:
@@ -139,7 +141,7 @@ def on_main(action: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def failing_as_one() -> Iterator[None]:
-    """A UserError that any process raises within the block is raised in all. No process may wait for another one within it."""
+    """If any process raises a UserError in the block, all raise one after it. In the block no process may wait for another."""
     error = None
     try:
         yield
@@ -167,19 +169,19 @@ def _text(array: np.ndarray) -> str:
 
 
 def process_index() -> int:
-    """Which of the processes this is."""
+    """The index of this process."""
     return jax.process_index()
 
 
 def total(values: np.ndarray) -> np.ndarray:
-    """The sum over all processes of an array of the host. Every process must call it."""
+    """The sum of a host array over all processes. Every process must call it."""
     if jax.process_count() == 1:
         return values
     return np.sum(multihost_utils.process_allgather(values), 0)
 
 
 def require_same(values: dict[str, int]) -> None:
-    """Raise UserError in every process where these, below 2**32, are not the same in all. Every process must call it."""
+    """Raise UserError in every process if the values, below 2**32, differ between processes. Every process must call it."""
     if jax.process_count() == 1:
         return
     found = multihost_utils.process_allgather(np.asarray(list(values.values()), np.uint32))
@@ -192,7 +194,7 @@ def require_same(values: dict[str, int]) -> None:
 
 
 def gather(tree: Any) -> Any:
-    """A tree of leaves [devices, rows, ...] of each process (`distribute`) as NumPy arrays [all rows, ...] in each process.
+    """The leaves [devices, rows, ...] of all processes (`distribute`), joined to NumPy arrays [all rows, ...] in each process.
 
     Every process must call it.
     """
@@ -203,7 +205,7 @@ def gather(tree: Any) -> Any:
 
 
 def share_failures(folder: Path) -> None:
-    """From now on, the sentence with which a process ends is left in `folder` for the others. Every process must call it."""
+    """From now on, a process that fails leaves its error message in `folder` for the others. Every process must call this."""
     global _failure
     _failure = folder / FAILURE if jax.process_count() > 1 else None
     if _failure is not None:
@@ -211,15 +213,15 @@ def share_failures(folder: Path) -> None:
 
 
 def tell_failure(message: str) -> None:
-    """Leave the sentence with which this process ends, where there are others (`share_failures`)."""
+    """Leave the error message of this process for the other processes, if there are any (`share_failures`)."""
     if _failure is not None:
         with contextlib.suppress(OSError):
             write_text(_failure, f"process {jax.process_index()}: {message}")
 
 
 def leave_broken(words: str) -> None:
-    """End this process at once, with a sentence: another one seems to have died, and JAX's shutdown would wait for it."""
-    message = f"most likely another process of this run has ended ({words}); start all again, they go on where they were."
+    """End this process at once with an error message: another one seems to have died, and JAX's shutdown would wait for it."""
+    message = f"most likely another process of this run has ended ({words}); start all processes again to resume."
     if _failure is not None and _failure.exists():
         message = f"another process of this run has ended, {_failure.read_text()}"
     print(f"hast_jax: {message}", file=sys.stderr, flush=True)
@@ -234,7 +236,7 @@ def devices(count: int, all_processes: bool = False) -> list[jax.Device]:
 
 
 def shard(tree: Any, count: int) -> Any:
-    """A tree whose leaves have a leading axis of `count`, each of the first `count` local devices holding its row."""
+    """Put a tree whose leaves have a leading axis of length `count` on the first `count` local devices, one row on each."""
     mesh = jax.sharding.Mesh(devices(count), (AXIS,))
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS)))
 
@@ -252,18 +254,18 @@ def unreplicate(tree: Any) -> Any:
 def steps_per_call(requested: int) -> int:
     """How many steps run in one call: `requested`, or by default 1 on a CPU and 50 on an accelerator.
 
-    A loop inside XLA hides the host's latency on an accelerator; on a CPU, XLA runs convolutions inside a loop body on
-    one thread (jax issue 12868).
+    On an accelerator, a loop inside XLA hides the host's latency. On a CPU, XLA runs the convolutions of a loop body on one
+    thread (jax issue 12868).
     """
     on_cpu = jax.default_backend() == "cpu"
     return requested or (CPU_STEPS_PER_CALL if on_cpu else ACCELERATOR_STEPS_PER_CALL)
 
 
 def micro_batch(requested: int, batch: int) -> int:
-    """How many images of a batch pass the network together: `requested`, or by default all; on a CPU some 32.
+    """How many images of a batch pass through the network together: `requested`, or by default all; on a CPU about 32.
 
-    A CPU's cache then holds what one layer leaves to the next (docs/performance.md). It is the divisor of `batch` whose ratio
-    to 32 is nearest to one: every part is a copy of the network in the program, and a batch of 67 must not become 67 copies.
+    A CPU's cache can hold a layer's output for about 32 images (docs/performance.md). The default is the divisor of `batch`
+    whose ratio to 32 is nearest to one. Each part is a copy of the network in the program, so 67 images stay one part.
     """
     if requested or jax.default_backend() != "cpu":
         return requested or batch
@@ -272,10 +274,10 @@ def micro_batch(requested: int, batch: int) -> int:
 
 
 def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1, all_processes: bool = False) -> Any:
-    """`step(state, *constants) -> (state, metrics)` run `steps` times on each of `count` local devices in one call.
+    """A function that runs `step(state, *constants) -> (state, metrics)` `steps` times on each of `count` local devices.
 
-    All arguments carry the devices' axis; the state is donated. Returns the new state and the last step's metrics.
-    all_processes: the devices of all processes take each step as one, and every process must call it.
+    Its arguments have the leading axis of devices; the state is donated. It returns the new state and the last step's metrics.
+    all_processes: each step runs on the devices of all processes together, and every process must call the function.
     """
 
     def run(state: Any, *constants: Any) -> tuple[Any, Any]:
@@ -288,35 +290,35 @@ def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1,
 
 
 def pmap(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """`function` on each of `count` local devices; all arguments and results carry the devices' axis."""
+    """`function` on each of `count` local devices. All arguments and results have the leading axis of devices."""
     return jax.pmap(function, axis_name=AXIS, devices=devices(count))
 
 
 def mean(tree: Any) -> Any:
     """The mean over all devices of a tree of floating point arrays, inside a pmapped step.
 
-    One collective for the whole tree: several that are independent of each other can block all threads of a small CPU
-    while their partners on another device wait for one, a deadlock.
+    The whole tree takes one collective. Several independent collectives can deadlock on a small CPU: they block all threads,
+    while their partners on another device wait for a thread.
     """
     flat, unravel = ravel_pytree(tree)
     return unravel(lax.pmean(flat, AXIS))
 
 
 def device_share(batch: jax.Array) -> jax.Array:
-    """This device's rows of a batch that all devices know, inside a pmapped step."""
+    """This device's rows of a batch that every device has, inside a pmapped step."""
     rows = batch.shape[0] // lax.axis_size(AXIS)
     return lax.dynamic_slice_in_dim(batch, lax.axis_index(AXIS) * rows, rows)
 
 
 def device_total(count: int) -> int:
-    """How many devices all processes use, each `count`."""
+    """How many devices all processes use together. count: of each process."""
     return count * jax.process_count()
 
 
 def distribute(items: list[Any], count: int) -> tuple[int, list[Any]]:
-    """How many of `count` devices each process needs for its part of `items`, and the part of this one.
+    """How many of `count` devices each process needs for its part of `items`, and the part of this process.
 
-    Every device gets as many; the first item is repeated where they do not divide.
+    Each device gets the same number of items. If they cannot be divided evenly, the first item is repeated.
     """
     each = -(-len(items) // jax.process_count())
     used = min(count, each)
@@ -326,8 +328,9 @@ def distribute(items: list[Any], count: int) -> tuple[int, list[Any]]:
 
 
 def stack(requested: int, size: int) -> int:
-    """How many independent computations of `size` bytes a device does at once: `requested`, or by default what fills half of
-    the smallest memory of any process's; one on a CPU. Every process must call it.
+    """How many independent computations of `size` bytes a device does at once: `requested`, or a default if it is zero.
+
+    The default fills half of the smallest device memory among the processes; on a CPU it is one. Every process must call this.
     """
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     default = np.asarray(max(1, memory // 2 // size), np.int32)
@@ -337,7 +340,7 @@ def stack(requested: int, size: int) -> int:
 
 
 def process_rows(batch: np.ndarray, count: int) -> np.ndarray:
-    """The shares of this process's `count` devices of a batch on the host [..., batch]: [count, ..., batch / all devices]."""
+    """The shares of this process's `count` devices in a host batch [..., batch], as [count, ..., batch / all devices]."""
     shares = np.split(batch, jax.process_count() * count, -1)
     return np.stack(shares[jax.process_index() * count :][:count])
 

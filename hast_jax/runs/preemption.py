@@ -1,4 +1,4 @@
-"""Stopping when asked: SIGTERM, which schedulers send before they take a machine away, saves and ends the run."""
+"""SIGTERM saves and ends the run. Schedulers send this signal before they take a machine away."""
 
 import signal
 import threading
@@ -14,7 +14,7 @@ _heard = threading.Event()
 
 
 def listen() -> None:
-    """From now on SIGTERM ends the run at the end of a step instead of at once. Only a command calls this."""
+    """From now on, SIGTERM ends the run between two steps instead of at once. Only a command calls this."""
 
     def note(number: int, frame: FrameType | None) -> None:
         _heard.set()
@@ -23,15 +23,15 @@ def listen() -> None:
 
 
 def asked() -> bool:
-    """Whether SIGTERM has come to this process, the only one. Whoever sees it saves what is worth it and calls `leave`."""
+    """Whether SIGTERM has come; the caller then saves and calls `leave`. Always False in a run of several processes."""
     return parallel.process_count() == 1 and _heard.is_set()
 
 
 def agreed() -> bool:
-    """Whether all processes are to end here, because SIGTERM has come to any. Every process must call it at the same step."""
+    """Whether SIGTERM has come to any process, so that all must end. Every process must call this at the same step."""
     return bool(parallel.total(np.asarray([_heard.is_set()])).any())
 
 
 def leave() -> NoReturn:
-    """End the run: all that is needed to go on is saved."""
-    raise Stopped("stopped by SIGTERM; the same command goes on where it was.")
+    """End the run, after all that is needed to resume was saved."""
+    raise Stopped("stopped by SIGTERM: run the same command again to resume.")

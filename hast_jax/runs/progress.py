@@ -1,4 +1,4 @@
-"""How far a run is: told to a callback, and written to `metrics.jsonl` and TensorBoard events where the run has a folder."""
+"""The progress of a run: reported to a callback and, if the run has a folder, logged in `metrics.jsonl` and TensorBoard."""
 
 import json
 import time
@@ -11,9 +11,9 @@ from hast_jax.runs.files import write_text
 
 
 class Update(NamedTuple):
-    """One sign of progress: `done` of `total` steps of a stage, the seconds spent in it, and the metrics of the last step.
+    """A report of progress: `done` of `total` steps of a stage, the seconds spent in it, and the metrics of the last step.
 
-    seconds: those before a resume included. finished: this is the last update of the stage.
+    seconds: includes the time before a resume. finished: whether this is the last update of the stage.
     """
 
     stage: str
@@ -40,23 +40,23 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """Time spent in this stage, the parts before a resume included."""
+        """Seconds spent in this stage, including the time before a resume."""
         return time.perf_counter() - self._start
 
     def update(self, done: int, metrics: dict[str, float] | None = None) -> None:
-        """`done` steps are finished; `metrics` are logged under that step."""
+        """Report that `done` steps are finished, and log `metrics` under that step."""
         self._recorder.log(self._name, done, self.seconds, metrics or {})
         self._recorder.progress(Update(self._name, done, self._total, self.seconds, metrics or {}))
 
 
 class Recorder:
-    """Tells a callback of a run's progress, and keeps its log.
+    """Reports a run's progress to a callback, and keeps its log.
 
-    `metrics.jsonl` holds one line for each look at the metrics: stage, step, seconds spent in the stage, values.
+    `metrics.jsonl` holds one line for each time that metrics are fetched: stage, step, seconds spent in the stage, values.
     """
 
     def __init__(self, folder: Path | None = None, progress: Progress = silent, writing: bool = True):
-        """folder: of the log; None: it is kept in memory. writing: False for a process that leaves the files to another."""
+        """folder: that of the log; None: the log is kept in memory. writing: False if another process writes the files."""
         self.progress = progress
         self._path = folder / "metrics.jsonl" if folder else None
         self._lines = read_metrics(self._path) if self._path else []
@@ -66,7 +66,7 @@ class Recorder:
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[Stage]:
-        """A stage of `total` steps of which `done` are finished; what was logged after them by a killed run is dropped."""
+        """A stage of `total` steps, of which `done` are finished. Later lines that a killed run has logged are dropped."""
         self._lines = [line for line in self._lines if line["stage"] != name or line["step"] <= done]
         if self._writing and self._path:
             from tensorboardX import SummaryWriter
@@ -82,7 +82,7 @@ class Recorder:
         self.progress(Update(name, total, total, stage.seconds, {}, finished=True))
 
     def seconds(self, stage: str) -> float:
-        """Time spent in a stage so far, by its last line."""
+        """Seconds spent in a stage so far, by its last line in the log."""
         return max((line["seconds"] for line in self._lines if line["stage"] == stage), default=0.0)
 
     def log(self, stage: str, step: int, seconds: float, values: dict[str, float]) -> None:
@@ -103,7 +103,7 @@ class Recorder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a killed run is left out."""
+    """The lines of a `metrics.jsonl`. A last line that a killed run has cut short is left out."""
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:

@@ -1,4 +1,4 @@
-"""The folder of one run: its config, and where each stage leaves what it made."""
+"""The folder of one run: its config, and the results of each stage."""
 
 import contextlib
 import json
@@ -22,16 +22,16 @@ from hast_jax.runs.synthetic_set import SyntheticSet
 
 Tree = Any
 
-# Of this process, which may open a folder more than once: by the lock file itself, as folders may be moved.
+# The locks of this process, which may open a folder twice. The key is the lock file's inode, because a folder may be moved.
 _held: dict[tuple[int, int], BaseFileLock] = {}
 
 
 class RunFolder:
-    """What a run keeps, in a folder.
+    """The files of a run.
 
     config.json, teacher.json, synthetic/ (see synthetic_set.py), images.json, ranges.json, checkpoints/{synthesis,latest,best},
-    metrics.jsonl, tensorboard/, evaluations.json, segments.json, student/, result.json, synthetic.png, report.html, README.md;
-    of several processes failure.txt, why one of them ended.
+    metrics.jsonl, tensorboard/, evaluations.json, segments.json, student/, result.json, synthetic.png, report.html, README.md.
+    A run in several processes also has failure.txt, which says why one of them ended.
     """
 
     def __init__(self, path: Path):
@@ -70,7 +70,7 @@ class RunFolder:
         return SyntheticSet(self.synthetic, images, batch, shape, create)
 
     def check_images(self, images: np.ndarray, labels: np.ndarray) -> None:
-        """Remember the images that this run learns from, or raise UserError where it began with others."""
+        """Record the images that this run learns from. Raises UserError if it began with other images."""
         found = {"images": len(images), "crc32": crc32((images, labels))}
         if not self.images.exists():
             write_json(self.images, found)
@@ -78,9 +78,10 @@ class RunFolder:
             raise UserError(f"{self} began with other images: use another --workdir, or the images it began with.")
 
     def check_teacher(self, variables: Tree, program: int | None = None, remember: bool = True) -> None:
-        """Remember the teacher that this run follows, or raise UserError where it began with another one.
+        """Record the teacher of this run. Raises UserError if it began with another teacher.
 
-        program: the checksum of what the network computes (`Structure.program`), which is compared within one version of JAX.
+        program: the checksum of what the network computes (`Structure.program`). It is compared only within one version of JAX.
+        remember: False only compares.
         """
         found = {"crc32": crc32(variables), "program": program, "jax": jax.__version__}
         if self.teacher.exists():
@@ -97,14 +98,14 @@ class RunFolder:
             write_json(self.teacher, found)
 
     def check_test(self, checksum: int | None) -> None:
-        """Remember the real images that this run is judged by (None: none), or raise UserError where it began with others."""
+        """Record the real images that evaluate this run (None: none). Raises UserError if it began with others."""
         known = read_json(self.teacher)
         if known.setdefault("test", checksum) != checksum:
-            raise UserError(f"{self} began with other test images, or without any: use another --workdir, or those.")
+            raise UserError(f"{self} began with other test images, or without any: use another --workdir, or the same ones.")
         write_json(self.teacher, known)
 
     def teacher_accuracy(self) -> dict[str, float] | None:
-        """What `remember_teacher_accuracy` was given; None where it was not called yet."""
+        """The accuracy that `remember_teacher_accuracy` kept; None if it was not called yet."""
         return read_json(self.teacher).get("accuracy") if self.teacher.exists() else None
 
     def remember_teacher_accuracy(self, accuracy: dict[str, float]) -> None:
@@ -112,7 +113,7 @@ class RunFolder:
         write_json(self.teacher, {**read_json(self.teacher), "accuracy": accuracy})
 
     def write_ranges(self, ranges: Tree) -> None:
-        """Write the ranges as {"layer/low": number, "layer/high": number, ...}; of a kernel, an array of numbers."""
+        """Write the ranges as {"layer/low": number, "layer/high": number, ...}. A kernel has arrays instead of numbers."""
         flat = flatten_dict(jax.device_get(ranges), sep="/")
         write_json(self.ranges, {name: np.asarray(value).tolist() for name, value in flat.items()})
 
@@ -121,7 +122,7 @@ class RunFolder:
         return self.ranges.exists()
 
     def read_ranges(self, names: set[str]) -> Tree:
-        """The ranges. names: those that there must be. Raises UserError where they are damaged."""
+        """The ranges. names: the paths that the file must have. Raises UserError if the file is damaged."""
         try:
             flat = {name: np.asarray(value, np.float32) for name, value in json.loads(self.ranges.read_text()).items()}
             if flat.keys() != names or not all(np.isfinite(value).all() for value in flat.values()):
@@ -135,22 +136,22 @@ class RunFolder:
         write_json(self.evaluations, evaluations)
 
     def read_evaluations(self) -> dict[int, float]:
-        """The accuracies by epoch. Raises UserError where they are damaged."""
+        """The accuracies by epoch. Raises UserError if the file is damaged."""
         try:
             return {int(epoch): float(top1) for epoch, top1 in json.loads(self.evaluations.read_text()).items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{self.evaluations} is damaged ({error}): use another --workdir.") from error
 
     def read_segments(self) -> list[dict[str, Any]]:
-        """What each start of this run did, the oldest first."""
+        """The records of the starts of this run, the oldest first."""
         return read_json(self.segments) if self.segments.exists() else []
 
     def write_segments(self, segments: list[dict[str, Any]]) -> None:
-        """Write what each start of this run did."""
+        """Write the records of the starts of this run."""
         write_json(self.segments, segments)
 
     def read_result(self) -> dict[str, Any] | None:
-        """The result of the finished run; None where it is not finished."""
+        """The result of the finished run; None if it is not finished."""
         return read_json(self.result) if self.result.exists() else None
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -159,7 +160,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes out of the folder, which this one has opened with `open_for_run`, until the end of the block."""
+        """Release the folder, which this process opened with `open_for_run`, at the end of the block."""
         try:
             yield
         finally:
@@ -167,10 +168,10 @@ class RunFolder:
 
 
 def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
-    """Make the folder, or go on in one made with the same config; this process holds it until it calls `release`, or ends.
+    """Make the run folder, or open one that was made with the same config. This process holds it until `release`, or its end.
 
-    Raises UserError where it cannot be written, another process holds it, something in it is a link to elsewhere, or it was
-    made with another config, whose differences are shown.
+    Raises UserError if the folder cannot be written, if another process holds it, if something in it is a link, or if it was
+    made with another config. The error message then shows the differences.
     """
     folder, values = RunFolder(path), config_lib.to_dict(config)
     try:
@@ -215,7 +216,7 @@ def _unwritable(path: Path, error: OSError) -> UserError:
 
 def _refuse_links(paths: Iterable[Path]) -> None:
     for each in paths:
-        if each.is_symlink():  # a stranger's folder could have us write anywhere
+        if each.is_symlink():  # links in a stranger's folder could make a run write anywhere
             raise UserError(f"{each} is a link: a run folder must hold its own files; use another --workdir.")
 
 
@@ -225,18 +226,18 @@ def _hold(lock: Path) -> None:
     lock.touch()
     status = lock.stat()
     try:
-        # A lock that is only a file's existence would outlive a killed run.
+        # No soft lock: a lock that is only the existence of a file would outlive a killed run.
         ours = _held.setdefault((status.st_dev, status.st_ino), FileLock(lock, fallback_to_soft=False))
         ours.acquire(blocking=False)
     except Timeout as error:
-        raise UserError(f"another run is going on in {path}: wait for its end, or use another --workdir.") from error
+        raise UserError(f"another run is using {path}: wait until it ends, or use another --workdir.") from error
     except OSError as error:
         words = f"{path} cannot be locked ({error.strerror}): mount its file system with flock, or use another --workdir."
         raise UserError(words) from error
 
 
 def open_for_reading(path: Path) -> tuple[RunFolder, ConfigDict]:
-    """A run folder and the config that it was made with. Raises UserError where it is none."""
+    """A run folder and the config that it was made with. Raises UserError if `path` is no run folder."""
     folder = RunFolder(path)
     if not folder.config.exists():
         raise UserError(f"{path} is no run folder: it has no config.json; give the --workdir of a run.")
@@ -244,11 +245,11 @@ def open_for_reading(path: Path) -> tuple[RunFolder, ConfigDict]:
 
 
 def _config_of(folder: RunFolder) -> ConfigDict:
-    """The folder's config; a field that it lacks, as it is of an older version, has its default."""
+    """The folder's config. A missing field, as in a folder of an older version, has its default."""
     values = read_json(folder.config)
     try:
         config = config_lib.from_dict(values)
-        config_lib.validate(config)  # it may be a stranger's
+        config_lib.validate(config)  # the folder may be a stranger's
     except UserError as error:
         raise UserError(f"{folder.config} is damaged or of another version ({error}): use another --workdir.") from error
     return config

@@ -4,8 +4,8 @@
     synthetic/labels.npy    int32 [n]
     synthetic/index.json    {"batch": b, "done": {"0": crc32 of images and labels of rows 0 ... b - 1, ...}}
 
-The arrays have their full size from the start; `index.json` is replaced only after a batch's rows are on disk, so that a
-batch named there is whole.
+The arrays have their full size from the start. `index.json` is replaced only after a batch's rows are on disk, so every batch
+that it names is complete.
 """
 
 import json
@@ -17,19 +17,19 @@ import numpy as np
 from hast_jax.errors import UserError
 from hast_jax.runs.files import crc32, write_json
 
-AT_ONCE = 256  # images that are looked at together
+AT_ONCE = 256  # images that are checked together
 
 
 class SyntheticSet:
-    """Batches of synthetic images in a folder. `batches`: how many there are, done or not."""
+    """Batches of synthetic images in a folder. `batches`: their number, finished or not."""
 
     def __init__(self, folder: Path, images: int, batch: int, shape: tuple[int, int, int], create: bool = True):
-        """Open the set of `images` images of `shape` in `folder`, or create it. Raises UserError where it is damaged."""
+        """Open the set of `images` images of `shape` in `folder`, or create it. Raises UserError if it is unusable."""
         self.folder, self.batch, self.batches = folder, batch, images // batch
         self._index_path = folder / "index.json"
         new = not self._index_path.exists()
         if new and not create:
-            raise UserError(f"{folder} is not there: do all processes have one file system?")
+            raise UserError(f"{folder} is not there: do all processes use the same file system?")
         folder.mkdir(parents=True, exist_ok=True)
         made, self._done = (batch, {}) if new else _read_index(self._index_path)
         if made != batch:
@@ -53,7 +53,7 @@ class SyntheticSet:
         self._write_index()
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels, memory-mapped. Raises UserError where a batch is missing or not what was written."""
+        """Images and labels, memory-mapped. Raises UserError if a batch is missing or not what was written."""
         if self.pending():
             raise UserError(f"{self.folder} lacks {len(self.pending())} of {self.batches} batches: let synthesis finish.")
         bad = _first_damaged(self._images, self._labels, self.batch, self._done)
@@ -72,10 +72,10 @@ class SyntheticSet:
 
 
 def load(folder: Path, shape: tuple[int, int, int], classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a finished set that another run or tool made, whatever their number.
+    """Images and labels of a finished set of any size that another run or tool made, memory-mapped.
 
-    classes: how many there are. A folder without `index.json` is taken as it is. Raises UserError where files are missing,
-    damaged or misshapen, or hold values that no network can learn from.
+    shape: of one image. classes: how many there are. Without `index.json` no checksums are compared. Raises UserError if files
+    are missing, damaged or misshapen, or if they hold values that no network can learn from.
     """
     images_path, labels_path, index_path = (folder / name for name in ("images.npy", "labels.npy", "index.json"))
     try:
@@ -103,7 +103,7 @@ def _refuse_values(folder: Path, images: np.ndarray, labels: np.ndarray, classes
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         said = f"label {wrong[0]} of {folder} is {labels[wrong[0]]}"
-        raise UserError(f"{said}: labels must be from 0 to {classes - 1}, as the network knows {classes} classes.")
+        raise UserError(f"{said}: labels must be from 0 to {classes - 1}, because the network has {classes} classes.")
     for start in range(0, len(images), AT_ONCE):
         finite = np.isfinite(images[start : start + AT_ONCE]).all((1, 2, 3))
         if not finite.all():
@@ -111,7 +111,7 @@ def _refuse_values(folder: Path, images: np.ndarray, labels: np.ndarray, classes
 
 
 def _first_damaged(images: np.ndarray, labels: np.ndarray, batch: int, done: dict[int, int]) -> int | None:
-    """The first batch whose rows have not the checksum they were written with."""
+    """The first batch whose rows do not have the checksum in `done`; None if all have it."""
     for number, expected in done.items():
         rows = slice(number * batch, (number + 1) * batch)
         if crc32((images[rows], labels[rows])) != expected:
@@ -131,13 +131,13 @@ def _read_index(path: Path) -> tuple[int, dict[int, int]]:
 def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, new: bool) -> np.memmap:
     if new:
         array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-        # A sparse file would fail with a bus error, far from any message, when the disk fills: reserve it now.
+        # Reserve the space now: if the disk fills later, a sparse file causes a bus error without any message.
         if hasattr(os, "posix_fallocate"):
             with open(path, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         return array
     try:
-        np.lib.format.open_memmap(path, "r")  # fails where the file is shorter than it says; "r+" would make it longer
+        np.lib.format.open_memmap(path, "r")  # fails if the file is shorter than its header says; "r+" would extend it
         array = np.lib.format.open_memmap(path, "r+")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again.") from error

@@ -1,4 +1,4 @@
-"""What a step of fine-tuning reads: its share of the synthetic set, from the device's memory or streamed from the disk."""
+"""The images of each fine-tuning step, from the synthetic set in the device's memory or streamed from disk."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -18,9 +18,9 @@ Variables = Mapping[str, Any]
 
 
 class Strengths(NamedTuple):
-    """The weights of the losses and the size of the promotion; scalars.
+    """The weights of the losses (a, b, lam, ce) and the size of the promotion (eps); scalars.
 
-    They are arguments of the compiled step, so that runs that differ in them alone share one program.
+    They are arguments of the compiled step, so that runs that differ only in them share one program.
     """
 
     a: Array
@@ -31,11 +31,11 @@ class Strengths(NamedTuple):
 
 
 class FixedInputs(NamedTuple):
-    """What fine-tuning does not change.
+    """The inputs that fine-tuning does not change.
 
-    teacher: its variables. ranges: of the activations. images [n, h, w, c], labels [n]: the synthetic set. seed: scalar.
-    Where images are streamed they are instead those of the steps of one call, this device's share of each:
-    images [steps, share, h, w, c], labels [steps, share].
+    teacher: its variables. ranges: the calibrated ones. images [n, h, w, c], labels [n]: the synthetic set. seed: scalar.
+    With `finetune.stream`, images and labels are those of the steps of one call instead, only this device's share of each
+    batch: images [steps, share, h, w, c], labels [steps, share].
     """
 
     teacher: Variables
@@ -47,7 +47,7 @@ class FixedInputs(NamedTuple):
 
 
 def fixed_inputs(teacher: Variables, ranges: Variables, images: Images, labels: Images, config: ConfigDict) -> FixedInputs:
-    """`FixedInputs`, with the seed and the strengths of the whole `config`."""
+    """`FixedInputs` with the seed and the strengths of `config`, the whole config."""
     strengths = Strengths(*(jnp.asarray(config.finetune[name]) for name in Strengths._fields))
     return FixedInputs(teacher, ranges, images, labels, jnp.uint32(config.seed), strengths)
 
@@ -58,14 +58,14 @@ def step_key(seed: Array, step: Array) -> Array:
 
 
 def chosen_rows(key: Array, images: int, batch: int) -> Array:
-    """Rows [batch] of the synthetic set of `images` images that are the global batch of the step with this key."""
+    """The global batch of the step with this key: rows [batch] of a synthetic set of `images` images."""
     return jax.random.choice(key, images, (batch,), replace=False)
 
 
 def draw(fixed: FixedInputs, step: Array, settings: ConfigDict) -> tuple[Array, Array]:
-    """This device's share of the images and labels of this step, augmented.
+    """This device's share of the images and labels of this step, augmented. settings: `config.finetune`.
 
-    The global batch depends on the seed and the step, not on the number of devices, nor on whether images are streamed.
+    The global batch depends only on the seed and the step. It does not depend on the number of devices or on streaming.
     """
     key = step_key(fixed.seed, step)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(settings.batch))
@@ -81,10 +81,10 @@ def draw(fixed: FixedInputs, step: Array, settings: ConfigDict) -> tuple[Array, 
 
 
 def inputs(fixed: FixedInputs, calls: range, count: int, settings: ConfigDict) -> Iterator[tuple[FixedInputs]]:
-    """What each call gets beside the state, on `count` devices of this process.
+    """The arguments of each call besides the state, on `count` devices of this process.
 
-    fixed: with all images, as NumPy arrays that may be memory-mapped. calls: the first step of each call. All images are
-    copied to every device, once; or, with `settings.stream`, a thread that runs ahead of the device reads those of each call.
+    fixed: has all images, as NumPy arrays that may be memory-mapped. calls: the first step of each call. All images are copied
+    to each device once. With `settings.stream`, a thread reads only the images of each call instead, ahead of the device.
     """
     if settings.stream:
         return _stream(fixed, calls, count, settings)

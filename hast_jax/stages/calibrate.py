@@ -1,4 +1,4 @@
-"""Stage 2, calibration: one range for each quantized activation, the weights untouched; frozen afterwards."""
+"""Stage 2, calibration: measures one range for each quantized activation and leaves the weights as they are."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -25,17 +25,17 @@ def step(student: Network, variables: Mapping[str, Any], ranges: State, images: 
 
 
 def run(job: Job, images: np.ndarray) -> State:
-    """Ranges of every quantized activation from random batches of `images`, which may be memory-mapped.
+    """The range of each quantized activation, from random batches of `images`, which may be memory-mapped.
 
-    The authors calibrate on images of a small generator; hard samples need no second network and are what the student is
-    trained on. Raises UserError where a range is not finite.
+    The authors calibrate on images of a small generator. Hard samples need no second network, and the student is trained on
+    them. Raises UserError if a range is not finite.
     """
     settings, key = job.config.calibration, job.key(2)
 
     def choose(index: Array) -> Array:
         return jax.random.choice(jax.random.fold_in(key, index), len(images), (settings.batch,), replace=False)
 
-    # All at once: a choice that is fetched for each batch would make the device wait for the host.
+    # The rows of all batches at once, because fetching them batch by batch would make the device wait for the host.
     rows = np.asarray(jax.lax.map(choose, jnp.arange(settings.batches)))
 
     def batches() -> Iterator[tuple[np.ndarray]]:
@@ -59,7 +59,7 @@ def run(job: Job, images: np.ndarray) -> State:
         for done, latest, _, preempted in loop:
             ranges = latest
             if preempted:
-                preemption.leave()  # calibration is short: it begins anew
+                preemption.leave()  # nothing is saved: calibration is short and begins anew
             if done % job.config.log_every == 0:
                 stage.update(done)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(ranges))):

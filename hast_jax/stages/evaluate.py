@@ -16,22 +16,22 @@ from hast_jax.runs.loop import drive
 from hast_jax.runs.progress import Progress, Update
 
 Array = jax.Array
-State = Array  # images counted as right [devices, 2]: the label is the largest logit, or one of the five largest
-Logits = Callable[[Variables, Array], Array]  # of normalised images
+State = Array  # number of images [devices, 2] that top-1 and top-5 count as right
+Logits = Callable[[Variables, Array], Array]  # (variables, normalised images) -> logits
 
 TOP = 5
 
 
 class Accuracy(NamedTuple):
-    """In per cent of the images: the label is the largest logit, or one of the five largest."""
+    """Share of the images, in per cent, whose label has the largest logit, or one of the five largest."""
 
     top1: float
     top5: float
 
 
 def step(state: State, logits: Array, labels: Array) -> State:
-    """The counts of one device [2] after one more batch: logits [batch, classes], labels [batch], -1 for no image."""
-    # A label's rank is the number of larger logits, or as large ones of smaller index, as argmax and top-k count.
+    """The counts of one device [2] after one more batch: logits [batch, classes], labels [batch], -1 as padding."""
+    # A label's rank is the number of logits that are larger, or equal and of a smaller index, as for argmax and top-k.
     own = jnp.take_along_axis(logits, labels[:, None], 1)
     before = jnp.arange(logits.shape[1])[None] < labels[:, None]
     rank = jnp.sum((logits > own) | ((logits == own) & before), 1)
@@ -48,7 +48,7 @@ def evaluator(
     """
     batch = min(config.eval.batch, len(dataset.labels))
     batch += -batch % devices
-    padded = np.pad(dataset.labels, (0, -len(dataset.labels) % batch), constant_values=-1)  # -1: no image
+    padded = np.pad(dataset.labels, (0, -len(dataset.labels) % batch), constant_values=-1)  # -1: padding
     process, processes = parallel.process_index(), parallel.process_count()
     own_labels = padded.reshape(-1, batch)[process::processes]
 
@@ -74,12 +74,12 @@ def evaluator(
             steps_per_call=1,
             every=(max(1, total // 100),),
             what="evaluation",
-            all_processes=False,  # a process may have one batch less
+            all_processes=False,  # a process may have one batch less, so they cannot agree on a step
         )
         for done, counted, _, preempted in loop:
             state = counted
             if preempted:
-                preemption.leave()  # whoever evaluates has saved before, and does it again
+                preemption.leave()  # the caller saved before, and evaluates again on resume
             progress(Update("evaluate", done, total, 0.0, {}))
         progress(Update("evaluate", total, total, 0.0, {}, finished=True))
         own = np.sum(jax.device_get(state), 0)
@@ -89,7 +89,7 @@ def evaluator(
 
 
 class Agreement(NamedTuple):
-    """Of a student with its teacher: images in per cent with the same largest logit, and KL(teacher || student) in nats."""
+    """Images, in per cent, for which student and teacher have the same largest logit; mean KL(teacher || student) in nats."""
 
     top1: float
     kl: float
@@ -98,7 +98,7 @@ class Agreement(NamedTuple):
 def agreement(teacher: Logits, student: Logits, variables: tuple[Variables, Variables], images: Any, batch: int) -> Agreement:
     """Agreement on normalised images [n, height, width, channels], which may be synthetic: no label is needed.
 
-    variables: of the teacher and of the student. batch: images that are judged together, on one device.
+    variables: those of the teacher and of the student. batch: images in a step, which runs on one device.
     """
 
     @jax.jit

@@ -26,7 +26,7 @@ Variables = Mapping[str, Any]
 class State(NamedTuple):
     """What fine-tuning changes: the trained collections, the optimizer's state, the number of steps done (scalar).
 
-    trained: the student's `params`, and its `ranges` where they are learned.
+    trained: the student's `params`, and its `ranges` if they are learned.
     """
 
     trained: Variables
@@ -35,10 +35,10 @@ class State(NamedTuple):
 
 
 def distances(teacher: Network, student: Network, fixed: FixedInputs, labels: Array, settings: ConfigDict) -> Distances:
-    """(trained, images) -> {"kl": L_KL, "fa": L_FA} between the teacher and the student with these trained collections.
+    """The function (trained, images) -> {"kl": L_KL, "fa": L_FA} of the teacher and the student with collections `trained`.
 
-    With `settings.ce` above zero also "ce": the weighted cross-entropy of the student with `labels` [batch], for comparison
-    with methods that train on labels.
+    If `settings.ce` is above zero, it also gives "ce", the weighted cross-entropy of the student with `labels` [batch]. This
+    serves comparisons with methods that train on labels.
     """
 
     def measure(trained: Variables, images: Array) -> dict[str, Array]:
@@ -58,7 +58,7 @@ def loss_and_gradient(
 ) -> tuple[dict[str, Array], Any]:
     """L = a * [L_KL(x) + L_FA(x)] + b * [L_KL(x') + L_FA(x')] on images x and promoted images x', with its gradient.
 
-    Where `measure` gives a cross-entropy too, it is part of both brackets.
+    If `measure` also gives a cross-entropy, both brackets include it.
     """
     clean, clean_gradient, hard_images = promote(measure, trained, images, strengths.eps, settings.direction)
     loss, gradient = strengths.a * sum(clean.values()), jax.tree.map(lambda g: strengths.a * g, clean_gradient)
@@ -108,9 +108,9 @@ def init(params: Any, ranges: Any, settings: ConfigDict) -> State:
 
 
 def student_variables(student: Network, variables: Variables, ranges: Variables, trained: Variables) -> Variables:
-    """The variables of the student that fine-tuning leaves, settled (`networks.settled`).
+    """The student's variables after fine-tuning, moved onto the grids of learned ranges (`networks.settled`).
 
-    variables: the teacher's. ranges: the calibrated ones. trained: of the last state.
+    variables: the teacher's. ranges: the calibrated ones. trained: the collections of a `State`.
     """
     found = {**variables, "ranges": ranges, **trained}
     params, ranges = networks.settled(student, found["params"], found["ranges"])
@@ -118,10 +118,10 @@ def student_variables(student: Network, variables: Variables, ranges: Variables,
 
 
 def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callable[[Any], float] | None) -> tuple[State, Any]:
-    """Train the student, saving it after each epoch; returns its last state and its accuracy by epoch.
+    """Train the student and save it after each epoch; returns its last state and its accuracy by epoch.
 
-    images, labels: NumPy arrays that may be memory-mapped. ranges: of the activations. evaluate: gives the accuracy of a
-    student from its variables; None: it is not evaluated. Epoch 0 is before fine-tuning.
+    images, labels: NumPy arrays that may be memory-mapped. ranges: the calibrated ones. evaluate: a function from the student's
+    variables to its accuracy; None: the student is not evaluated. Epoch 0 is before fine-tuning.
     """
     config, settings = job.config, job.config.finetune
     stop, every = settings.epochs * settings.steps_per_epoch, settings.steps_per_epoch
@@ -133,7 +133,7 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
             evaluations[epoch] = evaluate(student_variables(job.student, job.variables, ranges, state.trained))
         if best_epoch(evaluations) == epoch:
             best.save(int(state.step), state)
-        # Last, so that a run that is killed before evaluates this epoch again.
+        # Written last, so that a run that was killed before this line evaluates the epoch again.
         parallel.on_main(lambda: job.storage.write_evaluations(evaluations))
 
     with (
@@ -173,12 +173,12 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
 
 
 def best_epoch(evaluations: dict[int, float]) -> int | None:
-    """The first of the best epochs after fine-tuning began: selected on the data it was evaluated on."""
+    """The first epoch with the highest accuracy, not counting epoch 0. It is selected on the evaluation data."""
     return max((epoch for epoch in evaluations if epoch > 0), key=lambda epoch: evaluations[epoch], default=None)
 
 
 def _resume(job: Job, ranges: Variables, latest: Any) -> tuple[State, dict[int, float]]:
-    """The newest saved state and the accuracies up to it; else a fresh state and none."""
+    """The newest saved state and the accuracies up to it. If nothing is saved: a fresh state and no accuracies."""
     fresh = init(job.variables["params"], ranges, job.config.finetune)
     saved = latest.restore(fresh)
     parallel.require_same({"newest checkpoint": 0 if saved is None else int(saved.step)})

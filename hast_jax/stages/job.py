@@ -1,4 +1,4 @@
-"""What every stage of a run works with."""
+"""The inputs that every stage of a run shares."""
 
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ from hast_jax.runs.run_folder import RunFolder
 class Job(NamedTuple):
     """One quantization of one network.
 
-    config: all of it. devices: how many this process uses. storage: what the run keeps, to go on from. recorder: told of the
-    progress. variables: the teacher's.
+    config: the whole config. devices: how many this process uses. storage: keeps what the run needs to resume.
+    recorder: records the progress. variables: the teacher's.
     """
 
     config: ConfigDict

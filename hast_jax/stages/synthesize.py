@@ -34,9 +34,9 @@ class Best(NamedTuple):
 
 
 class State(NamedTuple):
-    """One batch under optimisation: images [batch, height, width, channels], labels [batch], its number and iteration.
+    """One batch under optimisation: images [batch, height, width, channels], labels [batch].
 
-    best: only with `synthesis.return_to_best`.
+    batch: its number. iteration: steps done. best: None without `synthesis.return_to_best`.
     """
 
     images: Array
@@ -49,7 +49,7 @@ class State(NamedTuple):
 
     @property
     def result(self) -> Array:
-        """The images that the batch has come to."""
+        """The batch's latest images or, with `synthesis.return_to_best`, those of the lowest loss."""
         return self.images if self.best is None else self.best.images
 
 
@@ -58,8 +58,9 @@ def objective(
 ) -> tuple[Array, dict[str, Array]]:
     """L_syn = L_BNS + beta * L_HIL of one batch, and its terms. settings: `config.synthesis`.
 
-    The batch passes the network in parts of `micro_batch` images: the same values, as the moments of the batch come from
-    those of its parts. With `remat` a part's intermediate arrays are computed again for the gradient instead of kept.
+    The batch passes through the network in parts of `micro_batch` images. This does not change the values, because the moments
+    of the batch are computed from those of its parts. With `remat`, the intermediate arrays of a part are recomputed for the
+    gradient instead of kept.
     """
 
     def look(part: Array) -> tuple[Array, tuple[losses.Moments, ...]]:
@@ -68,7 +69,7 @@ def objective(
 
     parts = images.reshape(-1, parallel.micro_batch(settings.micro_batch, len(images)), *images.shape[1:])
     if settings.remat:
-        logits, moments = lax.map(jax.checkpoint(look), parts)  # one part after the other, whatever the compiler prefers
+        logits, moments = lax.map(jax.checkpoint(look), parts)  # forces one part after the other
     else:
         logits, moments = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(look(part) for part in parts))
     mean_loss, var_loss = losses.bn_statistics(jax.tree.map(lambda moment: jnp.mean(moment, 0), moments))
@@ -80,9 +81,9 @@ def objective(
 
 
 def init(batch_index: Array, key: Array, shape: tuple[int, ...], classes: int, settings: ConfigDict) -> State:
-    """Noise N(0, 1) and uniformly random labels for batch number `batch_index`, whatever the number of devices.
+    """The first state of batch number `batch_index`: noise N(0, 1) of this shape and uniformly random labels.
 
-    settings: `config.synthesis`.
+    It depends only on the key and the batch's number, not on the number of devices. settings: `config.synthesis`.
     """
     image_key, label_key = jax.random.split(jax.random.fold_in(key, batch_index))
     images = jax.random.normal(image_key, shape)
@@ -98,8 +99,8 @@ def step(
 ) -> tuple[State, dict[str, Array]]:
     """One Adam step on the images. settings: `config.synthesis`.
 
-    With `return_to_best`, where the rate drops, Adam begins anew at the images of the lowest loss. A rate of 0.5 makes the loss
-    explode once it is small, and the authors' schedule then lowers the rate for good, far from where the images had come to.
+    With `return_to_best`, Adam begins anew at the images of the lowest loss whenever the rate drops. Without this, a rate
+    of 0.5 makes a small loss explode, and the authors' schedule then lowers the rate for good, far from the best images.
     """
 
     def loss_fn(images: Array) -> tuple[Array, dict[str, Array]]:
@@ -135,9 +136,9 @@ def _see_through_crop(images: Array, key: Array, settings: ConfigDict) -> Array:
 
 
 def plan(pending: list[int], begun: Mapping[int, int], size: int) -> list[tuple[list[int], int]]:
-    """Groups of at most `size` batches that are optimised together, each with the iteration that it goes on from.
+    """Groups of at most `size` batches that are optimised together, each with the iteration from which it resumes.
 
-    begun: batch -> iteration that it has reached; those furthest come first.
+    pending: the unfinished batches. begun: batch -> iteration that it has reached. The groups that are furthest come first.
     """
     reached = [begun.get(batch, 0) for batch in pending]
     groups = []
@@ -148,18 +149,18 @@ def plan(pending: list[int], begun: Mapping[int, int], size: int) -> list[tuple[
 
 
 def run(job: Job) -> tuple[np.ndarray, np.ndarray]:
-    """Images float32 [n, height, width, channels] and labels int32 [n]: those that the run has already, and all others.
+    """Make all batches that the run lacks; returns images float32 [n, height, width, channels] and labels int32 [n] of all.
 
-    `stack` batches are optimised at a time on each device of all processes, without communication: BN statistics are those of
-    one batch. A batch's images depend on the seed and its number alone, so a run may go on with other devices. Where the
-    batches of a group do not divide by the devices, the first one is repeated and its copies are dropped.
+    Each device of all processes optimises `stack` batches at a time. The devices do not communicate, because BN statistics are
+    those of one batch. A batch's images depend only on the seed and its number, so a run may resume on other devices. If a
+    group of batches cannot be divided evenly among the devices, its first batch is repeated, and the copies are dropped.
     """
     settings, shape = job.config.synthesis, tuple(job.config.teacher.image)
     open_set = partial(job.storage.synthetic_set, settings.images, settings.batch, shape)
     parallel.on_main(open_set)
     with job.storage.open_checkpoints("synthesis", keep=2) as checkpoints:
         _fill(job, open_set(create=False), checkpoints)
-    # Until here process 0 may still have been writing. The images that were half-made are whole now.
+    # This waits for process 0, which may still be writing. Checkpoints of half-made batches are of no more use.
     parallel.on_main(lambda: job.storage.drop_checkpoints("synthesis"))
     return open_set(create=False).read()
 
@@ -217,9 +218,9 @@ def _fill(job: Job, store: Any, checkpoints: Any) -> None:
 
 
 def memory(teacher: Network, variables: Variables, shape: tuple[int, ...], settings: ConfigDict) -> int:
-    """Bytes that a step on one batch of this shape needs, roughly: four times the inputs of its batch norms.
+    """Rough estimate of the bytes that a step on one batch of this shape needs: four times the inputs of the batch norms.
 
-    Compilers were seen to take 1.5 to 3.2 times as much (docs/performance.md). settings: `config.synthesis`.
+    Compiled steps took 1.5 to 3.2 times these inputs (docs/performance.md). settings: `config.synthesis`.
     """
     images = parallel.micro_batch(settings.micro_batch, shape[0]) if settings.remat else shape[0]
     _, taps = jax.eval_shape(
@@ -229,19 +230,19 @@ def memory(teacher: Network, variables: Variables, shape: tuple[int, ...], setti
 
 
 def on_each(step: Callable[[State, Variables], tuple[State, Any]]) -> Callable[[State, Variables], tuple[State, Any]]:
-    """`step` on every batch of a device, which are a leading axis."""
+    """`step` on each batch of a device. The batches are the leading axis of the state."""
 
     def on_all(state: State, variables: Variables) -> tuple[State, Any]:
         if len(state.labels) > 1:
             return jax.vmap(step, (0, None))(state, variables)
-        # Mapped, even a single batch would lose a CPU's fast convolutions.
+        # Under `vmap`, even a single batch would lose a CPU's fast convolutions.
         return jax.tree.map(lambda leaf: leaf[None], step(jax.tree.map(lambda leaf: leaf[0], state), variables))
 
     return on_all
 
 
 def _begun(checkpoints: Any, like: State, store: Any) -> dict[int, State]:
-    """The batches that were saved in the middle and are still lacking, each with its state on the host."""
+    """The batches that were saved half-made and are still unfinished: number -> state on the host."""
     saved = checkpoints.restore(like, rows=store.batches) if store.pending() else None
     rows = _rows(saved) if saved is not None else []
     return {int(row.batch): row for row in rows if int(row.batch) in store.pending()}
