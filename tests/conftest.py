@@ -1,6 +1,7 @@
 """Strict JAX for every test: 4 CPU devices, no silent promotion of ranks; and the folder of golden values."""
 
 import functools
+import gc
 import os
 import re
 import shutil
@@ -10,15 +11,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # many
 
 from pathlib import Path
 
+# As parallel.setup sets it. With it and as many devices, tests and the commands that they start share compiled programs.
+os.environ.setdefault("XLA_FLAGS", "--xla_disable_hlo_passes=cse_barrier_expander")
+os.environ["JAX_NUM_CPU_DEVICES"] = "4"
+
 import jax
 import pytest
 import tiny
 from golden_data import Golden, files
 
-jax.config.update("jax_num_cpu_devices", 4)
 os.environ.setdefault("HAST_JAX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
 jax.config.update("jax_compilation_cache_dir", os.environ["HAST_JAX_CACHE"])
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(100_000, 20, 20)  # traces make many objects, among which there is little to collect
 assert jax.local_device_count() == 4  # up now, so that no test's parallel.setup can change their number
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -44,6 +49,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(finished: Path, tmp_path: Path) -> Path:
     """A copy of it that may be spoilt."""
     return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def little_optimization():
+    """XLA compiles in half the time, into slower programs: for tests that run many programs once each."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ import hast_jax
 from hast_jax import networks
 from hast_jax.networks import conv, rules, structure, weights
 
+pytestmark = pytest.mark.usefixtures("little_optimization")
+
 NETWORKS = plain_networks.NETWORKS
 BITS = 3
 # Of a run of seconds.

@@ -7,6 +7,8 @@ from jax import lax
 
 from hast_jax.networks.conv import conv
 
+pytestmark = pytest.mark.usefixtures("little_optimization")
+
 
 def plain(x, kernel, stride, groups):
     pad = kernel.shape[0] // 2

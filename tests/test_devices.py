@@ -19,8 +19,8 @@ def test_the_synthetic_images_are_the_same_on_one_and_on_four_devices(tmp_path) 
     images = {}
     for devices in (1, 4):
         workdir = tmp_path / str(devices)
-        tiny.run(workdir, devices=devices, synthesis__iterations=10, finetune__epochs=1, finetune__steps_per_epoch=5)
-        images[devices] = np.load(workdir / "synthetic" / "images.npy")
+        folder = pipeline.run_synthesis(tiny.config(devices=devices, synthesis__iterations=10), workdir)
+        images[devices] = np.load(folder / "images.npy")
     # Adam at a rate of 0.5 enlarges the last digit of a gradient near zero: single pixels may part.
     assert np.mean(np.abs(images[1] - images[4]) > 1e-3) <= 1e-3
 
@@ -50,7 +50,7 @@ def trajectory(devices: int, steps: int, **changes) -> list[dict[str, float]]:
     teacher, variables = from_config.teacher(config)
     student = from_config.student(config)
     images, labels = jax.random.normal(jax.random.key(1), (64, 8, 8, 1)), jnp.arange(64) % 10
-    ranges = networks.observe(student, variables, {}, images)
+    ranges = jax.jit(functools.partial(networks.observe, student))(variables, {}, images)
     fixed = parallel.replicate(finetune.fixed_inputs(variables, ranges, images, labels, config), devices)
     state = parallel.replicate(finetune.init(variables["params"], ranges, config.finetune), devices)
     step = finetune.make_step(teacher, student, config.finetune)
@@ -152,10 +152,9 @@ def test_streamed_images_are_those_of_the_set_on_the_device(devices: int, steps:
         def step(state: jax.Array, fixed: finetune.FixedInputs):
             return state + 1, finetune.draw(fixed, state, cfg)
 
-        found = []
+        found, run = [], parallel.pmap_steps(step, devices, steps)
         for start, stop in ((0, 6), (6, 12)):
             state = parallel.replicate(jnp.int32(start), devices)
-            run = parallel.pmap_steps(step, devices, steps)
             for inputs in itertools.islice(finetune.inputs(fixed, range(start, stop, steps), devices, cfg), 6 // steps):
                 state, drawn = run(state, *inputs)
                 found += drawn

@@ -1,6 +1,7 @@
 """An exported file judges images as the student does, whatever the network."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from hast_jax.student import Student
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
+pytestmark = pytest.mark.usefixtures("little_optimization")
+
 TRANSPOSED = "unusual"  # it has a transposed convolution
 QUICK = ("resnet", "densenet", "again", "bfloat16")
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name not in (*QUICK, TRANSPOSED)]
@@ -39,10 +42,10 @@ def student(name: str, bits="w4a4", learned: bool = True) -> Student:
     its = given(name)
     rules = rules_lib.normalise(bits)
     network = networks.create(its.module, its.image, rules=rules, learned_ranges=learned)
-    ranges = {}
+    ranges, observe = {}, jax.jit(functools.partial(networks.observe, network))
     for seed in range(2):
         images = jax.random.uniform(jax.random.key(seed), (16, *its.image), minval=-2, maxval=2)
-        ranges = networks.observe(network, its.variables, ranges, images)
+        ranges = observe(its.variables, ranges, images)
     channels = its.image[-1]
     return Student(network, {**its.variables, "ranges": ranges}, rules, its.image, (0.5,) * channels, (0.25,) * channels, {})
 

@@ -55,7 +55,9 @@ def quantize(network: tuple, **changes) -> hast_jax.Student:
 
 @pytest.fixture(scope="module")
 def student(network: tuple, digits: datasets.Arrays) -> hast_jax.Student:
-    return quantize(network, test=(digits.images, digits.labels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", hast_jax.AccuracyWarning)
+        return quantize(network, test=(digits.images, digits.labels))
 
 
 def test_a_network_becomes_a_student_that_reports_its_accuracy(student: hast_jax.Student, digits: datasets.Arrays) -> None:
@@ -134,16 +136,16 @@ def test_a_run_in_a_workdir_goes_on_holds_no_lock_and_its_result_never_changes(
 
 def test_each_stage_stands_alone_on_plain_arrays(network: tuple, digits: datasets.Arrays) -> None:
     model, variables = network
-    images, labels = hast_jax.synthesize(model, variables, image=(8, 8, 1), count=67, iterations=20)
-    assert images.shape == (67, 8, 8, 1) and images.dtype == np.float32 and labels.shape == (67,) and labels.max() < 10
-    ranges = hast_jax.calibrate(model, variables, images, bits="w4a4")
+    images, labels = hast_jax.synthesize(model, variables, image=(8, 8, 1), count=96, iterations=20, fields=FEW_STEPS)
+    assert images.shape == (96, 8, 8, 1) and images.dtype == np.float32 and labels.shape == (96,) and labels.max() < 10
+    ranges = hast_jax.calibrate(model, variables, images, bits="w3a3", fields=FEW_STEPS)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ranges))
-    trained = hast_jax.finetune(model, variables, ranges, images, labels, bits="w4a4", fields={"finetune.steps_per_epoch": 2})
+    trained = hast_jax.finetune(model, variables, ranges, images, labels, bits="w3a3", epochs=2, fields=FEW_STEPS)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained["params"], variables["params"])
     assert max(jax.tree.leaves(moved)) > 0
     real = digits.images, digits.labels
     assert hast_jax.evaluate(model, variables, *real, mean=MEAN, std=STD).top1 > 99
-    assert hast_jax.evaluate(model, trained, *real, mean=MEAN, std=STD, bits="w4a4").top1 > 50
+    assert hast_jax.evaluate(model, trained, *real, mean=MEAN, std=STD, bits="w3a3").top1 > 50
     with pytest.raises(ValueError, match="the ranges are not those of this network and these bits"):
         hast_jax.finetune(model, variables, ranges, images, labels, bits=(4, None))
 
@@ -186,15 +188,21 @@ def test_what_is_impossible_is_refused_in_one_sentence(network: tuple, changes: 
 def test_a_train_state_is_taken_and_no_variables_are_refused(network: tuple) -> None:
     model, variables = network
     state = SimpleNamespace(step=3, **variables)
-    images, _ = hast_jax.synthesize(model, state, image=(8, 8, 1), count=8, iterations=1)
-    assert images.shape == (8, 8, 8, 1)
+    images, labels = hast_jax.synthesize(model, state, image=(8, 8, 1), count=67, iterations=20, fields=FEW_STEPS)
+    assert images.shape == (67, 8, 8, 1) and labels.shape == (67,)
     with pytest.raises(ValueError, match="the variables hold no params"):
         hast_jax.synthesize(model, None, image=(8, 8, 1), count=8, iterations=1)
 
 
+def stop(update: hast_jax.Update) -> None:
+    """Break a run off at its first step."""
+    raise RuntimeError("enough")
+
+
 def test_a_run_is_judged_by_the_images_that_it_began_with(network: tuple, digits: datasets.Arrays, tmp_path: Path) -> None:
     fewer = digits.images[:99], digits.labels[:99]
-    quantize(network, workdir=tmp_path / "run", test=fewer)
+    with pytest.raises(RuntimeError, match="enough"):
+        quantize(network, workdir=tmp_path / "run", test=fewer, progress=stop)
     for other in (None, (digits.images, digits.labels)):
         with pytest.raises(hast_jax.UserError, match="began with other test images"):
             quantize(network, workdir=tmp_path / "run", test=other)
@@ -223,12 +231,13 @@ def test_a_weight_that_is_not_finite_is_named(network: tuple) -> None:
         quantize((model, spoilt))
 
 
-def test_a_teacher_that_is_no_better_than_chance_is_warned_of(network: tuple, digits: datasets.Arrays) -> None:
-    with pytest.warns(hast_jax.AccuracyWarning, match="no better than chance"):
-        quantize(network, test=(digits.images, (digits.labels + 1) % 10))
+def test_a_teacher_that_is_no_better_than_chance_is_warned_of_before_any_work(network: tuple, digits: datasets.Arrays) -> None:
+    updates = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", hast_jax.AccuracyWarning)
-        quantize(network, test=(digits.images, digits.labels))
+        with pytest.raises(hast_jax.AccuracyWarning, match="no better than chance"):
+            quantize(network, test=(digits.images, (digits.labels + 1) % 10), progress=updates.append)
+    assert {update.stage for update in updates} == {"teacher", "evaluate"}
 
 
 def test_importing_it_loads_nothing_that_takes_long_and_the_commands_can_be_imported_together() -> None:

@@ -29,11 +29,12 @@ def twice(command: list[str], second: Sequence[str] = (), places: Sequence[Path]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    environment = {name: value for name, value in tiny.environment().items() if name != "JAX_NUM_CPU_DEVICES"}
     return [
         subprocess.Popen(
             [*command, f"--processes=127.0.0.1:{port},2,{index}", *(second if index else ())],
             cwd=place,
-            env=tiny.environment(),
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -15,6 +15,8 @@ from hast_jax import from_config, networks
 from hast_jax.errors import UserError
 from hast_jax.networks import weights
 
+pytestmark = pytest.mark.usefixtures("little_optimization")
+
 
 def state_dict(seed: int = 0, name: str = "resnet20", classes: int = 10) -> tuple[networks.ResNet, weights.StateDict]:
     model = networks.module(name, classes)

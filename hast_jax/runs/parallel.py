@@ -71,8 +71,9 @@ def setup(devices: int, batch: int | None = None) -> int:
     flags = os.environ.get("XLA_FLAGS", "")
     if KEEP_BARRIERS not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {KEEP_BARRIERS}"
+    existing = jax.config.jax_num_cpu_devices  # of the variable JAX_NUM_CPU_DEVICES; -1 if it is not set
     with contextlib.suppress(RuntimeError):  # in a test the backend already runs: its devices are used
-        jax.config.update("jax_num_cpu_devices", on_cpu)
+        jax.config.update("jax_num_cpu_devices", max(on_cpu, existing))
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(os.environ.get("HAST_JAX_CACHE", COMPILATION_CACHE)))
     return choose(devices, batch)
 
