@@ -13,13 +13,14 @@ from pathlib import Path
 
 # As parallel.setup sets it. With it and as many devices, tests and the commands that they start share compiled programs.
 os.environ.setdefault("XLA_FLAGS", "--xla_disable_hlo_passes=cse_barrier_expander")
-os.environ["JAX_NUM_CPU_DEVICES"] = "4"
+os.environ["JAX_NUM_CPU_DEVICES"] = "4"  # for the commands
 
 import jax
 import pytest
 import tiny
 from golden_data import Golden, files
 
+jax.config.update("jax_num_cpu_devices", 4)
 os.environ.setdefault("HAST_JAX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
 jax.config.update("jax_compilation_cache_dir", os.environ["HAST_JAX_CACHE"])
 jax.config.update("jax_numpy_rank_promotion", "raise")
