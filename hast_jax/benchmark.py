@@ -34,7 +34,7 @@ from hast_jax import cli, from_config
 from hast_jax import config as config_lib
 from hast_jax.errors import UserError
 from hast_jax.networks.conv import ARITHMETIC
-from hast_jax.runs import parallel
+from hast_jax.runs import parallel, processes
 from hast_jax.stages import calibrate, finetune, synthesize
 
 CPU_MATMUL_SIZE, ACCELERATOR_MATMUL_SIZE = 1024, 8192  # on an accelerator, dispatch would dominate the smaller product
@@ -133,7 +133,7 @@ def measure(part: Part, devices: int, calls: int, repeats: int, arithmetic: str)
     def gib(size):
         return round(size / 2**30, 3)
 
-    line["flops"] = flops * parallel.process_count()
+    line["flops"] = flops * processes.count()
     line["arguments_gib"], line["intermediate_gib"] = gib(memory.argument_size_in_bytes), gib(memory.temp_size_in_bytes)
     if repeats:
 
@@ -194,7 +194,7 @@ def main(_: list[str]) -> None:
             raise UserError(f"there is no {given.device} here that JAX can use: it found only the {jax.default_backend()}.")
         jax.config.update("jax_enable_compilation_cache", False)  # because compile times are measured too
         calls, repeats = parallel.steps_per_call(config.steps_per_call), 0 if given.compile_only else given.steps
-        show: Callable[[str], None] = partial(print, flush=True) if parallel.is_main() else lambda _: None
+        show: Callable[[str], None] = partial(print, flush=True) if processes.is_main() else lambda _: None
         if given.device:
             show(head(devices))
         for arithmetic in ARITHMETIC if given.device else [config.teacher.arithmetic]:

@@ -26,7 +26,7 @@ from ml_collections import config_flags
 from hast_jax import fields
 from hast_jax.config import check_name
 from hast_jax.errors import InputError, Notice, Stopped, UserError, refused_by_disk
-from hast_jax.runs import parallel
+from hast_jax.runs import processes
 
 COMMANDS = {
     "quantize": "main",
@@ -91,11 +91,11 @@ def join(several: bool = True) -> None:
 
     several: whether this command can work in several processes. Raises UserError if it cannot and --processes is given.
     """
-    processes = flags.FLAGS.processes
-    if processes and not several:
+    given = flags.FLAGS.processes
+    if given and not several:
         raise UserError("this command works in one process: leave out --processes.")
-    if processes:
-        parallel.join(processes)
+    if given:
+        processes.join(given)
 
 
 @contextmanager
@@ -127,9 +127,9 @@ def user_errors() -> Iterator[None]:
         words = str(error).split("\n")[0][:200]
         if "RESOURCE_EXHAUSTED" in words:
             _fail(OUT_OF_MEMORY.format(words=words))
-        if parallel.process_count() == 1:
+        if processes.count() == 1:
             raise
-        parallel.leave_broken(words)
+        processes.leave_broken(words)
     except KeyboardInterrupt:
         _fail("interrupted: run the same command again to resume.")
 
@@ -174,6 +174,6 @@ def _last_line(error: Exception) -> str:
 
 
 def _fail(message: str) -> None:
-    parallel.tell_failure(message)
+    processes.tell_failure(message)
     print(f"hast_jax: {message}", file=sys.stderr)
     sys.exit(1)

@@ -18,7 +18,7 @@ from hast_jax.data import datasets
 from hast_jax.deliver.console import Bar, format_bits
 from hast_jax.errors import UserError
 from hast_jax.fields import GIVEN
-from hast_jax.runs import parallel, run_folder
+from hast_jax.runs import parallel, processes, run_folder
 from hast_jax.runs.progress import Progress, silent
 from hast_jax.stages.evaluate import Accuracy, evaluator
 
@@ -96,7 +96,7 @@ def main(_: list[str]) -> None:
         cli.join()
         given = flags.FLAGS
         devices = parallel.setup(given.devices)
-        console = Console(quiet=not parallel.is_main())
+        console = Console(quiet=not processes.is_main())
         chosen = {name: given[name].value for name in ("dataset", "split", "data_dir", "network", "names", "weights")}
         with Bar(console) as progress:
             found = run(paths.local(given.workdir), given.checkpoint, devices, progress, **chosen)

@@ -14,7 +14,7 @@ from hast_jax.data.datasets import Arrays
 from hast_jax.errors import InputError
 from hast_jax.fields import FULL_PRECISION, GIVEN
 from hast_jax.networks import Network, rules, structure, weights
-from hast_jax.runs import parallel
+from hast_jax.runs import parallel, processes
 from hast_jax.runs.memory import MemoryRun
 from hast_jax.runs.progress import Progress, Recorder
 from hast_jax.stages.job import Job
@@ -76,7 +76,7 @@ class Setting:
 
     def job(self, progress: Progress, batch: int | None = None) -> Job:
         """The `Job` of a single stage, kept in memory. batch: images in a step, divided among all devices."""
-        if parallel.process_count() > 1:
+        if processes.count() > 1:
             raise InputError("a single stage works in one process: for several processes, use quantize with a workdir.")
         devices = parallel.choose(self.config.devices, batch)
         teacher, student = from_config.bare_teacher(self.config, self.model), from_config.student(self.config, self.model)

@@ -13,7 +13,7 @@ from rich.console import Console
 from hast_jax import cli, paths, pipeline
 from hast_jax import config as config_lib
 from hast_jax.deliver.console import Bar, show_result
-from hast_jax.runs import parallel, preemption
+from hast_jax.runs import parallel, preemption, processes
 
 
 def define_flags() -> None:
@@ -30,7 +30,7 @@ def main(_: list[str]) -> None:
         config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
         config_lib.validate(config)
         parallel.setup(config.devices, config.finetune.batch)
-        console = Console(quiet=not parallel.is_main())
+        console = Console(quiet=not processes.is_main())
         with Bar(console) as progress:
             result = pipeline.run(config, paths.local(workdir), progress)
         show_result(console, result)

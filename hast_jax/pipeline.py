@@ -18,7 +18,7 @@ from hast_jax.deliver.pictures import save_picture
 from hast_jax.errors import AccuracyWarning, Notice, UserError, sentence
 from hast_jax.method import losses
 from hast_jax.networks import weights
-from hast_jax.runs import parallel, run_folder, synthetic_set
+from hast_jax.runs import parallel, processes, run_folder, synthetic_set
 from hast_jax.runs.files import crc32
 from hast_jax.runs.memory import MemoryRun
 from hast_jax.runs.progress import Progress, Recorder, Update, silent
@@ -65,9 +65,9 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
         if finished is None:
             if isinstance(job.storage, RunFolder):
                 folder = job.storage.student
-                parallel.on_main(lambda: student.save(folder))
-            parallel.on_main(lambda: job.storage.write_result(result))  # last: it marks the run as finished
-        parallel.on_main(lambda: _report(job, student, images))
+                processes.on_main(lambda: student.save(folder))
+            processes.on_main(lambda: job.storage.write_result(result))  # last: it marks the run as finished
+        processes.on_main(lambda: _report(job, student, images))
     return student
 
 
@@ -99,7 +99,7 @@ def _prepare(
 
     Everything that can be refused is refused here with a UserError, before any stage starts. Afterwards the run folder is held.
     """
-    with parallel.failing_as_one():
+    with processes.failing_as_one():
         config_lib.validate(config)
         devices = parallel.choose(config.devices, config.finetune.batch)
         if own is None:
@@ -115,21 +115,21 @@ def _prepare(
             _check_enough(config, len(given[0]))
         _refuse_overflow(teacher, variables, tuple(config.teacher.image))
         _held_out_images(config)
-    recorder = Recorder(workdir, progress, writing=parallel.is_main())
+    recorder = Recorder(workdir, progress, writing=processes.is_main())
 
     def job(storage):
         return Job(config, devices, storage, recorder, teacher, student, variables)
 
     if workdir is None:
-        if parallel.process_count() > 1:
+        if processes.count() > 1:
             raise UserError("several processes share one run folder: give a workdir, on a file system that all of them use.")
         return job(MemoryRun()), given, dataset
-    parallel.on_main(lambda: run_folder.open_for_run(workdir, config))
+    processes.on_main(lambda: run_folder.open_for_run(workdir, config))
     storage = RunFolder(workdir)
     try:
-        parallel.share_failures(workdir)
+        processes.share_failures(workdir)
         known = crc32(np.fromfile(storage.config, np.uint8)) if storage.config.exists() else 0
-        parallel.require_same(
+        processes.require_same(
             {
                 "config": config_lib.checksum(config),
                 "weights": crc32(variables),
@@ -137,8 +137,8 @@ def _prepare(
                 "run folder (on one file system?)": known,
             }
         )
-        parallel.on_main(lambda: storage.check_teacher(variables, teacher.structure.program))
-        parallel.on_main(lambda: storage.check_test(_checksum(dataset)))
+        processes.on_main(lambda: storage.check_teacher(variables, teacher.structure.program))
+        processes.on_main(lambda: storage.check_test(_checksum(dataset)))
     except BaseException:
         run_folder.release(workdir)
         raise
@@ -206,7 +206,7 @@ def _teacher_accuracy(job: Job, dataset: datasets.Dataset | None) -> Callable[[A
     if accuracy is None:
         found = judge(job.teacher)(job.variables)
         accuracy = {"top1": found.top1, "top5": found.top5, "images": len(dataset.labels)}
-        parallel.on_main(lambda: job.storage.remember_teacher_accuracy(accuracy))
+        processes.on_main(lambda: job.storage.remember_teacher_accuracy(accuracy))
     progress(Update("teacher", 1, 1, 0.0, accuracy, finished=True))
     chance = 100 / job.teacher.classes
     error = (chance * (100 - chance) / accuracy["images"]) ** 0.5
@@ -227,15 +227,15 @@ def _training_images(job: Job, given: Given | None) -> Given:
         images, labels = synthesize.run(job)
     else:
         images, labels = given
-        if parallel.process_count() > 1:
-            parallel.require_same({"images": crc32((images, labels))})
+        if processes.count() > 1:
+            processes.require_same({"images": crc32((images, labels))})
     held_out = _held_out_images(job.config)
     if held_out is not None and crc32(held_out) == crc32(images):
         raise UserError("config.eval.held_out holds the images that the student is trained on: give images of another seed.")
-    parallel.on_main(lambda: job.storage.check_images(images, labels))
+    processes.on_main(lambda: job.storage.check_images(images, labels))
     if isinstance(job.storage, RunFolder):
         picture, teacher = job.storage.picture, job.config.teacher
-        parallel.on_main(lambda: save_picture(picture, images, teacher.mean, teacher.std))
+        processes.on_main(lambda: save_picture(picture, images, teacher.mean, teacher.std))
     return images, labels
 
 
@@ -246,7 +246,7 @@ def _activation_ranges(job: Job, images: np.ndarray) -> weights.Variables:
         if not job.storage.has_ranges():
             job.storage.write_ranges(calibrate.run(job, images))
 
-    parallel.on_main(calibrated)
+    processes.on_main(calibrated)
     return job.storage.read_ranges(job.student.range_names)
 
 

@@ -10,7 +10,7 @@ import jax
 
 from hast_jax import __version__
 from hast_jax import config as config_lib
-from hast_jax.runs import parallel
+from hast_jax.runs import processes
 from hast_jax.stages import finetune
 from hast_jax.stages.job import Job
 
@@ -30,7 +30,7 @@ def begin_segment(job: Job) -> dict[str, Any] | None:
         "spent_before": {name: round(job.recorder.seconds(name), 1) for name in STAGES},
     }
     segments = [*(_ended(job, each) for each in job.storage.read_segments()), segment]
-    parallel.on_main(lambda: job.storage.write_segments(segments))
+    processes.on_main(lambda: job.storage.write_segments(segments))
     return segment
 
 
@@ -45,7 +45,7 @@ def end_segment(job: Job, segment: dict[str, Any] | None) -> None:
     if segment is not None:
         segment["seconds"] = {name: round(job.recorder.own_seconds.get(name, 0.0), 1) for name in STAGES}
         segments = [*job.storage.read_segments()[:-1], segment]
-        parallel.on_main(lambda: job.storage.write_segments(segments))
+        processes.on_main(lambda: job.storage.write_segments(segments))
 
 
 def _ended(job: Job, segment: dict[str, Any]) -> dict[str, Any]:
@@ -82,4 +82,4 @@ def summary(job: Job, images: int, evaluations: dict[int, float]) -> dict[str, A
 
 
 def _hardware(job: Job) -> str:
-    return f"{job.devices * parallel.process_count()} x {jax.devices()[0].device_kind} ({platform.machine()})"
+    return f"{job.devices * processes.count()} x {jax.devices()[0].device_kind} ({platform.machine()})"

@@ -42,10 +42,8 @@ def student(name: str, bits="w4a4", learned: bool = True) -> Student:
     its = given(name)
     rules = rules_lib.normalise(bits)
     network = networks.create(its.module, its.image, rules=rules, learned_ranges=learned)
-    ranges, observe = {}, jax.jit(functools.partial(networks.observe, network))
-    for seed in range(2):
-        images = jax.random.uniform(jax.random.key(seed), (16, *its.image), minval=-2, maxval=2)
-        ranges = observe(its.variables, ranges, images)
+    images = jax.random.uniform(jax.random.key(0), (32, *its.image), minval=-2, maxval=2)
+    ranges = jax.jit(functools.partial(networks.observe, network))(its.variables, {}, images)
     channels = its.image[-1]
     return Student(network, {**its.variables, "ranges": ranges}, rules, its.image, (0.5,) * channels, (0.25,) * channels, {})
 

@@ -219,13 +219,13 @@ def test_a_process_that_meets_a_broken_one_says_what_that_one_said(tmp_path: Pat
     code = f"""
 import jax
 from pathlib import Path
-from hast_jax.runs import parallel
+from hast_jax.runs import processes
 jax.process_count = lambda: 2
-parallel.on_main = lambda action: action()
-Path({str(tmp_path)!r}, parallel.FAILURE).write_text("of an earlier start")
-parallel.share_failures(Path({str(tmp_path)!r}))
-parallel.tell_failure("synthesis diverged; lower config.synthesis.lr.")
-parallel.leave_broken("Connection closed by peer")
+processes.on_main = lambda action: action()
+Path({str(tmp_path)!r}, processes.FAILURE).write_text("of an earlier start")
+processes.share_failures(Path({str(tmp_path)!r}))
+processes.tell_failure("synthesis diverged; lower config.synthesis.lr.")
+processes.leave_broken("Connection closed by peer")
 """
     done = tiny.call([sys.executable, "-c", code])
     words = "hast_jax: another process of this run has ended, process 0: synthesis diverged; lower config.synthesis.lr."

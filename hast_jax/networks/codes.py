@@ -1,5 +1,6 @@
 """Quantized kernels as whole numbers."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,6 +54,7 @@ def kernel_codes(network: Network, params: Variables, ranges: Variables) -> dict
     return found
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def _codes(kernel: jax.Array, bits: int, axes: tuple[int, ...]) -> tuple[Any, Any, Any]:
     low, high = jnp.min(kernel, axes, keepdims=True), jnp.max(kernel, axes, keepdims=True)
     scale, zero_point = quantizer.scale_and_zero_point(low, high, bits)
@@ -60,10 +62,15 @@ def _codes(kernel: jax.Array, bits: int, axes: tuple[int, ...]) -> tuple[Any, An
 
 
 def _learned_codes(kernel: jax.Array, low: jax.Array, high: jax.Array, bits: int) -> tuple[Any, Any, Any]:
-    step, z = learned.grid(low, high, bits)
-    integers = learned.integers(kernel, low, high, bits, learned.LARGEST_INTEGER)
-    largest = int(jnp.max(jnp.abs(integers)))
+    integers, step, z = map(np.asarray, _learned_grid(kernel, low, high, bits))
+    largest = np.abs(integers).max()
     assert largest <= learned.LARGEST_INTEGER, largest
     zero_point = z + 2 ** (bits - 1)
     # S is in double precision, so that 1 / S gives back the float32 step exactly.
-    return integers - zero_point, 1 / np.asarray(step, np.float64), zero_point
+    return integers - zero_point, 1 / step.astype(np.float64), zero_point
+
+
+@partial(jax.jit, static_argnums=3)
+def _learned_grid(kernel: jax.Array, low: jax.Array, high: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The integers of a kernel, and the step and the smallest integer of each output channel."""
+    return (learned.integers(kernel, low, high, bits, learned.LARGEST_INTEGER), *learned.grid(low, high, bits))

@@ -1,4 +1,4 @@
-"""Devices and processes: how many there are, what is replicated, and what runs on each of them.
+"""Devices: how many there are, what is replicated, and what runs on each of them.
 
 Steps are `pmap`ped over the axis `AXIS`. Each argument, the replicated state included, has a leading axis with one row for each
 device that this process uses. A step runs on the devices of this process, or on those of all processes together. `mean`
@@ -6,11 +6,8 @@ averages the gradients of the devices that take a step.
 """
 
 import contextlib
-import faulthandler
 import os
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +16,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 
-from hast_jax.errors import UserError, refused_by_disk
-from hast_jax.runs.files import write_text
+from hast_jax.errors import UserError
 
 AXIS = "devices"
 MAX_DEFAULT_CPU_DEVICES = 8
@@ -29,33 +25,6 @@ KEEP_BARRIERS = "--xla_disable_hlo_passes=cse_barrier_expander"
 COMPILATION_CACHE = "~/.cache/hast_jax"
 CPU_STEPS_PER_CALL, ACCELERATOR_STEPS_PER_CALL = 1, 50
 CPU_MICRO_BATCH = 32
-HEARTBEAT_SECONDS = 30  # JAX ends this process if another one gives no sign of life for so long
-MAX_MESSAGE = 4096  # bytes of an error message that one process sends to the others
-FAILURE = "failure.txt"  # in the run folder: why one of several processes ended
-
-_failure: Path | None = None
-
-
-def join(processes: str) -> None:
-    """Become one of several processes that work on one run; call it before `setup`.
-
-    processes: "auto" on a Slurm, TPU or MPI cluster, which JAX recognises; or "HOST:PORT,NUMBER,INDEX": the address of process
-    0, the number of processes, and the index of this one. Raises UserError for other texts, or if not all processes join.
-    """
-    options: dict[str, Any] = {}
-    if processes != "auto":
-        try:
-            address, number, index = processes.split(",")
-            options = {"coordinator_address": address, "num_processes": int(number), "process_id": int(index)}
-        except ValueError as error:
-            raise UserError(f"--processes is {processes!r}: it must be auto, or HOST:PORT,NUMBER,INDEX.") from error
-    faulthandler.disable()  # its pages of tracebacks would bury JAX's message that another process has died
-    jax.config.update("jax_enable_preemption_service", False)  # it sometimes misses SIGTERM
-    try:
-        jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=60)
-    except (RuntimeError, ValueError) as error:
-        words = str(error).split("\n")[0]
-        raise UserError(f"the processes of --processes={processes} did not come together: {words}") from error
 
 
 def setup(devices: int, batch: int | None = None) -> int:
@@ -71,7 +40,7 @@ def setup(devices: int, batch: int | None = None) -> int:
     flags = os.environ.get("XLA_FLAGS", "")
     if KEEP_BARRIERS not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {KEEP_BARRIERS}"
-    existing = jax.config.jax_num_cpu_devices  # of the variable JAX_NUM_CPU_DEVICES; -1 if it is not set
+    existing = int(os.environ.get("JAX_NUM_CPU_DEVICES", 0))
     with contextlib.suppress(RuntimeError):  # in a test the backend already runs: its devices are used
         jax.config.update("jax_num_cpu_devices", max(on_cpu, existing))
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(os.environ.get("HAST_JAX_CACHE", COMPILATION_CACHE)))
@@ -111,122 +80,6 @@ def _cores() -> int:
 def _cpu_devices(batch: int | None) -> int:
     most = min(_cores(), MAX_DEFAULT_CPU_DEVICES)
     return max(d for d in range(1, most + 1) if batch is None or batch % d == 0)
-
-
-def is_main() -> bool:
-    """Whether this is process 0, the only process that writes files."""
-    return process_index() == 0
-
-
-def process_count() -> int:
-    """How many processes work on this run."""
-    return jax.process_count()
-
-
-def on_main(action: Callable[[], Any]) -> None:
-    """Run `action` in process 0 while the others wait. A UserError or an error of the disk is raised in all as UserError."""
-    message = ""
-    if is_main():
-        try:
-            action()
-        except (UserError, OSError) as error:
-            told = refused_by_disk(error) if isinstance(error, OSError) else error
-            if told is None:
-                raise
-            message = str(told)
-    if jax.process_count() > 1:
-        message = _text(multihost_utils.broadcast_one_to_all(_bytes(message)))
-    if message:
-        raise UserError(message)
-
-
-@contextlib.contextmanager
-def failing_as_one() -> Iterator[None]:
-    """If any process raises a UserError in the block, all raise one after it. In the block no process may wait for another."""
-    error = None
-    try:
-        yield
-    except UserError as raised:
-        error = raised
-    if jax.process_count() > 1:
-        messages = map(_text, multihost_utils.process_allgather(_bytes(str(error or ""))))
-        if error is None:
-            for index, message in enumerate(messages):
-                if message:
-                    raise UserError(f"process {index} of this run cannot start: {message}")
-    if error is not None:
-        raise error
-
-
-def _bytes(message: str) -> np.ndarray:
-    """The message in an array of a fixed size, which processes can exchange."""
-    text, encoded = np.zeros(MAX_MESSAGE, np.uint8), np.frombuffer(message.encode()[:MAX_MESSAGE], np.uint8)
-    text[: len(encoded)] = encoded
-    return text
-
-
-def _text(array: np.ndarray) -> str:
-    return bytes(array).rstrip(b"\0").decode(errors="ignore")
-
-
-def process_index() -> int:
-    """The index of this process."""
-    return jax.process_index()
-
-
-def total(values: np.ndarray) -> np.ndarray:
-    """The sum of a host array over all processes. Every process must call it."""
-    if jax.process_count() == 1:
-        return values
-    return np.sum(multihost_utils.process_allgather(values), 0)
-
-
-def require_same(values: dict[str, int]) -> None:
-    """Raise UserError in every process if the values, below 2**32, differ between processes. Every process must call it."""
-    if jax.process_count() == 1:
-        return
-    found = multihost_utils.process_allgather(np.asarray(list(values.values()), np.uint32))
-    differing = [name for name, column in zip(values, found.T) if len(set(column.tolist())) > 1]
-    if differing:
-        raise UserError(
-            f"the processes of this run do not have the same {', '.join(differing)}: give all the same command and files, "
-            "on one file system, and start them again."
-        )
-
-
-def gather(tree: Any) -> Any:
-    """The leaves [devices, rows, ...] of all processes (`distribute`), joined to NumPy arrays [all rows, ...] in each process.
-
-    Every process must call it.
-    """
-    own = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(tree))
-    if jax.process_count() == 1:
-        return own
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), multihost_utils.process_allgather(own))
-
-
-def share_failures(folder: Path) -> None:
-    """From now on, a process that fails leaves its error message in `folder` for the others. Every process must call this."""
-    global _failure
-    _failure = folder / FAILURE if jax.process_count() > 1 else None
-    if _failure is not None:
-        on_main(lambda: (folder / FAILURE).unlink(missing_ok=True))
-
-
-def tell_failure(message: str) -> None:
-    """Leave the error message of this process for the other processes, if there are any (`share_failures`)."""
-    if _failure is not None:
-        with contextlib.suppress(OSError):
-            write_text(_failure, f"process {jax.process_index()}: {message}")
-
-
-def leave_broken(words: str) -> None:
-    """End this process at once with an error message: another one seems to have died, and JAX's shutdown would wait for it."""
-    message = f"most likely another process of this run has ended ({words}); start all processes again to resume."
-    if _failure is not None and _failure.exists():
-        message = f"another process of this run has ended, {_failure.read_text()}"
-    print(f"hast_jax: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
 
 
 def devices(count: int, all_processes: bool = False) -> list[jax.Device]:

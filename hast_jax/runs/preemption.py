@@ -8,7 +8,7 @@ from typing import NoReturn
 import numpy as np
 
 from hast_jax.errors import Stopped
-from hast_jax.runs import parallel
+from hast_jax.runs import processes
 
 _heard = threading.Event()
 
@@ -24,12 +24,12 @@ def listen() -> None:
 
 def asked() -> bool:
     """Whether SIGTERM has come; the caller then saves and calls `leave`. Always False in a run of several processes."""
-    return parallel.process_count() == 1 and _heard.is_set()
+    return processes.count() == 1 and _heard.is_set()
 
 
 def agreed() -> bool:
     """Whether SIGTERM has come to any process, so that all must end. Every process must call this at the same step."""
-    return bool(parallel.total(np.asarray([_heard.is_set()])).any())
+    return bool(processes.total(np.asarray([_heard.is_set()])).any())
 
 
 def leave() -> NoReturn:

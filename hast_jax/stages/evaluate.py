@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from hast_jax.data.datasets import Dataset, normalise
 from hast_jax.method import losses
 from hast_jax.networks.weights import Variables
-from hast_jax.runs import parallel, preemption
+from hast_jax.runs import parallel, preemption, processes
 from hast_jax.runs.loop import drive
 from hast_jax.runs.progress import Progress, Update
 
@@ -49,8 +49,8 @@ def evaluator(
     batch = min(config.eval.batch, len(dataset.labels))
     batch += -batch % devices
     padded = np.pad(dataset.labels, (0, -len(dataset.labels) % batch), constant_values=-1)  # -1: padding
-    process, processes = parallel.process_index(), parallel.process_count()
-    own_labels = padded.reshape(-1, batch)[process::processes]
+    first, every = processes.index(), processes.count()  # the batches of this process
+    own_labels = padded.reshape(-1, batch)[first::every]
 
     def count(state: State, variables: Variables, images: Array, labels: Array) -> State:
         return step(state, logits(variables, normalise(images, config.teacher.mean, config.teacher.std)), labels)
@@ -59,7 +59,7 @@ def evaluator(
 
     def batches(variables: Variables) -> Iterator[tuple[Any, ...]]:
         replicated = parallel.replicate(variables, devices)
-        for images, labels in zip(dataset.batches(batch, process, processes), own_labels):
+        for images, labels in zip(dataset.batches(batch, first, every), own_labels):
             images = np.pad(images, ((0, batch - len(images)), (0, 0), (0, 0), (0, 0)))
             yield (replicated, *parallel.split((images, labels), devices))
 
@@ -83,7 +83,7 @@ def evaluator(
             progress(Update("evaluate", done, total, 0.0, {}))
         progress(Update("evaluate", total, total, 0.0, {}, finished=True))
         own = np.sum(jax.device_get(state), 0)
-        return Accuracy(*(100 * int(correct) / len(dataset.labels) for correct in parallel.total(own)))
+        return Accuracy(*(100 * int(correct) / len(dataset.labels) for correct in processes.total(own)))
 
     return evaluate
 

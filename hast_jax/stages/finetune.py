@@ -14,7 +14,7 @@ from hast_jax.method.promotion import Distances, promote
 from hast_jax.method.schedules import learning_rate, student_optimizer
 from hast_jax.networks import Network
 from hast_jax.networks.network import proper_ranges
-from hast_jax.runs import parallel, preemption
+from hast_jax.runs import parallel, preemption, processes
 from hast_jax.runs.loop import call_length, drive
 from hast_jax.stages.batches import FixedInputs, Images, Strengths, draw, fixed_inputs, inputs
 from hast_jax.stages.job import Job
@@ -134,7 +134,7 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
         if best_epoch(evaluations) == epoch:
             best.save(int(state.step), state)
         # Written last, so that a run that was killed before this line evaluates the epoch again.
-        parallel.on_main(lambda: job.storage.write_evaluations(evaluations))
+        processes.on_main(lambda: job.storage.write_evaluations(evaluations))
 
     with (
         job.storage.open_checkpoints("latest", keep=2, keep_every=settings.keep_every * every) as latest,
@@ -181,7 +181,7 @@ def _resume(job: Job, ranges: Variables, latest: Any) -> tuple[State, dict[int, 
     """The newest saved state and the accuracies up to it. If nothing is saved: a fresh state and no accuracies."""
     fresh = init(job.variables["params"], ranges, job.config.finetune)
     saved = latest.restore(fresh)
-    parallel.require_same({"newest checkpoint": 0 if saved is None else int(saved.step)})
+    processes.require_same({"newest checkpoint": 0 if saved is None else int(saved.step)})
     if saved is None:
         return fresh, {}
     known = job.storage.read_evaluations()

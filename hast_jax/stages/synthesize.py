@@ -17,7 +17,7 @@ from hast_jax import networks
 from hast_jax.method import augmentation, losses
 from hast_jax.method.schedules import Plateau, image_rate, plateau_update
 from hast_jax.networks import Network
-from hast_jax.runs import parallel, preemption
+from hast_jax.runs import parallel, preemption, processes
 from hast_jax.runs.files import crc32
 from hast_jax.runs.loop import call_length, crosses, drive
 from hast_jax.stages.job import Job
@@ -157,11 +157,11 @@ def run(job: Job) -> tuple[np.ndarray, np.ndarray]:
     """
     settings, shape = job.config.synthesis, tuple(job.config.teacher.image)
     open_set = partial(job.storage.synthetic_set, settings.images, settings.batch, shape)
-    parallel.on_main(open_set)
+    processes.on_main(open_set)
     with job.storage.open_checkpoints("synthesis", keep=2) as checkpoints:
         _fill(job, open_set(create=False), checkpoints)
     # This waits for process 0, which may still be writing. Checkpoints of half-made batches are of no more use.
-    parallel.on_main(lambda: job.storage.drop_checkpoints("synthesis"))
+    processes.on_main(lambda: job.storage.drop_checkpoints("synthesis"))
     return open_set(create=False).read()
 
 
@@ -177,7 +177,7 @@ def _fill(job: Job, store: Any, checkpoints: Any) -> None:
     pending = store.pending()
     begun = _begun(checkpoints, jax.eval_shape(start, jax.ShapeDtypeStruct((1,), jnp.int32)), store)
     reached = {batch: int(row.iteration) for batch, row in begun.items()}
-    parallel.require_same({"half-made images": crc32((np.asarray(pending), np.asarray(sorted(reached.items()))))})
+    processes.require_same({"half-made images": crc32((np.asarray(pending), np.asarray(sorted(reached.items()))))})
     done = (store.batches - len(pending)) * settings.iterations + sum(reached.values())
     stack = parallel.stack(settings.stack, memory(job.teacher, job.variables, shape, settings))
     together = parallel.device_total(job.devices) * stack
@@ -205,14 +205,14 @@ def _fill(job: Job, store: Any, checkpoints: Any) -> None:
                 position = done + (iteration - first) * len(batches)
                 stage.update(position, metrics)
                 if iteration < settings.iterations and (preempted or crosses(iteration, settings.save_every, calls)):
-                    begun |= zip(batches, _rows(parallel.gather(state)))
+                    begun |= zip(batches, _rows(processes.gather(state)))
                     checkpoints.save(position, _stack(list(begun.values())))
                     if preempted:
                         preemption.leave()
-            images, labels = parallel.gather((state.result, state.labels))
+            images, labels = processes.gather((state.result, state.labels))
             for row, batch in enumerate(batches):
                 begun.pop(batch, None)
-                if parallel.is_main():
+                if processes.is_main():
                     store.write(batch, images[row], labels[row])
             done += (settings.iterations - first) * len(batches)
 
