@@ -30,7 +30,7 @@ def _images_have_one_origin(config: ConfigDict) -> Faults:
 
     learned, judged = bases(split) - {""}, bases(config.eval.split)
     if learned and (learned & judged or "all" in learned | judged):
-        yield "synthesis.real_split", "a split that shares no image with eval.split, which is for evaluation"
+        yield "synthesis.real_split", "of another split than eval.split, whose images are for evaluation"
 
 
 def _images_have_a_size(config: ConfigDict) -> Faults:
