@@ -41,8 +41,11 @@ class Setting:
         """sizes: config fields that the calling function sets. fields: config fields that the user sets, which win."""
         _check_fields(fields)
         self.image = _numbers("image", image, 3)
-        self.mean = _numbers("mean", mean, self.image[-1]) if mean is not None else (0.0,) * self.image[-1]
-        self.std = _numbers("std", std, self.image[-1]) if std is not None else (1.0,) * self.image[-1]
+        height, width, channels = self.image
+        if height != width or channels not in (1, 3):
+            raise InputError(f"image is {self.image}: it must be (height, width, channels), square, with 1 or 3 channels.")
+        self.mean = _numbers("mean", mean, channels) if mean is not None else (0.0,) * channels
+        self.std = _numbers("std", std, channels) if std is not None else (1.0,) * channels
         self.rules = rules.normalise(bits)
         self.call = structure.inference_arguments(model) if call is None and isinstance(model, nn.Module) else dict(call or {})
         self.model = model

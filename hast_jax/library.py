@@ -87,9 +87,9 @@ def quantize(
 
     Returns the student. Raises UserError, with one sentence, for an impossible argument, before any long work.
     """
-    if budget not in BUDGETS or recipe not in RECIPES:
-        known = f"{', '.join(BUDGETS)} and the recipe from {', '.join(RECIPES)}"
-        raise InputError(f"budget is {budget!r} and recipe {recipe!r}: choose the budget from {known}.")
+    for name, chosen, known in (("budget", budget, BUDGETS), ("recipe", recipe, RECIPES)):
+        if chosen not in known:
+            raise InputError(f"{name} is {chosen!r}: choose one of {', '.join(known)}.")
     changes = {**RECIPES[recipe], **BUDGETS[budget], **config_lib.VARIANTS.get(f"{recipe},{budget}", {})}
     setting = Setting(model, variables, image, mean, std, bits, seed, call, changes, fields)
     given = given_images(images, setting.image, setting.classes) if images is not None else None

@@ -165,7 +165,9 @@ def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
     [
         ({"bits": "w9a9"}, "between 2 and 8"),
         ({"bits": {"default": (3, 3), "nowhere": (8, 8)}}, "names no layer"),
-        ({"budget": "huge"}, "choose the budget from trial, small, full"),
+        ({"budget": "huge"}, "budget is 'huge': choose one of trial, small, full"),
+        ({"recipe": "bst"}, "recipe is 'bst': choose one of best, paper"),
+        ({"image": (1, 8, 8)}, r"image is \(1, 8, 8\): it must be \(height, width, channels\), square, with 1 or 3 channels"),
         ({"mean": (0.5, 0.5)}, "one number for each of the 1 channels"),
         ({"fields": {"finetune.epss": 1}}, "did you mean finetune.eps"),
         ({"fields": {"eval.dataset": "digits"}}, "use the arguments of the function"),
@@ -192,6 +194,8 @@ def test_a_train_state_is_taken_and_no_variables_are_refused(network: tuple) -> 
     assert images.shape == (67, 8, 8, 1) and labels.shape == (67,)
     with pytest.raises(ValueError, match="the variables hold no params"):
         hast_jax.synthesize(model, None, image=(8, 8, 1), count=8, iterations=1)
+    with pytest.raises(ValueError, match="the variables hold no batch_stats, the statistics of batch norms: give"):
+        hast_jax.synthesize(model, {"params": variables["params"]}, image=(8, 8, 1), count=8, iterations=1)
 
 
 def stop(update: hast_jax.Update) -> None:

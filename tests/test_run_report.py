@@ -1,5 +1,6 @@
 """The report of a run tells the truth about the run, whoever made it, and can be read on any screen."""
 
+import ast
 import dataclasses
 import html
 import json
@@ -23,6 +24,8 @@ from hast_jax import from_config, networks
 from hast_jax.deliver import measure, report
 from hast_jax.deliver.measure import Cost, Sensitivity
 from hast_jax.errors import Notice
+from hast_jax.fields import GIVEN
+from hast_jax.networks import rules
 from hast_jax.runs import run_folder
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -173,6 +176,15 @@ def test_what_the_report_suggests_can_be_run(run: Path) -> None:
     sizes = [each.parameters for each in costs]
     assert 4.5 < np.average([each.weights for each in costs], weights=sizes) <= 5
     assert str(folder) == str(run)
+
+
+def test_of_a_call_in_python_the_report_suggests_an_argument_for_python() -> None:
+    its = student("vgg", "w4a4")
+    record = {"network": f"VGG {GIVEN}", "bits": {"weights": 4, "activations": 4}}
+    words = report._suggestion(its, {"Conv_0": 8, "Conv_1": 3, "Conv_2": 4}, record)
+    bits = rules.normalise(ast.literal_eval(words.removeprefix("bits=")))
+    assert [rules.bits_of(bits, (name,)) for name in ("Conv_0", "Conv_1", "Conv_2")] == [(8, None), (3, 4), (4, 4)]
+    assert report._suggestion(its, {"Conv_2": 4}, record) == ""
 
 
 def report_command(workdir: Path, *arguments: str) -> subprocess.CompletedProcess:

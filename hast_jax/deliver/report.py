@@ -19,6 +19,7 @@ from hast_jax.deliver import charts, measure
 from hast_jax.deliver.console import format_bits, format_images, format_seconds
 from hast_jax.deliver.measure import Cost, Sensitivity
 from hast_jax.deliver.pictures import grid
+from hast_jax.fields import FULL_PRECISION, GIVEN
 from hast_jax.kinds import shown
 from hast_jax.networks import Network
 from hast_jax.runs.files import write_text
@@ -80,7 +81,7 @@ def _facts(folder: RunFolder, student: Student, teacher: Teacher, images: np.nda
         "sensitivities": [_part(each, parts[0].alone) for each in parts],
         "average": f"{average or weights:.3g}",
         "same_average": average is None,
-        "suggestion": _rules(student, measure.suggested_bits(parts, costs, average or weights), record),
+        "suggestion": _suggestion(student, measure.suggested_bits(parts, costs, average or weights), record),
         "histograms": _histograms(student, few),
         "made": _made(record),
         "config": json.dumps(record["config"], indent=2),
@@ -90,7 +91,7 @@ def _facts(folder: RunFolder, student: Student, teacher: Teacher, images: np.nda
 def _summary(record: Mapping[str, Any], bits: str) -> str:
     learned = "real images" if record.get("real_split") else "images synthesized from the network itself"
     words = f"The network {record['network']} was quantized to {bits}: W and A are the bits of its weights and activations. "
-    return words + f"It was trained on {learned}, with hast_jax."
+    return words + f"The quantized network was trained on {learned}, with hast_jax."
 
 
 def _tested(folder: RunFolder, record: Mapping[str, Any]) -> int | None:
@@ -132,26 +133,36 @@ def _cost_rows(
     before, after = _sizes(costs, student)
     rows.append(("parameters in memory", _bytes(before), _bytes(after)))
     products = sum(each.products for each in costs)
-    rows.append(("multiplications for one image", f"{products / 1e6:,.1f} million", "the same"))
+    rows.append(("multiplications for one image", _large(products), "the same"))
     full, quantized = products * FULL * FULL, sum(each.bit_operations for each in costs)
-    rows.append(("bit operations for one image", f"{full / 1e9:,.2f} billion", f"{quantized / 1e9:,.2f} billion"))
+    rows.append(("bit operations for one image", _large(full), _large(quantized)))
     return rows
+
+
+def _large(number: float) -> str:
+    """A large number in words, with three digits at least."""
+    scale, word = (1e9, "billion") if number >= 1e9 else (1e6, "million")
+    digits = max(0, 3 - len(str(int(number / scale)))) if number < 1e12 else 0
+    return f"{number / scale:,.{digits}f} {word}"
 
 
 def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few: int) -> list[str]:
     tested, notes = _tested(folder, record), []
     if tested:
+        given = record["dataset"] == "none"
+        source = "given in Python" if given else f"{record['dataset']}, {record['config']['eval']['split']}"
         notes.append(
-            f"Accuracies are of {tested:,} real images ({record['dataset']}, {record['config']['eval']['split']}). No choice "
-            "was made with them. In brackets: 95 % intervals, from the number of images alone. Both networks were tested on "
-            "the same images, so the difference is more certain than each accuracy. Other seeds may give other accuracies."
+            f"Accuracies are of {tested:,} real images ({source}). No choice was made with them. In brackets: 95 % intervals, "
+            "from the number of images alone. Both networks were tested on the same images, so the drop is more certain than "
+            "the intervals suggest. Other seeds may give other accuracies."
         )
     held_out = record.get("held_out")
     if held_out:
         words = f"On {held_out['images']:,} synthetic images outside its training, the student agrees with the teacher for "
         notes.append(f"{words}{held_out['agreement']:.1f} % (KL divergence {held_out['kl']:.3f}).")
     else:
-        notes.append(f"On {few} of the images that it was trained on, the student agrees with the teacher for {agreed:.1f} %.")
+        words = f"The student gives the teacher's class for {agreed:.1f} % of {few} images that it was trained on."
+        notes.append(words)
     notes.append(
         "Memory: each quantized weight takes its own bits, and every other parameter takes 32. Bit operations: each "
         "multiplication counts as the product of the bits of both factors. A factor that is not quantized has 32 bits."
@@ -227,15 +238,21 @@ def _part(each: Sensitivity, most: float) -> dict[str, Any]:
     }
 
 
-def _rules(student: Student, bits: Mapping[str, int], record: Mapping[str, Any]) -> str:
-    """Suggested bits in the form of `config.bits.rules`, for the layers whose bits differ from the default."""
+def _suggestion(student: Student, bits: Mapping[str, int], record: Mapping[str, Any]) -> str:
+    """Suggested bits, as a user gives them: for the layers whose bits differ from the default. "" if none differs."""
     inputs = {"/".join(call.path): site.bits for call, site in student.network.sites.items()}
-    default, rules = record["bits"]["weights"], []
+    default, rules = record["bits"]["weights"], {}
     for name, each in bits.items():
         if each != default:
-            activations = f"a{inputs[name]}" if name in inputs else ""
-            rules.append(f"{re.escape(name)}=w{each}{activations}".replace("\\-", "-"))
-    return "; ".join(rules)
+            pattern = re.escape(name).replace("\\-", "-")
+            rules[pattern] = f"w{each}a{inputs[name]}" if name in inputs else f"w{each}"
+    if not rules:
+        return ""
+    if record["network"].endswith(GIVEN):
+        pair = tuple(None if each == FULL_PRECISION else each for each in (default, record["bits"]["activations"]))
+        return f"bits={ {'default': pair} | rules }"
+    words = "; ".join(f"{pattern}={each}" for pattern, each in rules.items())
+    return f'--config.bits.rules="{words}"'
 
 
 def _histograms(student: Student, images: np.ndarray) -> list[tuple[str, str, str]]:

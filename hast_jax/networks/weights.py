@@ -51,6 +51,7 @@ BUILT_IN = ("digits", "cifar10", "cifar100")
 FLAX = "flax"
 TORCH = "torch"
 SHOWN = 8  # faults that a message lists, at most
+GIVE_BOTH = "give {'params': ..., 'batch_stats': ...}, or a TrainState with both"
 
 
 class _FaultError(Exception):
@@ -181,7 +182,9 @@ def from_variables(
     if not isinstance(variables, Mapping):  # a TrainState
         variables = {name: getattr(variables, name) for name in flax_trees.COLLECTIONS if hasattr(variables, name)}
     if not variables:
-        raise InputError("the variables hold no params: give {'params': ..., 'batch_stats': ...}, or a TrainState with both.")
+        raise InputError(f"the variables hold no params: {GIVE_BOTH}.")
+    if set(variables) == {"params"} and "params" not in variables["params"]:
+        raise InputError(f"the variables hold no batch_stats, the statistics of batch norms: {GIVE_BOTH}.")
     return from_state_dict(model, flax_trees.flat(nn.unbox(variables)), image, names_lib.flax, call)
 
 
