@@ -26,6 +26,11 @@ def module(config: ConfigDict) -> nn.Module:
     return networks.module(config.teacher.network, config.teacher.classes, **arguments)
 
 
+def own_code(config: ConfigDict) -> dict[str, str]:
+    """The user's code that the config names, by the flag with which a command on the run folder must name it again."""
+    return {field: config.teacher[field] for field in ("network", "names") if user_files.is_own(config.teacher[field])}
+
+
 def trust(
     config: ConfigDict, workdir: Path, network: str | None = None, names: str | None = None, moved: str | None = None
 ) -> None:
@@ -36,12 +41,11 @@ def trust(
     """
     if moved is not None:
         config.teacher.weights = moved
-    for field, given in {"network": network, "names": names}.items():
-        named = config.teacher[field]
-        if given is not None:
-            config.teacher[field] = given
-        elif user_files.is_own(named):
+    given = {field: value for field, value in {"network": network, "names": names}.items() if value is not None}
+    for field, named in own_code(config).items():
+        if field not in given:
             raise UserError(f"{workdir} names {named}, which is not built in: if you trust its code, add --{field}={named}.")
+    config.teacher.update(given)
     weights_path = config.teacher.weights
     if moved is None and weights_path not in weights.BUILT_IN and not paths.local(weights_path).exists():
         raise UserError(f"{workdir} was made with the weights {weights_path}, which are not there: name them with --weights.")

@@ -12,7 +12,7 @@ from hast_jax import config as config_lib
 from hast_jax import from_config
 from hast_jax.data.datasets import Arrays
 from hast_jax.errors import InputError
-from hast_jax.fields import FULL_PRECISION, GIVEN
+from hast_jax.fields import FIELDS, FULL_PRECISION, GIVEN
 from hast_jax.networks import Network, rules, structure, weights
 from hast_jax.runs import parallel, processes
 from hast_jax.runs.memory import MemoryRun
@@ -41,11 +41,8 @@ class Setting:
         """sizes: config fields that the calling function sets. fields: config fields that the user sets, which win."""
         _check_fields(fields)
         self.image = _numbers("image", image, 3)
-        height, width, channels = self.image
-        if height != width or channels not in (1, 3):
-            raise InputError(f"image is {self.image}: it must be (height, width, channels), square, with 1 or 3 channels.")
-        self.mean = _numbers("mean", mean, channels) if mean is not None else (0.0,) * channels
-        self.std = _numbers("std", std, channels) if std is not None else (1.0,) * channels
+        self.mean = _numbers("mean", mean, self.image[-1]) if mean is not None else (0.0,) * self.image[-1]
+        self.std = _numbers("std", std, self.image[-1]) if std is not None else (1.0,) * self.image[-1]
         self.rules = rules.normalise(bits)
         self.call = structure.inference_arguments(model) if call is None and isinstance(model, nn.Module) else dict(call or {})
         self.model = model
@@ -113,6 +110,8 @@ def _numbers(name: str, values: Any, count: int) -> tuple[Any, ...]:
     if len(found) != count or not all(isinstance(each, int | float) for each in found):
         wanted = "(height, width, channels)" if name == "image" else f"one number for each of the {count} channels"
         raise InputError(f"{name} is {values!r}: it must be {wanted}.")
+    if name == "image" and (wanted := FIELDS["teacher.image"].fault(found)):
+        raise InputError(f"image is {values!r}: it must be {wanted}.")
     return found
 
 

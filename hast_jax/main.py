@@ -10,7 +10,7 @@ import sys
 from absl import flags
 from rich.console import Console
 
-from hast_jax import cli, paths, pipeline
+from hast_jax import cli, from_config, paths, pipeline
 from hast_jax import config as config_lib
 from hast_jax.deliver.console import Bar, show_result
 from hast_jax.runs import parallel, preemption, processes
@@ -36,7 +36,8 @@ def main(_: list[str]) -> None:
         show_result(console, result)
         if config.report:
             console.print(f"report: {workdir}/report.html")
-        console.print(f"export: python -m hast_jax.export --workdir={workdir} --format=onnx", soft_wrap=True)
+        own = "".join(f" --{flag}={code}" for flag, code in from_config.own_code(config).items())
+        console.print(f"export: python -m hast_jax.export --workdir={workdir} --format=onnx{own}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # many
 
 from pathlib import Path
 
-# As parallel.setup sets it. With it and as many devices, tests and the commands that they start share compiled programs.
-os.environ.setdefault("XLA_FLAGS", "--xla_disable_hlo_passes=cse_barrier_expander")
-os.environ["JAX_NUM_CPU_DEVICES"] = "4"  # for the commands
-
 import jax
 import pytest
 import tiny
 from golden_data import Golden, files
+
+from hast_jax.runs import parallel
+
+# With the flag that parallel.setup sets, and as many devices, tests and the commands that they start share compiled programs.
+os.environ.setdefault("XLA_FLAGS", parallel.KEEP_BARRIERS)
+os.environ["JAX_NUM_CPU_DEVICES"] = "4"  # for the commands
 
 jax.config.update("jax_num_cpu_devices", 4)
 os.environ.setdefault("HAST_JAX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))

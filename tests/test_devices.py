@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -172,6 +174,14 @@ def test_an_accelerator_takes_as_many_batches_as_fill_half_of_its_memory(monkeyp
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 80 * 2**30})
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert parallel.stack(0, 3 * 2**30) == 13 and parallel.stack(0, 60 * 2**30) == 1 and parallel.stack(4, 3 * 2**30) == 4
+
+
+def test_more_cpu_devices_that_the_user_asked_for_exist_and_are_not_used() -> None:
+    code = "import jax; from hast_jax.runs import parallel; print(parallel.setup(2), jax.local_device_count())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=tiny.environment() | {"JAX_NUM_CPU_DEVICES": "3"}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["2", "3"], done.stderr
 
 
 def test_devices_that_are_not_there_are_refused() -> None:

@@ -324,6 +324,12 @@ def flax_tree(flat: dict) -> dict:
     return unflatten_dict(flat)
 
 
+def test_the_ending_of_another_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has the ending of the format safetensors: give format='safetensors'"):
+        hast_jax.export(student("vgg"), tmp_path / "student.safetensors")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("format", "options", "words"),
     [

@@ -167,7 +167,7 @@ def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
         ({"bits": {"default": (3, 3), "nowhere": (8, 8)}}, "names no layer"),
         ({"budget": "huge"}, "budget is 'huge': choose one of trial, small, full"),
         ({"recipe": "bst"}, "recipe is 'bst': choose one of best, paper"),
-        ({"image": (1, 8, 8)}, r"image is \(1, 8, 8\): it must be \(height, width, channels\), square, with 1 or 3 channels"),
+        ({"image": (1, 8, 8)}, r"image is \(1, 8, 8\): it must be \(size, size, 1 or 3 channels\)"),
         ({"mean": (0.5, 0.5)}, "one number for each of the 1 channels"),
         ({"fields": {"finetune.epss": 1}}, "did you mean finetune.eps"),
         ({"fields": {"eval.dataset": "digits"}}, "use the arguments of the function"),

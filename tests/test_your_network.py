@@ -239,3 +239,9 @@ def test_a_running_variance_may_be_negative_within_epsilon_and_not_beyond(own: P
     state[name][3] = -2e-5
     with pytest.raises(UserError, match=f"{name} holds a variance below zero"):
         weights.from_state_dict(module, state, (8, 8, 1))
+
+
+def test_the_code_of_the_user_is_named_with_its_flags() -> None:
+    config = tiny.config(teacher__network="docs/densenet.py:DenseNet", teacher__names="docs/densenet.py:torch_names")
+    assert from_config.own_code(config) == {"network": config.teacher.network, "names": config.teacher.names}
+    assert from_config.own_code(tiny.config()) == {}

@@ -99,6 +99,9 @@ def export(
     """
     if format not in FORMATS:
         raise InputError(f"the format {format!r} is unknown: choose from {', '.join(FORMATS)}.")
+    for name, each in FORMATS.items():
+        if name != format and str(path).endswith(each.suffix):
+            raise InputError(f"{path} has the ending of the format {name}: give format={name!r}, or another ending.")
     chosen = _options(format, options)
     sets = [comparison.judged(student, images), *([Judged("test images", *map(np.asarray, test))] if test is not None else [])]
     content, found = FORMATS[format].write(student, chosen, sets)

@@ -140,10 +140,7 @@ def _cost_rows(
 
 
 def _large(number: float) -> str:
-    """A large number in words, with three digits at least."""
-    scale, word = (1e9, "billion") if number >= 1e9 else (1e6, "million")
-    digits = max(0, 3 - len(str(int(number / scale)))) if number < 1e12 else 0
-    return f"{number / scale:,.{digits}f} {word}"
+    return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.2f} million"
 
 
 def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few: int) -> list[str]:
@@ -161,8 +158,7 @@ def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few
         words = f"On {held_out['images']:,} synthetic images outside its training, the student agrees with the teacher for "
         notes.append(f"{words}{held_out['agreement']:.1f} % (KL divergence {held_out['kl']:.3f}).")
     else:
-        words = f"The student gives the teacher's class for {agreed:.1f} % of {few} images that it was trained on."
-        notes.append(words)
+        notes.append(f"The student gives the teacher's class for {agreed:.1f} % of {few} images that it was trained on.")
     notes.append(
         "Memory: each quantized weight takes its own bits, and every other parameter takes 32. Bit operations: each "
         "multiplication counts as the product of the bits of both factors. A factor that is not quantized has 32 bits."

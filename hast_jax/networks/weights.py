@@ -183,9 +183,11 @@ def from_variables(
         variables = {name: getattr(variables, name) for name in flax_trees.COLLECTIONS if hasattr(variables, name)}
     if not variables:
         raise InputError(f"the variables hold no params: {GIVE_BOTH}.")
-    if set(variables) == {"params"} and "params" not in variables["params"]:
+    state = flax_trees.flat(nn.unbox(variables))
+    given = "batch_stats" in variables or any(name.startswith("batch_stats/") for name in state)
+    if not given and abstract_variables(model, image, call)["batch_stats"]:
         raise InputError(f"the variables hold no batch_stats, the statistics of batch norms: {GIVE_BOTH}.")
-    return from_state_dict(model, flax_trees.flat(nn.unbox(variables)), image, names_lib.flax, call)
+    return from_state_dict(model, state, image, names_lib.flax, call)
 
 
 def _library_maps(model: nn.Module, expected: Mapping[tuple[str, ...], Any]) -> list[dict[str, tuple[str, ...]]]:

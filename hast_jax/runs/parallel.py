@@ -40,9 +40,9 @@ def setup(devices: int, batch: int | None = None) -> int:
     flags = os.environ.get("XLA_FLAGS", "")
     if KEEP_BARRIERS not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {KEEP_BARRIERS}"
-    existing = int(os.environ.get("JAX_NUM_CPU_DEVICES", 0))
+    asked_for = int(os.environ.get("JAX_NUM_CPU_DEVICES", 0))  # JAX's own variable: more devices than the run uses may exist
     with contextlib.suppress(RuntimeError):  # in a test the backend already runs: its devices are used
-        jax.config.update("jax_num_cpu_devices", max(on_cpu, existing))
+        jax.config.update("jax_num_cpu_devices", max(on_cpu, asked_for))
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(os.environ.get("HAST_JAX_CACHE", COMPILATION_CACHE)))
     return choose(devices, batch)
 
