@@ -148,10 +148,10 @@ def variant(config: ConfigDict, argument: str, variants: dict[str, Any] = VARIAN
     for word in filter(None, argument.split(",")):
         if word in variants:
             names.add(word)
-        elif bits := re.fullmatch(r"w(\d{1,2})a(\d{1,2})", word, re.ASCII):
-            if chosen not in (None, word):
-                raise InputError(f"the config has one number of bits, not {chosen} and {word}: choose one.")
-            chosen = word
+        elif bits := re.fullmatch(r"w(\d{1,2})a(\d{1,2})", word.lower(), re.ASCII):
+            if chosen not in (None, bits[0]):
+                raise InputError(f"the config has one number of bits, not {chosen} and {bits[0]}: choose one.")
+            chosen = bits[0]
             config.bits.weights, config.bits.activations = int(bits[1]), int(bits[2])
         else:
             known = ", ".join(["w4a4 (any bits)", *(name for name in variants if "," not in name)])

@@ -3,9 +3,11 @@
 python -m hast_jax.export --workdir=runs/c100-w3a3 --format=onnx
 """
 
+import dataclasses
 import math
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +34,11 @@ def define_flags() -> None:
     default = Options()
     flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
     flags.DEFINE_enum("format", "onnx", list(FORMATS), "Format of the file.")
-    flags.DEFINE_string("output", None, "The file to write. By default it is called student and lies in the run's folder.")
+    flags.DEFINE_string(
+        "output",
+        None,
+        "The file to write. By default it lies in the run's folder and is called student, with the options: student-int4.onnx.",
+    )
     flags.DEFINE_enum("weights", default.weights, ["int8", "int4", "packed"], "int4 is for onnx, packed for safetensors.")
     flags.DEFINE_enum(
         "operators",
@@ -70,8 +76,15 @@ def run(
     found = student.load(folder.student, from_config.module(config))
     if data_dir is not None:
         config.eval.data_dir = data_dir
-    path = output or workdir / f"student{FORMATS[format].suffix}"
+    path = output or workdir / _name(format, options)
     return export(found, path, format, images=_synthetic(folder, config), test=_real(config), **options)
+
+
+def _name(format: str, options: Mapping[str, Any]) -> str:
+    """The name of the file, which tells the options that are not the defaults, such as student-int4.onnx."""
+    defaults = dataclasses.asdict(Options())
+    chosen = [name if value is True else str(value) for name, value in options.items() if value != defaults.get(name)]
+    return "-".join(["student", *chosen]) + FORMATS[format].suffix
 
 
 def _synthetic(folder: run_folder.RunFolder, config: ConfigDict) -> np.ndarray | None:

@@ -107,7 +107,10 @@ FIELDS: dict[str, Field] = {
     "teacher.mean": Field(
         (0.4914, 0.4822, 0.4465),
         "Mean of each channel, for images in [0, 1].",
-        holds(lambda mean: all(0 <= value <= 1 for value in mean), "between 0 and 1 for each channel: divide by 255"),
+        holds(
+            lambda mean: all(0 <= value <= 1 for value in mean),
+            "between 0 and 1 for each channel, because pixels are: divide it by the largest value of your pixels, such as 255",
+        ),
     ),
     "teacher.std": Field(
         (0.2023, 0.1994, 0.2010),

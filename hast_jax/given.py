@@ -110,8 +110,8 @@ def _numbers(name: str, values: Any, count: int) -> tuple[Any, ...]:
     if len(found) != count or not all(isinstance(each, int | float) for each in found):
         wanted = "(height, width, channels)" if name == "image" else f"one number for each of the {count} channels"
         raise InputError(f"{name} is {values!r}: it must be {wanted}.")
-    if name == "image" and (wanted := FIELDS["teacher.image"].fault(found)):
-        raise InputError(f"image is {values!r}: it must be {wanted}.")
+    if wanted := FIELDS[f"teacher.{name}"].fault(found):
+        raise InputError(f"{name} is {values!r}: it must be {wanted}.")
     return found
 
 

@@ -1,8 +1,8 @@
 """The library: quantize a network in Python, in one call or stage by stage, on plain arrays and pytrees.
 
-No function prints, ends the process, changes environment variables or holds a lock after it returns. Only a notebook shows a
-progress bar by default. Without `workdir` nothing is written. All functions but `evaluate` take `fields`: values of config
-fields that replace the defaults, such as {"finetune.lam": 0.0}.
+No function ends the process, changes environment variables or holds a lock after it returns. Nothing is printed, except a
+progress bar in a notebook or with progress=True. Without `workdir` nothing is written. All functions but `evaluate` take
+`fields`: values of config fields that replace the defaults, such as {"finetune.lam": 0.0}.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import numpy as np
 
 from hast_jax import config as config_lib
 from hast_jax import from_config, networks, paths, pipeline
-from hast_jax.deliver.console import default_progress
+from hast_jax.deliver.console import library_bar
 from hast_jax.errors import InputError
 from hast_jax.fields import GIVEN
 from hast_jax.given import Setting, check_batch, check_ranges, given_images, normalised_images, range_names, real_images
@@ -63,7 +63,7 @@ def quantize(
     call: Mapping[str, Any] | None = None,
     images: tuple[Any, Any] | None = None,
     test: tuple[Any, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Student:
     """Quantize a trained network without its data.
@@ -82,7 +82,8 @@ def quantize(
       call: keyword arguments of the model's call. The default selects inference, for example with train=False.
       images: a pair to learn from instead of making images: normalised images float32 [n, *image] and labels [n].
       test: a pair to report accuracies on: real images uint8 [n, *image] and labels [n]. They do not influence the student.
-      progress: called with each `Update`. By default a notebook shows a progress bar, and nothing is shown elsewhere.
+      progress: True shows a progress bar, False shows nothing. By default only a notebook shows the bar. A function is called
+        with each `Update` instead.
       fields: values of config fields, by path, that replace those of the recipe and the budget.
 
     Returns the student. Raises UserError, with one sentence, for an impossible argument, before any long work.
@@ -111,7 +112,7 @@ def synthesize(
     iterations: int = 400,
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Stage 1: `count` images float32 [count, *image] in the network's normalised space, and their labels int32 [count].
@@ -139,7 +140,7 @@ def calibrate(
     bits: Any = "w4a4",
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Variables:
     """Stage 2: the `ranges` of the quantized activations, from normalised images float32 [n, height, width, channels].
@@ -167,7 +168,7 @@ def finetune(
     epochs: int = 8,
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Variables:
     """Stage 3: the student's variables after `epochs` epochs of 200 steps: `params`, `batch_stats` and the learned `ranges`.
@@ -196,7 +197,7 @@ def evaluate(
     std: tuple[float, ...] | None = None,
     bits: Any = None,
     call: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Accuracy:
     """Stage 4: top-1 and top-5 accuracy in per cent on images uint8 [n, height, width, channels] with labels [n].
 
@@ -243,5 +244,9 @@ def _best(stage: str) -> dict[str, Any]:
     return {name: value for name, value in config_lib.BEST.items() if name.startswith(f"{stage}.")}
 
 
-def _shown(progress: Progress | None) -> contextlib.AbstractContextManager[Progress]:
-    return default_progress() if progress is None else contextlib.nullcontext(progress)
+def _shown(progress: Progress | bool | None) -> contextlib.AbstractContextManager[Progress]:
+    if progress is None or isinstance(progress, bool):
+        return library_bar(progress)
+    if not callable(progress):
+        raise InputError(f"progress is {progress!r}: give True, False or a function of one `Update`.")
+    return contextlib.nullcontext(progress)

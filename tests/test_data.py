@@ -54,6 +54,7 @@ def test_the_built_in_teachers_reach_their_accuracy(name: str, top1: float, requ
     [
         (ModuleNotFoundError("No module named 'six'"), r"a package is missing \(No module named 'six'\): install that package"),
         (AssertionError("could not find data"), "prepare it once with"),
+        (KeyError("Trying to access `splits['test']` but `splits` is empty."), "prepare it once with"),
         (ValueError("Unknown split 'tset'"), "TFDS cannot read the test split .*: ValueError: Unknown split 'tset'"),
     ],
 )

@@ -77,12 +77,14 @@ def test_the_oldest_dependencies_that_are_tested_are_the_oldest_that_are_allowed
 def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="needs pip install -e '.[docs]'")
     pytest.importorskip("mkdocstrings")
+    pytest.importorskip("mkdocs_jupyter")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(
         command, cwd=tiny.ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for page in (tiny.ROOT / "docs").rglob("*.md"):
+    pages = [path for path in (tiny.ROOT / "docs").rglob("*") if path.suffix in (".md", ".ipynb")]
+    for page in pages:
         assert (tmp_path / "site" / page.relative_to(tiny.ROOT / "docs").with_suffix(".html")).exists(), page
     reference = (tmp_path / "site" / "api.html").read_text()
     assert all(f">{name}<" in reference for name in ("quantize", "synthesize", "Student", "UserError")), (

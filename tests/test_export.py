@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import subprocess
 import sys
@@ -366,6 +367,13 @@ def test_the_command_exports_the_student_of_a_run_and_tells_what_it_found(run: P
     its = hast_jax.load(run / "student")
     images = random_images(its)
     np.testing.assert_allclose(onnx_logits(run / "student.onnx", images), its(images), atol=1e-3)
+
+
+def test_files_with_different_options_do_not_overwrite_one_another(run: Path) -> None:
+    command = importlib.import_module("hast_jax.export")
+    files = [command.run(run, "safetensors", **options).path for options in ({}, {"weights": "packed"})]
+    assert [file.name for file in files] == ["student.safetensors", "student-packed.safetensors"]
+    assert files[1].stat().st_size < files[0].stat().st_size
 
 
 def test_a_run_that_has_not_finished_is_not_exported(run: Path, tmp_path: Path) -> None:

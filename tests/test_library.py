@@ -115,6 +115,13 @@ def test_without_a_workdir_nothing_is_written_printed_or_changed(
     assert all(0 <= update.done <= update.total for update in updates)
 
 
+def test_a_call_shows_its_progress_if_asked(network: tuple, capfd: pytest.CaptureFixture) -> None:
+    quantize(network, progress=True)
+    assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines()] == ["synthesis", "calibrate", "finetune"]
+    with pytest.raises(hast_jax.InputError, match="progress is 'bar': give True, False or a function"):
+        quantize(network, progress="bar")
+
+
 def test_a_run_in_a_workdir_goes_on_holds_no_lock_and_its_result_never_changes(
     network: tuple, digits: datasets.Arrays, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ from hast_jax.errors import UserError
 from hast_jax.networks.rules import bits_of, normalise, parse_rules
 
 
-@pytest.mark.parametrize("bits", ["w4a4", (4, 4), [4, 4], {"default": "w4a4"}, {"default": (4, 4)}, {"default": 4}])
+@pytest.mark.parametrize("bits", ["w4a4", "W4A4", (4, 4), [4, 4], {"default": "w4a4"}, {"default": (4, 4)}, {"default": 4}])
 def test_one_number_of_bits_for_all_layers(bits) -> None:
     rules = normalise(bits)
     assert bits_of(rules, ("stage1_unit1", "conv1")) == (4, 4)
@@ -68,7 +68,7 @@ def test_a_text_of_rules() -> None:
         ("output", "write PATTERN=BITS"),
         ("output=", "write w8a8"),
         ("output=8", "write w8a8"),
-        ("output=W8A8", "write w8a8"),
+        ("output=W8A8B8", "write w8a8"),
         ("output=w8a8a8", "write w8a8"),
         ("output=w9a8", "between 2 and 8"),
         ("output=w8a1", "between 2 and 8"),

@@ -159,7 +159,7 @@ def _tfds(name: str, split: str, data_dir: str, **options: Any) -> Any:
         return tfds.data_source(name, split=split, data_dir=os.path.expanduser(data_dir) or None, download=False, **options)
     except ImportError as error:
         raise UserError(f"TFDS cannot be used because a package is missing ({error}): install that package.") from error
-    except (AssertionError, FileNotFoundError, NotImplementedError) as error:  # the data are not there
+    except (AssertionError, FileNotFoundError, KeyError, NotImplementedError) as error:  # the data are not there
         place = f" --data_dir={data_dir}" if data_dir else ""
         raise UserError(
             f"the {split} split of {name} is not in {folder}, or is not stored as array_record: prepare it once with "

@@ -87,10 +87,11 @@ class Bar:
         self._stop()
 
 
-def default_progress() -> Bar:
-    """The progress bar of a library call. It is visible only in a notebook."""
-    in_notebook = "ipykernel" in sys.modules
-    return Bar(Console() if in_notebook else Console(file=io.StringIO()))
+def library_bar(visible: bool | None) -> Bar:
+    """The progress bar of a library call. visible: None means only in a notebook."""
+    if visible is None:
+        visible = "ipykernel" in sys.modules
+    return Bar(Console() if visible else Console(file=io.StringIO()))
 
 
 def format_seconds(seconds: float) -> str:

@@ -77,7 +77,7 @@ def _facts(folder: RunFolder, student: Student, teacher: Teacher, images: np.nda
         "picture": _picture(images, student),
         "curves": _curves(folder, record),
         "sensitivity_images": len(few),
-        "divergence": f"{divergence:.3g}",
+        "divergence": _divergence(divergence),
         "sensitivities": [_part(each, parts[0].alone) for each in parts],
         "average": f"{average or weights:.3g}",
         "same_average": average is None,
@@ -160,8 +160,10 @@ def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few
     else:
         notes.append(f"The student gives the teacher's class for {agreed:.1f} % of {few} images that it was trained on.")
     notes.append(
-        "Memory: each quantized weight takes its own bits, and every other parameter takes 32. Bit operations: each "
-        "multiplication counts as the product of the bits of both factors. A factor that is not quantized has 32 bits."
+        "Memory: each quantized weight takes its own bits, and every other parameter takes 32. A file takes more: student/ "
+        "keeps all parameters in 32 bits. An exported integer takes 8 bits, or 4 in an int4 file if it needs no more. Bit "
+        "operations: each multiplication counts as the product of the bits of both factors. A factor that is not quantized "
+        "has 32 bits."
     )
     return notes
 
@@ -210,7 +212,11 @@ def _curves(folder: RunFolder, record: Mapping[str, Any]) -> list[tuple[str, str
     kl = {"clean images": series("finetune", "kl"), "images made harder": series("finetune", "kl_promoted")}
     kl = {name: points for name, points in kl.items() if points}
     if kl:
-        words = "Training of the quantized network: its KL divergence from the teacher."
+        settings = record["config"]["finetune"]
+        words = (
+            f"Training of the quantized network: its KL divergence from the teacher at temperature "
+            f"{settings['temperature']:g}, times {settings['alpha'] * settings['temperature'] ** 2:g}."
+        )
         found.append((words, charts.curves(kl, "steps", "KL"), list(kl)))
     evaluations = folder.read_evaluations() if record["teacher"] is not None else {}
     if len(evaluations) > 2:
@@ -228,10 +234,14 @@ def _part(each: Sensitivity, most: float) -> dict[str, Any]:
         "name": each.name,
         "kind": each.kind,
         "bits": each.bits,
-        "alone": f"{each.alone:.2g}" if each.alone >= 1e-4 else "< 0.0001",
-        "without": f"{each.without:.3f}",
+        "alone": _divergence(each.alone),
+        "without": _divergence(each.without),
         "share": f"{share:.1f}",
     }
+
+
+def _divergence(value: float) -> str:
+    return f"{value:.2g}" if value >= 1e-4 else "< 0.0001"
 
 
 def _suggestion(student: Student, bits: Mapping[str, int], record: Mapping[str, Any]) -> str:
@@ -276,7 +286,7 @@ def _made(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("hardware", record["hardware"]),
         ("started", ", then ".join(each["started"] for each in segments)),
         ("versions", ", then ".join(versions)),
-        ("settings that are not defaults", "; ".join(_changes(record["config"]))),
+        ("settings other than the default config's (a recipe sets many)", "; ".join(_changes(record["config"]))),
         ("report made with", f"hast_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"),
     ]
     return [(name, ESCAPES.sub(" ", value)) for name, value in rows if value]

@@ -99,9 +99,9 @@ def _bits(value: Any) -> Bits:
 
 
 def _read(text: str) -> Bits:
-    """Bits from a text, one of the forms in `FORMS`."""
-    found = re.fullmatch("(?:w([0-9]{1,3}))?(?:a([0-9]{1,3}))?", text)
-    if text == "full":
+    """Bits from a text, one of the forms in `FORMS`, in small or capital letters."""
+    found = re.fullmatch("(?:w([0-9]{1,3}))?(?:a([0-9]{1,3}))?", text, re.IGNORECASE)
+    if text.lower() == "full":
         return None, None
     if not found or not text:
         raise InputError(f"the bits {shown(text)} are unknown: write {FORMS}.")
