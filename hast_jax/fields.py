@@ -154,6 +154,12 @@ FIELDS: dict[str, Field] = {
     "synthesis.remat": Field(
         False, "Recompute intermediate values for the gradient, which takes more time and less memory.", free=True
     ),
+    "synthesis.scales": Field(
+        1,
+        "Number of resolutions that are optimised, and whose sum is an image: the full size, half of it, a quarter and so on. "
+        "1: the pixels alone, as in the paper.",
+        count,
+    ),
     "synthesis.iterations": Field(
         1000, "Steps of Adam for each batch. 0: the images stay the noise that they start from.", count_or_zero
     ),

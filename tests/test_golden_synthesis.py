@@ -67,12 +67,12 @@ class Case(NamedTuple):
         config.beta, config.gamma = self.beta, self.gamma
         state = synthesize.init(jnp.int32(0), key, self.images.shape, int(self.labels.max()) + 1, config)
         state = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
-        state = state._replace(images=self.images, labels=self.labels)
+        state = state._replace(pyramid=(self.images,), labels=self.labels)
         step = jax.jit(lambda s, v: synthesize.step(s, v, self.network, key, config))
         for _ in range(count):
             state, metrics = step(state, self.variables)
             found = {**self.theirs(metrics), "lr": metrics["lr"], "d_acc": metrics["accuracy"]}
-            yield nchw(state.images), {name: float(value) for name, value in found.items()}
+            yield nchw(state.pyramid[0]), {name: float(value) for name, value in found.items()}
 
 
 def cases(golden: Golden, scaled: bool, dtype: Any = np.float32) -> list[Case]:

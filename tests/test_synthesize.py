@@ -24,15 +24,15 @@ def test_every_other_step_sees_a_crop_and_leaves_the_pixels_outside_it_alone() -
 
     step, whole = do(config), do(tiny.config(synthesis__crop_probability=0.0))
     without, expected = whole(state)
-    assert (np.asarray(without.images) != state.images).all()
+    assert (np.asarray(without.pyramid[0]) != state.pyramid[0]).all()
     cropped = 0
     for iteration in range(40):
         after, metrics = step(state._replace(iteration=np.int32(iteration)))
         if metrics["loss"] == expected["loss"]:
-            np.testing.assert_array_equal(after.images, without.images)
+            np.testing.assert_array_equal(after.pyramid[0], without.pyramid[0])
             continue
         cropped += 1
-        still = np.asarray(after.images == state.images)
+        still = np.asarray(after.pyramid[0] == state.pyramid[0])
         assert (still.all(0) == still.any(0)).all() and 0.3 < 1 - still[0].mean() <= 1
     assert 10 <= cropped <= 30
 
@@ -44,9 +44,9 @@ def test_with_a_crop_of_its_own_each_image_is_left_alone_elsewhere() -> None:
     state = synthesize.init(0, key, shape, config.teacher.classes, config.synthesis)
     step = jax.jit(partial(synthesize.step, variables=variables, teacher=teacher, key=key, settings=config.synthesis))
     after, _ = step(state)
-    still = [image.tobytes() for image in np.asarray(after.images == state.images)]
+    still = [image.tobytes() for image in np.asarray(after.pyramid[0] == state.pyramid[0])]
     assert len(set(still)) > 4  # two images may have the same crop, or the whole image
-    for one in np.asarray(after.images == state.images)[..., 0]:
+    for one in np.asarray(after.pyramid[0] == state.pyramid[0])[..., 0]:
         rows, columns = np.flatnonzero(~one.all(1)), np.flatnonzero(~one.all(0))
         assert not one[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].any()
 
@@ -72,9 +72,9 @@ def test_a_batch_that_explodes_returns_to_its_best_images_with_a_lower_rate() ->
         assert float(after.best.loss) == min(losses)
         if after.plateau.lr < state.plateau.lr:
             drops += 1
-            np.testing.assert_array_equal(after.images, after.best.images)
+            np.testing.assert_array_equal(after.pyramid[0], after.best.pyramid[0])
             assert not np.any(after.adam.mu) and int(after.adam.count) == 0
         state = after
     assert drops > 0
-    _, metrics = step(state._replace(images=state.result))
+    _, metrics = step(state._replace(pyramid=state.result))
     assert float(metrics["loss"]) == min(losses)

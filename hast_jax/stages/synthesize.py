@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from hast_jax import networks
 from hast_jax.method import augmentation, losses
+from hast_jax.method import pyramid as pyramids
 from hast_jax.method.schedules import Plateau, image_rate, plateau_update
 from hast_jax.networks import Network
 from hast_jax.runs import parallel, preemption, processes
@@ -26,20 +27,23 @@ Array = jax.Array
 Variables = Mapping[str, Any]
 
 
+Pyramid = tuple[Array, ...]  # resolutions whose sum is the images: method/pyramid.py
+
+
 class Best(NamedTuple):
-    """The lowest loss so far (scalar) and its images [batch, height, width, channels]."""
+    """The lowest loss so far (scalar) and its images."""
 
     loss: Array
-    images: Array
+    pyramid: Pyramid
 
 
 class State(NamedTuple):
-    """One batch under optimisation: images [batch, height, width, channels], labels [batch].
+    """One batch under optimisation: its images as a pyramid, and labels [batch].
 
     batch: its number. iteration: steps done. best: None without `synthesis.return_to_best`.
     """
 
-    images: Array
+    pyramid: Pyramid
     labels: Array
     adam: Any
     plateau: Plateau
@@ -48,9 +52,9 @@ class State(NamedTuple):
     best: Best | None
 
     @property
-    def result(self) -> Array:
+    def result(self) -> Pyramid:
         """The batch's latest images or, with `synthesis.return_to_best`, those of the lowest loss."""
-        return self.images if self.best is None else self.best.images
+        return self.pyramid if self.best is None else self.best.pyramid
 
 
 def objective(
@@ -81,17 +85,17 @@ def objective(
 
 
 def init(batch_index: Array, key: Array, shape: tuple[int, ...], classes: int, settings: ConfigDict) -> State:
-    """The first state of batch number `batch_index`: noise N(0, 1) of this shape and uniformly random labels.
+    """The first state of batch number `batch_index`: images of noise, of this shape, and uniformly random labels.
 
     It depends only on the key and the batch's number, not on the number of devices. settings: `config.synthesis`.
     """
     image_key, label_key = jax.random.split(jax.random.fold_in(key, batch_index))
-    images = jax.random.normal(image_key, shape)
+    pyramid = pyramids.start(image_key, shape, settings.scales)
     labels = jax.random.randint(label_key, shape[:1], 0, classes)
-    infinite, zero = jnp.asarray(jnp.inf, images.dtype), jnp.zeros((), jnp.int32)
-    plateau = Plateau(jnp.asarray(settings.lr, images.dtype), infinite, zero)
-    best = Best(infinite, images) if settings.return_to_best else None
-    return State(images, labels, optax.scale_by_adam().init(images), plateau, batch_index, zero, best)
+    infinite, zero = jnp.asarray(jnp.inf, pyramid[0].dtype), jnp.zeros((), jnp.int32)
+    plateau = Plateau(jnp.asarray(settings.lr, pyramid[0].dtype), infinite, zero)
+    best = Best(infinite, pyramid) if settings.return_to_best else None
+    return State(pyramid, labels, optax.scale_by_adam().init(pyramid), plateau, batch_index, zero, best)
 
 
 def step(
@@ -103,16 +107,17 @@ def step(
     of 0.5 makes a small loss explode, and the authors' schedule then lowers the rate for good, far from the best images.
     """
 
-    def loss_fn(images: Array) -> tuple[Array, dict[str, Array]]:
+    def loss_fn(pyramid: Pyramid) -> tuple[Array, dict[str, Array]]:
+        images = pyramids.images(pyramid)
         if settings.crop_probability > 0:
             step_key = jax.random.fold_in(jax.random.fold_in(key, state.batch), state.iteration)
             images = _see_through_crop(images, step_key, settings)
         return objective(images, state.labels, teacher, variables, settings)
 
-    gradient, metrics = jax.grad(loss_fn, has_aux=True)(state.images)
+    gradient, metrics = jax.grad(loss_fn, has_aux=True)(state.pyramid)
     update, adam = optax.scale_by_adam().update(gradient, state.adam)
     rate = image_rate(state.plateau, state.iteration, settings)
-    images = state.images - rate * update
+    pyramid = jax.tree.map(lambda x, change: x - rate * change, state.pyramid, update)
     plateau = plateau_update(state.plateau, metrics["loss"], settings)
     best = state.best
     if best is not None:
@@ -120,11 +125,11 @@ def step(
         def choose(condition, a, b):
             return jax.tree.map(partial(jnp.where, condition), a, b)
 
-        best = choose(metrics["loss"] < best.loss, Best(metrics["loss"], state.images), best)
-        again = best.images, optax.scale_by_adam().init(best.images)
-        images, adam = choose(plateau.lr < state.plateau.lr, again, (images, adam))
+        best = choose(metrics["loss"] < best.loss, Best(metrics["loss"], state.pyramid), best)
+        again = best.pyramid, optax.scale_by_adam().init(best.pyramid)
+        pyramid, adam = choose(plateau.lr < state.plateau.lr, again, (pyramid, adam))
     metrics = {**metrics, "lr": rate}
-    return State(images, state.labels, adam, plateau, state.batch, state.iteration + 1, best), metrics
+    return State(pyramid, state.labels, adam, plateau, state.batch, state.iteration + 1, best), metrics
 
 
 def _see_through_crop(images: Array, key: Array, settings: ConfigDict) -> Array:
@@ -209,11 +214,11 @@ def _fill(job: Job, store: Any, checkpoints: Any) -> None:
                     checkpoints.save(position, _stack(list(begun.values())))
                     if preempted:
                         preemption.leave()
-            images, labels = processes.gather((state.result, state.labels))
+            pyramid, labels = processes.gather((state.result, state.labels))
             for row, batch in enumerate(batches):
                 begun.pop(batch, None)
                 if processes.is_main():
-                    store.write(batch, images[row], labels[row])
+                    store.write(batch, np.asarray(pyramids.images([each[row] for each in pyramid])), labels[row])
             done += (settings.iterations - first) * len(batches)
 
 

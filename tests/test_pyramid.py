@@ -1,0 +1,72 @@
+"""An image is a sum of pictures of several resolutions, each enlarged by bilinear interpolation."""
+
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hast_jax import pipeline
+from hast_jax.errors import Stopped
+from hast_jax.method import pyramid
+from hast_jax.runs import preemption
+
+
+def enlarged(picture: np.ndarray, side: int) -> np.ndarray:
+    """A picture [side, side, channels] at another size, by `numpy.interp` along one axis and then along the other."""
+    for axis in (0, 1):
+        old = (np.arange(picture.shape[axis]) + 0.5) / picture.shape[axis]
+        new = (np.arange(side) + 0.5) / side
+        picture = np.apply_along_axis(lambda line, new=new, old=old: np.interp(new, old, line), axis, picture)
+    return picture
+
+
+@settings(deadline=None, max_examples=20)
+@given(side=st.integers(1, 33), scales=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_an_image_is_the_sum_of_its_resolutions(side: int, scales: int, seed: int) -> None:
+    levels = pyramid.start(jax.random.key(seed), (2, side, side, 3), scales)
+    image = pyramid.images(levels)
+    assert image.shape == (2, side, side, 3)
+    for one in range(2):
+        expected = sum(enlarged(np.asarray(level[one], np.float64), side) for level in levels)
+        np.testing.assert_allclose(image[one], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("side", "scales", "sides"), [(32, 6, [32, 16, 8, 4, 2, 1]), (32, 2, [32, 16]), (7, 9, [7, 4, 2, 1]), (1, 3, [1])]
+)
+def test_each_resolution_is_half_of_the_one_before_down_to_a_single_pixel(side: int, scales: int, sides: list[int]) -> None:
+    levels = pyramid.start(jax.random.key(0), (3, side, side, 2), scales)
+    assert [level.shape for level in levels] == [(3, side, side, 2) for side in sides]
+
+
+def test_all_resolutions_start_with_noise_of_the_same_variance_and_one_alone_with_that_of_the_paper() -> None:
+    levels = pyramid.start(jax.random.key(0), (500, 16, 16, 3), 5)
+    np.testing.assert_allclose([jnp.var(level) for level in levels], 1 / 5, rtol=0.1)
+    alone = pyramid.start(jax.random.key(0), (500, 16, 16, 3), 1)
+    np.testing.assert_array_equal(alone[0], jax.random.normal(jax.random.key(0), (500, 16, 16, 3)))
+    assert pyramid.images(alone) is alone[0]
+
+
+def test_images_of_several_resolutions_do_not_depend_on_a_stop_nor_on_the_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def images(name: str, devices: int) -> np.ndarray:
+        config = tiny.config(devices=devices, synthesis__scales=4, synthesis__lr=0.05, synthesis__return_to_best=True)
+        return np.load(pipeline.run_synthesis(config, tmp_path / name) / "images.npy")
+
+    expected = images("one", 1)
+    assert np.mean(np.abs(images("four", 4) - expected) > 1e-3) <= 1e-3
+    sigterm = threading.Event()
+    monkeypatch.setattr(preemption, "_heard", sigterm)
+    sigterm.set()
+    with pytest.raises(Stopped):
+        images("stopped", 1)
+    assert list((tmp_path / "stopped" / "checkpoints" / "synthesis").glob("[0-9]*"))
+    sigterm.clear()
+    np.testing.assert_array_equal(images("stopped", 1), expected)
