@@ -24,8 +24,10 @@ from hast_jax.networks import user_files
 BEST: dict[str, Any] = {
     "synthesis.lr": 0.2,
     "synthesis.schedule": "cosine",
+    "synthesis.scales": 6,
     "synthesis.crop": "image",
     "synthesis.crop_probability": 1.0,
+    "synthesis.crop_scale": 0.7,
     "synthesis.beta": 1.0,
     "synthesis.gamma": 0.0,
     "calibration.range": "mse",
@@ -53,8 +55,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "best,small": {
         "synthesis.images": 1024,
-        "synthesis.iterations": 400,
-        "finetune.epochs": 8,
+        "synthesis.iterations": 200,
+        "finetune.epochs": 12,
     },
 }
 

@@ -1,6 +1,7 @@
 """Every link of the pages leads somewhere, every number of the README's table is that of the full results, commands exist."""
 
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -50,6 +51,18 @@ def test_the_readmes_results_are_those_of_the_full_table() -> None:
     for data, bits, _, teacher, student, drop, _ in shown:
         assert (f"resnet20, {data.lower().replace('-', '')}", bits, teacher, student, drop) in known, (data, bits, student)
         assert float(teacher) - float(student) == pytest.approx(float(drop), abs=0.006)
+
+
+def test_the_recipes_table_of_resolutions_is_that_of_its_file() -> None:
+    folder = tiny.ROOT / "docs"
+    shown = [
+        row[1:]
+        for row in rows((folder / "recipe.md").read_text(), 5)
+        if row[0].startswith(("pixels", "six", "the same images,"))
+    ]
+    known = json.loads((folder / "recipe" / "resolutions.json").read_text())["rows"]
+    form = [[f"{r['iterations']}", f"{r['top1']:.2f}", f"{r['agreement']:.1f}", f"{r['kl']:.3f}"] for r in known]
+    assert shown == form
 
 
 def test_every_command_that_a_page_names_exists() -> None:

@@ -167,6 +167,8 @@ def recipe(config: ConfigDict) -> Experiment:
         Cell("twice the steps", {"finetune.epochs": 2 * finetune.epochs}),
         *(Cell(f"augmentation keeps {share:g} of the image", {"finetune.crop_scale": share}) for share in (0.5, 0.8)),
         Cell("no augmentation", {"finetune.augment": False}),
+        *(Cell(f"images of {n} resolutions", {"synthesis.scales": n}) for n in (1, 3)),
+        *(Cell(f"crops of images being made keep {share:g}", {"synthesis.crop_scale": share}) for share in (0.4, 0.85)),
         Cell("no crops while images are made", {"synthesis.crop_probability": 0.0}),
         Cell("one crop for a whole batch", {"synthesis.crop": "batch"}),
         *(Cell(f"beta = {beta:g}", {"synthesis.beta": beta}) for beta in (0.0, 1.0, 10.0)),
