@@ -176,6 +176,7 @@ def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
         ({"recipe": "bst"}, "recipe is 'bst': choose one of best, paper"),
         ({"image": (1, 8, 8)}, r"image is \(1, 8, 8\): it must be \(size, size, 1 or 3 channels\)"),
         ({"mean": (0.5, 0.5)}, "one number for each of the 1 channels"),
+        ({"mean": (4.9,)}, r"^mean is \(4.9,\): it must be between 0 and 1 for each channel, because pixels are: divide it"),
         ({"fields": {"finetune.epss": 1}}, "did you mean finetune.eps"),
         ({"fields": {"eval.dataset": "digits"}}, "use the arguments of the function"),
         ({"fields": 5}, "give a dict such as"),
