@@ -9,7 +9,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m hast_jax.main --config=configs/digits.py:w3a3,best --workdir=runs/digits
-	@echo "before python -m hast_jax...: . $(BIN)/activate"
+	@echo "To give such commands, first activate the environment: . $(BIN)/activate"
 
 test: lint
 	$(BIN)/python -m pytest

@@ -3,7 +3,7 @@
     python -m hast_jax.main --config=configs/digits.py:w3a3,best --workdir=runs/digits
 
 This takes less than a minute on two cores. W3A3 gave 98.61, 98.19 and 98.61 % on 719 held-out digits, with seeds 0, 1 and 2.
-Without `best` the settings are HAST's, which take a minute and a half and gave 98.05 with seed 0. The paper has no results for
+Without `best` the settings are HAST's, which take about a minute and gave 98.05 with seed 0. The paper has no results for
 digits. The teacher (99.58 %) is part of the package. It was trained by
 
     python -m hast_jax.pretrain --config=configs/digits.py

@@ -174,7 +174,7 @@ def recipe(config: ConfigDict) -> Experiment:
         *(Cell(f"beta = {beta:g}", {"synthesis.beta": beta}) for beta in (0.0, 1.0, 10.0)),
         Cell("gamma = 2", {"synthesis.gamma": 2.0}),
         *(Cell(f"first rate of the images {rate:g}", {"synthesis.lr": rate}) for rate in (0.1, 0.2, 0.5)),
-        Cell("plateau instead of cosine", {"synthesis.schedule": "plateau", "synthesis.return_to_best": True}),
+        Cell("plateau instead of cosine", {"synthesis.schedule": "plateau"}),
         *(Cell(f"{n} iterations", {"synthesis.iterations": n}) for n in (synthesis.iterations // 2, 2 * synthesis.iterations)),
         *(Cell(f"{n} images", {"synthesis.images": n}) for n in (synthesis.images // 2, 2 * synthesis.images)),
         Cell("noise images (lower bound)", {"synthesis.iterations": 0}),
