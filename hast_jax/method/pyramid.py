@@ -16,10 +16,10 @@ Array = jax.Array
 def start(key: Array, shape: tuple[int, ...], scales: int) -> tuple[Array, ...]:
     """Noise at the first `scales` resolutions, the full one first.
 
-    shape: of the images, [batch, side, side, channels]. Each side is half of the one before, rounded up. Halving
-    stops at a side of 1, so a small image has fewer than `scales` resolutions. Each of n resolutions starts as N(0, 1/n) before it
-    is enlarged. This spreads the variance about evenly over the octaves of frequencies, as in photographs. With one resolution the
-    start is N(0, 1), as in the paper.
+    shape: of the images, [batch, side, side, channels]. Each side is half of the one before, rounded up. Halving stops at
+    side 1, so a small image has fewer than `scales` resolutions. Each of n resolutions starts as N(0, 1/n) before it is
+    enlarged. This spreads the variance about evenly over the octaves of frequencies, as in photographs. With one resolution
+    the start is N(0, 1), as in the paper.
     """
     sides = [shape[1]]
     while len(sides) < scales and sides[-1] > 1:
