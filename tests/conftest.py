@@ -18,8 +18,8 @@ from golden_data import Golden, files
 
 from hast_jax.runs import parallel
 
-# With the flag that parallel.setup sets, and as many devices, tests and the commands that they start share compiled programs.
-os.environ.setdefault("XLA_FLAGS", parallel.KEEP_BARRIERS)
+# With the same flags, and as many devices, tests and the commands that they start share compiled programs.
+os.environ.setdefault("XLA_FLAGS", f"{tiny.QUICK_COMPILATION} {parallel.KEEP_BARRIERS}")
 os.environ["JAX_NUM_CPU_DEVICES"] = "4"  # for the commands
 
 jax.config.update("jax_num_cpu_devices", 4)

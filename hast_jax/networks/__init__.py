@@ -9,8 +9,10 @@ from hast_jax.errors import InputError
 from hast_jax.method.losses import BatchNormTap
 from hast_jax.networks import user_files
 from hast_jax.networks.codes import Codes, kernel_codes
+from hast_jax.networks.forward import Taps, apply, observe
 from hast_jax.networks.mobilenet import MobileNetV1, MobileNetV2
-from hast_jax.networks.network import Network, Taps, apply, create, kernel_ranges, observe, quantized_params, settled
+from hast_jax.networks.network import Network, create
+from hast_jax.networks.ranges import kernel_ranges, proper_ranges, quantized_params, settled
 from hast_jax.networks.resnet import ResNet
 
 ARCHITECTURES: dict[str, Any] = {
@@ -49,6 +51,7 @@ __all__ = [
     "kernel_ranges",
     "module",
     "observe",
+    "proper_ranges",
     "quantized_params",
     "settled",
 ]

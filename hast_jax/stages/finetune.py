@@ -13,7 +13,6 @@ from hast_jax.method import losses
 from hast_jax.method.promotion import Distances, promote
 from hast_jax.method.schedules import learning_rate, student_optimizer
 from hast_jax.networks import Network
-from hast_jax.networks.network import proper_ranges
 from hast_jax.runs import parallel, preemption, processes
 from hast_jax.runs.loop import call_length, drive
 from hast_jax.stages.batches import FixedInputs, Images, Strengths, draw, fixed_inputs, inputs
@@ -89,7 +88,7 @@ def make_step(
         updates, opt_state = transform.update(gradient, state.opt_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         if "ranges" in trained:
-            trained = {**trained, "ranges": proper_ranges(trained["ranges"])}
+            trained = {**trained, "ranges": networks.proper_ranges(trained["ranges"])}
         metrics |= {
             "lr": jnp.asarray(schedule(state.step)),
             "gradient_norm": optax.tree.norm(gradient["params"]),
