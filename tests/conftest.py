@@ -5,6 +5,7 @@ import gc
 import os
 import re
 import shutil
+from collections.abc import Callable
 
 os.environ.setdefault("PJRT_NPROC", "8")  # as parallel.setup does: more threads than devices
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # many tests and commands share small programs
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 import tiny
+from filelock import FileLock
 from golden_data import Golden, files
 
 from hast_jax.runs import parallel
@@ -37,15 +39,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tfds", default="", help="Folder of prepared TFDS data sets; by default TFDS's own.")
 
 
+def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills for all workers: the first one that needs the folder makes it."""
+    folder = factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run, made by the command."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    done = tiny.call(tiny.command(workdir))
-    assert done.returncode == 0, done.stderr
-    assert "full precision (teacher)" in done.stdout and "quantized, no fine-tuning" in done.stdout
-    assert f"python -m hast_jax.export --workdir={workdir} --format=onnx" in done.stdout
-    return workdir
+
+    def make(workdir: Path) -> None:
+        done = tiny.call(tiny.command(workdir))
+        assert done.returncode == 0, done.stderr
+        assert "full precision (teacher)" in done.stdout and "quantized, no fine-tuning" in done.stdout
+        assert f"python -m hast_jax.export --workdir={workdir} --format=onnx" in done.stdout
+
+    return _once(tmp_path_factory, "finished", make)
+
+
+@pytest.fixture(scope="session")
+def learned_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny run with learned ranges and a report, made by the command."""
+
+    def make(workdir: Path) -> None:
+        done = tiny.call(tiny.learned_command(workdir))
+        assert done.returncode == 0, done.stderr
+
+    return _once(tmp_path_factory, "learned", make)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -353,10 +354,9 @@ def test_an_impossible_export_ends_in_one_sentence(format: str, options: dict, w
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("export") / "run"
-    tiny.run(workdir, finetune__ranges="learned", finetune__optimizer="adam")
-    return workdir
+def run(learned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, into which files are exported."""
+    return Path(shutil.copytree(learned_run, tmp_path_factory.mktemp("export") / "run"))
 
 
 def test_the_command_exports_the_student_of_a_run_and_tells_what_it_found(run: Path) -> None:
@@ -384,9 +384,7 @@ def test_a_run_that_has_not_finished_is_not_exported(run: Path, tmp_path: Path) 
 
 
 def test_a_hostile_run_folder_gets_nothing_written_but_the_file_and_none_of_its_code_run(run: Path, tmp_path: Path) -> None:
-    from shutil import copytree
-
-    folder = copytree(run, tmp_path / "run")
+    folder = shutil.copytree(run, tmp_path / "run")
     said = json.loads((folder / "student" / "student.json").read_text())
     said["record"]["network"] = "../../evil.py:Net"
     (folder / "student" / "student.json").write_text(json.dumps(said))

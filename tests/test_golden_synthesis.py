@@ -1,5 +1,6 @@
 """Synthesis agrees with the authors' code: objective, gradients, Adam, plateau schedule, the first iterations."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -53,26 +54,46 @@ class Case(NamedTuple):
 
     def at_start(self) -> dict[str, tuple[float, np.ndarray]]:
         """{the authors' name of a loss: (value, image gradient [n, channels, height, width])} at iteration 0."""
-        config = ConfigDict({"beta": self.beta, "gamma": self.gamma, "micro_batch": 0, "remat": False})
-
-        def values(images: jax.Array) -> dict[str, jax.Array]:
-            return self.theirs(synthesize.objective(images, self.labels, self.network, self.variables, config)[1])
-
-        value, gradient = jax.jit(values)(self.images), jax.jit(jax.jacrev(values))(self.images)
+        value, gradient = parts(self.beta, self.gamma, self.network)(self.images, self.labels, self.variables)
+        value, gradient = self.theirs(value), self.theirs(gradient)
         return {key: (float(value[key]), nchw(gradient[key])) for key in value}
 
     def steps(self, count: int) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
         """Images after each of the first `count` iterations and the losses before it, with `lr` and `d_acc`."""
-        config, key, dtype = config_lib.default().synthesis, jax.random.key(0), self.images.dtype
-        config.beta, config.gamma = self.beta, self.gamma
-        state = synthesize.init(jnp.int32(0), key, self.images.shape, int(self.labels.max()) + 1, config)
+        config, step = iteration(self.beta, self.gamma, self.network)
+        dtype = self.images.dtype
+        state = synthesize.init(jnp.int32(0), jax.random.key(0), self.images.shape, int(self.labels.max()) + 1, config)
         state = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
         state = state._replace(pyramid=(self.images,), labels=self.labels)
-        step = jax.jit(lambda s, v: synthesize.step(s, v, self.network, key, config))
         for _ in range(count):
             state, metrics = step(state, self.variables)
             found = {**self.theirs(metrics), "lr": metrics["lr"], "d_acc": metrics["accuracy"]}
             yield nchw(state.pyramid[0]), {name: float(value) for name, value in found.items()}
+
+
+# Compiled once for both heads, which differ in their variables.
+
+
+@functools.cache
+def parts(beta: float, gamma: float, network: Any):
+    """A function that gives each part of the objective, and its gradient with respect to the images."""
+    config = ConfigDict({"beta": beta, "gamma": gamma, "micro_batch": 0, "remat": False})
+
+    def values(images: jax.Array, labels: jax.Array, variables: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        found = synthesize.objective(images, labels, network, variables, config)[1]
+        found = {name: found[name] for name in LOSSES}
+        return found, found
+
+    gradient_and_value = jax.jit(jax.jacrev(values, has_aux=True))
+    return lambda *arguments: gradient_and_value(*arguments)[::-1]
+
+
+@functools.cache
+def iteration(beta: float, gamma: float, network: Any):
+    """The config, and one iteration with it."""
+    config, key = config_lib.default().synthesis, jax.random.key(0)
+    config.beta, config.gamma = beta, gamma
+    return config, jax.jit(lambda state, variables: synthesize.step(state, variables, network, key, config))
 
 
 def cases(golden: Golden, scaled: bool, dtype: Any = np.float32) -> list[Case]:

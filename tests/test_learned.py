@@ -185,32 +185,18 @@ def _grid(ranges, path, k: int):
 
 # --- Runs ---
 
-LEARNED = {"ranges": "learned", "optimizer": "adam", "lr": 1e-3, "ranges_lr": 1e-2}
 
-
-def command(workdir: Path) -> list[str]:
-    return tiny.command(workdir, *(f"--config.finetune.{name}={value}" for name, value in LEARNED.items()))
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("learned") / "run"
-    done = tiny.call(command(workdir))
-    assert done.returncode == 0, done.stderr
-    return workdir
-
-
-def test_all_ranges_move_and_zeros_stay(run: Path) -> None:
-    start = json.loads((run / "ranges.json").read_text())
-    ranges = flatten_dict(hast_jax.load(run / "student").variables["ranges"], sep="/")
+def test_all_ranges_move_and_zeros_stay(learned_run: Path) -> None:
+    start = json.loads((learned_run / "ranges.json").read_text())
+    ranges = flatten_dict(hast_jax.load(learned_run / "student").variables["ranges"], sep="/")
     assert ranges.keys() == start.keys()
     for name, value in ranges.items():
         moved = not np.array_equal(np.asarray(value), np.asarray(start[name], np.float32))
         assert moved != (name.endswith("low") and np.all(np.asarray(start[name]) == 0)), name
 
 
-def test_the_students_codes_are_integers_in_range_that_give_its_weights(run: Path) -> None:
-    student = hast_jax.load(run / "student")
+def test_the_students_codes_are_integers_in_range_that_give_its_weights(learned_run: Path) -> None:
+    student = hast_jax.load(learned_run / "student")
     params = flatten_dict(student.params, sep="/")
     for name, found in student.codes().items():
         k, codes = found["bits"], found["codes"].astype(np.float32)
@@ -220,20 +206,20 @@ def test_the_students_codes_are_integers_in_range_that_give_its_weights(run: Pat
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_fine_tuning_goes_on_and_ends_like_an_unbroken_one(run: Path, tmp_path: Path) -> None:
+def test_a_run_killed_while_fine_tuning_goes_on_and_ends_like_an_unbroken_one(learned_run: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "killed"
-    tiny.kill_when(command(workdir), tiny.logged(workdir, "finetune", 15))
-    done = tiny.call(command(workdir))
+    tiny.kill_when(tiny.learned_command(workdir), tiny.logged(workdir, "finetune", 15))
+    done = tiny.call(tiny.learned_command(workdir))
     assert done.returncode == 0, done.stderr
-    assert tiny.outcome(workdir) == tiny.outcome(run)
-    whole, resumed = (flatten_dict(hast_jax.load(place / "student").variables["ranges"]) for place in (run, workdir))
+    assert tiny.outcome(workdir) == tiny.outcome(learned_run)
+    whole, resumed = (flatten_dict(hast_jax.load(place / "student").variables["ranges"]) for place in (learned_run, workdir))
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_run_folder_is_evaluated_with_the_ranges_that_were_learned(run: Path) -> None:
-    done = tiny.call(tiny.evaluate(run))
+def test_a_run_folder_is_evaluated_with_the_ranges_that_were_learned(learned_run: Path) -> None:
+    done = tiny.call(tiny.evaluate(learned_run))
     assert done.returncode == 0, done.stderr
-    assert f"{json.loads((run / 'result.json').read_text())['last']:.2f}" in done.stdout
+    assert f"{json.loads((learned_run / 'result.json').read_text())['last']:.2f}" in done.stdout
 
 
 SIGNED_BITS = (

@@ -29,14 +29,6 @@ from hast_jax.networks import rules
 from hast_jax.runs import run_folder
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-LEARNED = {"finetune__ranges": "learned", "finetune__optimizer": "adam"}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("report") / "run"
-    tiny.run(workdir, report=True, **LEARNED)
-    return workdir
 
 
 # --- What is measured ---
@@ -147,12 +139,12 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_a_run_ends_with_a_report_and_a_card_that_need_nothing_else(run: Path) -> None:
-    text, card = (run / "report.html").read_text(), (run / "README.md").read_text()
+def test_a_run_ends_with_a_report_and_a_card_that_need_nothing_else(learned_run: Path) -> None:
+    text, card = (learned_run / "report.html").read_text(), (learned_run / "README.md").read_text()
     page = Page(text)
     assert not page.loads and not page.open and "url(" not in text and "@import" not in text
     words = " ".join(" ".join(page.words).split())
-    result = json.loads((run / "result.json").read_text())
+    result = json.loads((learned_run / "result.json").read_text())
     for each in (
         f"{result['last']:.2f} %",
         f"{result['teacher']:.2f}",
@@ -166,7 +158,8 @@ def test_a_run_ends_with_a_report_and_a_card_that_need_nothing_else(run: Path) -
     assert text.count("<svg") >= 13 and "base64," in text
 
 
-def test_what_the_report_suggests_can_be_run(run: Path) -> None:
+def test_what_the_report_suggests_can_be_run(learned_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(learned_run, tmp_path / "run"))
     assert report_command(run, "--average_bits=5").returncode == 0
     rules = html.unescape(re.search(r"--config.bits.rules=(.*)</pre>", (run / "report.html").read_text())[1]).strip('"')
     folder, config = run_folder.open_for_reading(run)
@@ -192,21 +185,21 @@ def report_command(workdir: Path, *arguments: str) -> subprocess.CompletedProces
 
 
 def test_without_real_images_the_report_tells_of_agreement_instead_of_accuracy(tmp_path: Path) -> None:
-    tiny.run(tmp_path / "run", report=True, eval__dataset="none", **LEARNED)
+    tiny.run(tmp_path / "run", report=True, eval__dataset="none", **tiny.LEARNED)
     words = (tmp_path / "run" / "report.html").read_text()
     assert "agree with the teacher" in words and "top-1" not in words
 
 
-def test_names_of_a_stranger_are_text_in_the_report(run: Path, tmp_path: Path) -> None:
-    _, config = run_folder.open_for_reading(run)
-    its = hast_jax.load(run / "student")
+def test_names_of_a_stranger_are_text_in_the_report(learned_run: Path, tmp_path: Path) -> None:
+    _, config = run_folder.open_for_reading(learned_run)
+    its = hast_jax.load(learned_run / "student")
     evil = "<script>alert(1)</script>|x"
     record = json.loads(json.dumps(its.record).replace('"resnet8"', json.dumps(evil)))
     record["hardware"] = evil
     record["config"]["teacher"]["weights"] = evil
     its = dataclasses.replace(its, record=record)
-    copy = run_folder.RunFolder(Path(shutil.copytree(run, tmp_path / "run")))
-    images = np.load(run / "synthetic" / "images.npy")
+    copy = run_folder.RunFolder(Path(shutil.copytree(learned_run, tmp_path / "run")))
+    images = np.load(learned_run / "synthetic" / "images.npy")
     report.write(copy, its, from_config.teacher(config), images)
     Page(copy.report.read_text())  # no script
     assert "&lt;script&gt;" in copy.report.read_text()
@@ -223,8 +216,8 @@ def test_a_report_that_fails_leaves_the_run_finished(tmp_path: Path, monkeypatch
     assert any("the report was not written (ZeroDivisionError" in each and "hast_jax.report" in each for each in words)
 
 
-def test_the_command_names_what_a_run_lacks(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+def test_the_command_names_what_a_run_lacks(learned_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((learned_run / "config.json").read_text())
     ended = report_command(tmp_path)
     assert ended.returncode == 1 and "has not finished" in ended.stderr
 
@@ -233,9 +226,9 @@ def test_the_command_names_what_a_run_lacks(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser_nothing_is_cut_off_and_the_colours_can_be_read(
-    run: Path, tmp_path: Path, width: int, scheme: str
+    learned_run: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
-    text = (run / "report.html").read_text().replace("<details>", "<details open>")
+    text = (learned_run / "report.html").read_text().replace("<details>", "<details open>")
     script = """<script>addEventListener('load', () => {
         const page = document.querySelector('iframe').contentDocument, view = page.documentElement;
         const shown = (query, wrong) => [...page.querySelectorAll(query)].filter(wrong).map(e => e.outerHTML.slice(0, 80));

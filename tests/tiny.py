@@ -32,6 +32,8 @@ FIELDS = {
     "eval.every": 1,
 }
 
+LEARNED = {"finetune.ranges": "learned", "finetune.optimizer": "adam", "finetune.lr": 1e-3, "finetune.ranges_lr": 1e-2}
+
 
 def config(**changes) -> ConfigDict:
     """The tiny config; `changes` are fields with "__" for a dot."""
@@ -56,6 +58,11 @@ def command(workdir: Path, *arguments: str) -> list[str]:
     """The command line of the tiny run."""
     fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
     return [*module("main"), f"--config={ROOT}/configs/digits.py", f"--workdir={workdir}", *fields, *arguments]
+
+
+def learned_command(workdir: Path) -> list[str]:
+    """The command line of the tiny run with learned ranges, which ends with a report."""
+    return command(workdir, "--config.report=True", *(f"--config.{name}={value}" for name, value in LEARNED.items()))
 
 
 def evaluate(workdir: Path, *arguments: str) -> list[str]:
