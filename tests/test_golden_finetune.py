@@ -95,12 +95,14 @@ def compiled(bits: tuple[int, int], classes: int):
             "ca_teacher": [losses.attention(f) for f in teacher_taps.branches],
             "ca_student": [losses.attention(f) for f in taps.branches],
         }
-        for name, parts in (("KL", ["kl"]), ("FA", ["fa"]), ("KLFA", ["kl", "fa"])):
 
-            def scalar(x):
-                return sum(measure(trained, x)[part] for part in parts)
+        def kl_and_fa(x):
+            parts = measure(trained, x)
+            return jnp.stack([parts["kl"], parts["fa"]])
 
-            found[f"grad_{name}_img"] = jax.grad(scalar)(images)
+        _, pull_back = jax.vjp(kl_and_fa, images)
+        for name, weights in (("KL", (1, 0)), ("FA", (0, 1)), ("KLFA", (1, 1))):
+            (found[f"grad_{name}_img"],) = pull_back(jnp.asarray(weights, images.dtype))
         _, _, found["hard_images"] = promotion.promote(measure, trained, images, fixed.strengths.eps, "kl+fa")
         found["logits_perturbed"], _ = forward(student, student_variables, found["hard_images"])
         found["metrics"], gradient = finetune.loss_and_gradient(measure, trained, images, fixed.strengths, config)

@@ -22,6 +22,7 @@ from hast_jax.stages import synthesize
 # Steps so small that few weights come near the edge of a code, where a rounding difference decides which one it is; and
 # enough of them for a signal to reach every process.
 CALM = ["--config.finetune.lr=1e-8", "--config.synthesis.lr=0.05", "--config.finetune.epochs=20", "--config.eval.every=10"]
+WHOLE = [*CALM, "--config.finetune.epochs=8", "--config.eval.every=4"]  # for runs that are compared at their end
 
 
 def twice(command: list[str], second: Sequence[str] = (), places: Sequence[Path] = (tiny.ROOT,) * 2) -> list[subprocess.Popen]:
@@ -58,7 +59,7 @@ def end(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run in one process, on four devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    done = tiny.call(tiny.command(workdir, *CALM, "--config.devices=4"))
+    done = tiny.call(tiny.command(workdir, *WHOLE, "--config.devices=4"))
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -100,7 +101,7 @@ def assert_same(workdir: Path, other: Path) -> None:
 
 def test_two_processes_give_the_images_and_the_student_of_one_and_process_0_alone_speaks(alone: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    (status, output, errors), (other_status, silence, _) = end(two_processes(workdir))
+    (status, output, errors), (other_status, silence, _) = end(two_processes(workdir, *WHOLE))
     assert status == other_status == 0, errors
     assert "last epoch" in output and "last epoch" not in silence
     assert_same(workdir, alone)
@@ -127,20 +128,20 @@ def test_a_run_goes_on_with_other_devices_and_processes(alone: Path, tmp_path: P
     """Four devices, stopped among the images; then two processes, killed while fine-tuning; then one device."""
     workdir = tmp_path / "run"
     process = subprocess.Popen(
-        tiny.command(workdir, *CALM, "--config.devices=4"), cwd=tiny.ROOT, env=tiny.environment(), stderr=subprocess.DEVNULL
+        tiny.command(workdir, *WHOLE, "--config.devices=4"), cwd=tiny.ROOT, env=tiny.environment(), stderr=subprocess.DEVNULL
     )
     tiny.wait_until(process, tiny.logged(workdir, "synthesis", 15))
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75 and not (workdir / "ranges.json").exists()
     saved = [int(path.name) for path in (workdir / "checkpoints" / "synthesis").iterdir() if path.name.isdigit()]
     assert max(saved) > 0
-    processes = two_processes(workdir)
+    processes = two_processes(workdir, *WHOLE)
     tiny.wait_until(processes[0], logged_after(workdir, "finetune", 15))
     for each in processes:
         each.kill()
     end(processes)
     assert not (workdir / "result.json").exists()
-    done = tiny.call(tiny.command(workdir, *CALM, "--config.devices=1"))
+    done = tiny.call(tiny.command(workdir, *WHOLE, "--config.devices=1"))
     assert done.returncode == 0, done.stderr
     assert_same(workdir, alone)
 
