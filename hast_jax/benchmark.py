@@ -44,7 +44,7 @@ def define_flags() -> None:
     """Define the flags of this command."""
     cli.define_config()
     flags.DEFINE_enum("part", "all", ["all", "synthesize", "finetune"], "The step to time.")
-    flags.DEFINE_integer("steps", 10, "Timed calls of each step.", lower_bound=1)
+    flags.DEFINE_integer("steps", 10, "Timed calls of each part.", lower_bound=1)
     flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Print a table for this kind of device.")
     flags.DEFINE_bool("compile_only", False, "Print the compiler's analysis of a step, without running the step.")
 
@@ -70,7 +70,10 @@ def matmul_rate(devices: int, arithmetic: str) -> float:
 
 
 class Part(NamedTuple):
-    """A step to time. build() -> (state, constants) of one device. images: in one step of all devices of all processes."""
+    """A step to time. build() -> (state, constants) of one device.
+
+    batch: images of one batch. images: those in one step of all devices of all processes.
+    """
 
     step: Callable[..., Any]
     build: Callable[[], tuple[Any, Any]]

@@ -152,8 +152,7 @@ def shipped_config(path: str) -> str:
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    flag = "--config="
-    arguments = [f"{flag}{shipped_config(a.removeprefix(flag))}" if a.startswith(flag) else a for a in arguments]
+    arguments = [_with_shipped_config(*each) for each in zip(["", *arguments], arguments, strict=False)]
     for argument in arguments:
         named = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if named:
@@ -166,6 +165,14 @@ def _parse(arguments: list[str]) -> list[str]:
         raise UserError(f"the config cannot be built: {_last_line(error)}") from error
     except OSError as error:
         raise UserError(f"the config file cannot be read: {error}") from error
+
+
+def _with_shipped_config(before: str, argument: str) -> str:
+    """`argument`, in which the path of a config is that of `shipped_config`. before: the argument before it."""
+    if before in ("--config", "-config"):
+        return shipped_config(argument)
+    flag, equals, path = argument.partition("=")
+    return f"{flag}={shipped_config(path)}" if equals and flag in ("--config", "-config") else argument
 
 
 def _last_line(error: Exception) -> str:

@@ -66,7 +66,7 @@ SECTIONS: dict[str, frozenset[str]] = {
     for section in dict.fromkeys(path.split(".")[0] for path in FIELDS if "." in path)
 }
 
-# Fields that do not change the result, only where and how fast it is computed: a run may resume with other values.
+# Fields that may change when a run resumes. They do not change the student, or the run checks what they name.
 FREE_FIELDS = tuple(path for path, described in FIELDS.items() if described.free)
 
 # Fields that may differ between the processes of one run: local paths, and `devices`.
@@ -99,7 +99,7 @@ class Section(ConfigDict):
         super().update_from_flattened_dict(flattened_dict, strip_prefix)
 
     def _path(self, name: Any) -> str:
-        # A copy keeps only its field names, so the names must say which section it is.
+        # A copied section has lost its name, but its field names tell the section.
         section = next((f"{section}." for section, names in SECTIONS.items() if names == frozenset(self)), "")
         return f"{section}{name}"
 
@@ -144,7 +144,7 @@ def variant(config: ConfigDict, argument: str, variants: dict[str, Any] = VARIAN
     """Apply the argument of a config file, such as "w4a4,best,small": bits and names in `variants`, in any order.
 
     variants: name -> fields to change, as a flat {"finetune.lr": value}. The fields of "best,small" are changed if both names
-    are given. If two variants change the same field, the later one in `variants` wins. Raises UserError for an unknown word.
+    are given. If two variants change a field, the later one wins. Raises UserError for an unknown word or two bit widths.
     """
     chosen, names = None, set()
     for word in filter(None, argument.split(",")):

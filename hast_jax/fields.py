@@ -29,7 +29,7 @@ CROPS = ("batch", "image")
 OPTIMIZERS = ("sgd", "adam")
 RANGES = ("fixed", "learned")
 NETWORKS = (*ARCHITECTURES, "FILE.py:CLASS")
-GIVEN = "(given in Python)"  # ends the name of a network that was given as a Python object
+GIVEN = "(given in Python)"  # names, or ends the name of, what was given as a Python object
 JSON = parsed_by(json_object, "a JSON object")
 FULL_PRECISION = 32  # the number of bits that means: not quantized
 LOW, HIGH = quantizer.MIN_BITS, quantizer.MAX_BITS
@@ -109,7 +109,7 @@ FIELDS: dict[str, Field] = {
         "Mean of each channel, for images in [0, 1].",
         holds(
             lambda mean: all(0 <= value <= 1 for value in mean),
-            "between 0 and 1 for each channel, because pixels are: divide it by the largest value of your pixels, such as 255",
+            "between 0 and 1 for each channel, as pixels are here: divide it by your pixels' largest value, such as 255",
         ),
     ),
     "teacher.std": Field(
@@ -189,9 +189,9 @@ FIELDS: dict[str, Field] = {
         between(0, 1),
     ),
     "synthesis.crop": Field(
-        "batch", "Which images share this crop. batch: all of a batch. image: each image has its own.", choices=CROPS
+        "batch", "Which images share a crop. batch: all of a batch. image: each image has its own.", choices=CROPS
     ),
-    "synthesis.crop_scale": Field(0.4, "Smallest share of the image that this crop keeps.", share),
+    "synthesis.crop_scale": Field(0.4, "Smallest share of the image that a crop keeps.", share),
     "synthesis.save_every": Field(250, "Steps between two checkpoints of batches that are being made.", count, free=True),
     "calibration.batches": Field(800, "Number of batches on which the ranges of the activations are measured.", count),
     "calibration.batch": Field(16, "Images in a batch of the calibration.", count),
@@ -257,7 +257,11 @@ FIELDS: dict[str, Field] = {
         0.0, "Weight of the cross-entropy on synthetic labels. IntraQ has this loss, HAST does not.", not_negative
     ),
     "finetune.eps": Field(0.02, "Size of the step that promotes an image, Eq. 10.", not_negative),
-    "finetune.direction": Field("kl+fa", "Loss whose gradient directs the promotion.", choices=tuple(promotion.DIRECTIONS)),
+    "finetune.direction": Field(
+        "kl+fa",
+        "Loss that directs the promotion. kl: distillation. fa: feature alignment.",
+        choices=tuple(promotion.DIRECTIONS),
+    ),
     "finetune.a": Field(1.0, "Weight of the loss on clean images.", not_negative),
     "finetune.b": Field(1.0, "Weight of the loss on promoted images. 0: no promotion.", not_negative),
     "finetune.stream": Field(
@@ -267,14 +271,14 @@ FIELDS: dict[str, Field] = {
         0, "Epochs between two checkpoints that are never deleted. 0: none.", count_or_zero, free=True
     ),
     "finetune.augment": Field(True, "Crop and flip the images at random."),
-    "finetune.crop_scale": Field(0.5, "Smallest share of the image that this crop keeps.", share),
+    "finetune.crop_scale": Field(0.5, "Smallest share of the image that a crop keeps.", share),
     "eval.dataset": Field(
         "cifar100", "Real images for the evaluation. none: no evaluation. folder: image files.", choices=DATASETS
     ),
     "eval.split": Field("test", "Split of the real images. For image files it is a folder in `eval.data_dir`."),
     "eval.data_dir": Field(
         "",
-        "Folder of the TFDS data sets. For image files, the folder that holds the split. Empty: ~/tensorflow_datasets.",
+        "Folder of the TFDS data sets; empty: ~/tensorflow_datasets. For image files, the folder that holds the split.",
         free=True,
         own=True,
     ),
@@ -287,7 +291,7 @@ FIELDS: dict[str, Field] = {
     ),
     "eval.class_order": Field(
         "",
-        "Order of the class folders. name: as text. number: as whole numbers. Empty: by name, and refused if the two differ.",
+        "Order of the class folders. name: as text. number: as whole numbers. Empty: by name; refused if the orders differ.",
         one_of(image_files.ORDERS, also=lambda value: value == ""),
         choices=image_files.ORDERS,
     ),

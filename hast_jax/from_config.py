@@ -15,7 +15,7 @@ from hast_jax.data.datasets import normalise
 from hast_jax.errors import UserError
 from hast_jax.fields import FULL_PRECISION
 from hast_jax.method import quantizer
-from hast_jax.networks import Network, rules, user_files, weights
+from hast_jax.networks import Network, rules, structure, user_files, weights
 
 LOGITS_AGREE = 0.01  # as a share of the largest logit. Frameworks round differently; a wrong network differs by far more
 
@@ -27,7 +27,7 @@ def module(config: ConfigDict) -> nn.Module:
 
 
 def own_code(config: ConfigDict) -> dict[str, str]:
-    """The user's code that the config names, by the flag with which a command on the run folder must name it again."""
+    """Flag -> the user's code that the config names. A later command on the run folder must give this flag."""
     return {field: config.teacher[field] for field in ("network", "names") if user_files.is_own(config.teacher[field])}
 
 
@@ -46,6 +46,7 @@ def trust(
         if field not in given:
             raise UserError(f"{workdir} names {named}, which is not built in: if you trust its code, add --{field}={named}.")
     config.teacher.update(given)
+    config.teacher.check = ""  # it served the run's start, and its file may be gone
     weights_path = config.teacher.weights
     if moved is None and weights_path not in weights.BUILT_IN and not paths.local(weights_path).exists():
         raise UserError(f"{workdir} was made with the weights {weights_path}, which are not there: name them with --weights.")
@@ -86,6 +87,7 @@ def teacher(config: ConfigDict) -> tuple[Network, weights.Variables]:
     if names is not None and not callable(names):
         raise UserError(f"config.teacher.names {config.teacher.names} is no function: it must give a name for each path.")
     variables = weights.from_state_dict(network.module, state, tuple(config.teacher.image), names, network.call)
+    structure.check_collections(network.module, variables, tuple(config.teacher.image), network.call)
     if config.teacher.check:
         _compare(network, variables, paths.local(config.teacher.check), config)
     return network, variables

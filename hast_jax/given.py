@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from hast_jax import config as config_lib
 from hast_jax import from_config
-from hast_jax.data.datasets import Arrays
+from hast_jax.data.datasets import check_labels
 from hast_jax.errors import InputError
 from hast_jax.fields import FIELDS, FULL_PRECISION, GIVEN
 from hast_jax.networks import Network, rules, structure, weights
@@ -52,6 +52,7 @@ class Setting:
         rest = variables if isinstance(variables, Mapping) else {}
         others = {name: rest[name] for name in found.collections if name in rest and name not in checked}
         self.variables = {**others, **checked}
+        structure.check_collections(model, self.variables, self.image, self.call)
         self.config = config_lib.default()
         weight_bits, activation_bits = (FULL_PRECISION if b is None else b for b in self.rules[0][1])
         self.config.update_from_flattened_dict(
@@ -75,7 +76,10 @@ class Setting:
         config_lib.validate(self.config)
 
     def job(self, progress: Progress, batch: int | None = None) -> Job:
-        """The `Job` of a single stage, kept in memory. batch: images in a step, divided among all devices."""
+        """The `Job` of a single stage, kept in memory. batch: images in a step, divided among all devices.
+
+        Raises InputError with several processes.
+        """
         if processes.count() > 1:
             raise InputError("a single stage works in one process: for several processes, use quantize with a workdir.")
         devices = parallel.choose(self.config.devices, batch)
@@ -140,18 +144,8 @@ def given_images(given: tuple[Any, Any], image: tuple[int, ...], classes: int) -
     images, labels = normalised_images(given[0]), np.asarray(given[1])
     if images.shape[1:] != tuple(image):
         raise InputError(f"the images have the shape {images.shape[1:]}, not {tuple(image)}.")
-    _check_labels(labels, len(images), classes)
+    check_labels(labels, len(images), classes)
     return images, labels.astype(np.int32)
-
-
-def real_images(test: tuple[Any, Any], image: tuple[int, ...], classes: int) -> Arrays:
-    """Real images uint8 [n, *image] and labels int32 [n] for evaluation. Raises InputError if they are anything else."""
-    images, labels = np.asarray(test[0]), np.asarray(test[1])
-    if images.dtype != np.uint8 or images.shape[1:] != tuple(image) or not len(images):
-        wanted = ", ".join(map(str, image))
-        raise InputError(f"the real images are {images.dtype} {images.shape}: give uint8 images [n, {wanted}] of 0 ... 255.")
-    _check_labels(labels, len(images), classes)
-    return Arrays(images, labels.astype(np.int32), classes)
 
 
 def check_batch(field: str, batch: int, images: int) -> None:
@@ -160,18 +154,14 @@ def check_batch(field: str, batch: int, images: int) -> None:
         raise InputError(f"{field} is {batch}, more than the {images} images: lower it.")
 
 
-def _check_labels(labels: np.ndarray, images: int, classes: int) -> None:
-    whole = labels.shape == (images,) and np.issubdtype(labels.dtype, np.integer)
-    if not whole or labels.min() < 0 or labels.max() >= classes:
-        raise InputError(f"the labels must be one whole number from 0 to {classes - 1} for each of the {images} images.")
-
-
 def range_names(ranges: Any) -> set[str]:
     """The paths of the leaves of a tree of ranges; no paths if it is no tree."""
     return {"/".join(name) for name in flatten_dict(ranges)} if isinstance(ranges, Mapping) else set()
 
 
 def check_ranges(ranges: Any, student: Network) -> None:
-    """Raise InputError unless `ranges` are finite and belong to everything that `student` quantizes, and to nothing else."""
+    """Raise InputError unless `ranges` are finite and have exactly the names that `student` needs (`range_names`)."""
     if range_names(ranges) != student.range_names or not all(np.all(np.isfinite(e)) for e in flatten_dict(ranges).values()):
-        raise InputError("the ranges are not those of this network and these bits: give what calibrate returned for them.")
+        raise InputError(
+            "the ranges are not finite, or not those of this network and these bits: give what calibrate returned for them."
+        )

@@ -15,10 +15,11 @@ import numpy as np
 
 from hast_jax import config as config_lib
 from hast_jax import from_config, networks, paths, pipeline
+from hast_jax.data.datasets import real_images
 from hast_jax.deliver.console import library_bar
 from hast_jax.errors import InputError
 from hast_jax.fields import GIVEN
-from hast_jax.given import Setting, check_batch, check_ranges, given_images, normalised_images, range_names, real_images
+from hast_jax.given import Setting, check_batch, check_ranges, given_images, normalised_images, range_names
 from hast_jax.runs import parallel
 from hast_jax.runs.progress import Progress
 from hast_jax.stages import calibrate as calibrate_stage
@@ -53,8 +54,8 @@ def quantize(
     variables: Variables,
     *,
     image: Shape,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     bits: Any = "w4a4",
     budget: str = "small",
     recipe: str = "best",
@@ -73,9 +74,9 @@ def quantize(
       variables: its trained `params` and `batch_stats`, as a tree or a TrainState.
       image: (height, width, channels) of the images that the model takes. They have 1 or 3 channels and are square, because the
         augmentation crops squares.
-      mean, std: one number for each channel. The model takes (x - mean) / std for images x in [0, 1].
+      mean, std: one number for each channel. The model takes (x - mean) / std for images x in [0, 1]; None: it takes x.
       bits: "w4a4"; a pair (weights, activations); or a dict from patterns of layer paths to such values, with a "default".
-      budget: "trial", "small" (meant for two cores) or "full" (the paper's, meant for an accelerator).
+      budget: "trial", "small" (for two cores) or "full" (the paper's images, for an accelerator).
       recipe: "best", the settings that lose the least accuracy; or "paper", the paper's settings.
       workdir: the folder of the run. The same call with the same folder resumes an interrupted run. None: nothing is written.
       seed: the seed of everything random.
@@ -208,6 +209,9 @@ def evaluate(
     """
     shape = tuple(np.shape(images)[1:])
     if isinstance(model, Student):
+        if variables is not None:
+            raise InputError("a Student holds its variables: give evaluate(student, images=..., labels=...).")
+        shape = model.image
         network, variables, mean, std = model.network, model.variables, model.mean, model.std
         config = config_lib.default()
         config.teacher.mean, config.teacher.std = mean, std
@@ -216,7 +220,7 @@ def evaluate(
             raise InputError("evaluate needs variables, images, labels, mean and std of a network that is not a Student.")
         setting = Setting(model, variables, shape, mean, std, bits or "w8a8", 0, call, {}, None)
         config = setting.config
-        ranges = variables.get("ranges", {}) if bits else {}
+        ranges = variables.get("ranges", {}) if bits and isinstance(variables, Mapping) else {}
         network = _student_with(config, model, ranges) if bits else from_config.bare_teacher(config, model)
         check_ranges(ranges, network)
         variables = {**setting.variables, "ranges": ranges}

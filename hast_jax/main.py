@@ -34,9 +34,10 @@ def main(_: list[str]) -> None:
         with Bar(console) as progress:
             result = pipeline.run(config, paths.local(workdir), progress)
         show_result(console, result)
-        if config.report:
+        if config.report and (paths.local(workdir) / "report.html").exists():
             console.print(f"report: {workdir}/report.html")
-        own = "".join(f" --{flag}={code}" for flag, code in from_config.own_code(config).items())
+        network = from_config.own_code(config).get("network")
+        own = f" --network={network}" if network else ""
         console.print(f"export: python -m hast_jax.export --workdir={workdir} --format=onnx{own}", soft_wrap=True)
 
 

@@ -1,6 +1,7 @@
 """The stages in their order. Each stage resumes where a killed run left it."""
 
 import contextlib
+import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from hast_jax import from_config, networks, paths, record
 from hast_jax.data import datasets
 from hast_jax.deliver.pictures import save_picture
 from hast_jax.errors import AccuracyWarning, Notice, UserError, sentence
+from hast_jax.fields import GIVEN
 from hast_jax.method import losses
 from hast_jax.networks import weights
 from hast_jax.runs import parallel, processes, run_folder, synthetic_set
@@ -80,8 +82,12 @@ def _report(job: Job, student: Student, images: np.ndarray) -> None:
     try:
         report.write(job.storage, student, (job.teacher, job.variables), images)
     except Exception as error:
-        words = f"the report was not written ({sentence(error)}), but the rest of the run is complete; to write the report, run"
-        warnings.warn(f"{words} python -m hast_jax.report --workdir={job.storage}.", Notice, stacklevel=2)
+        own = "".join(f" --{flag}={code}" for flag, code in from_config.own_code(job.config).items())
+        again = f"run python -m hast_jax.report --workdir={job.storage}{own}"
+        if job.config.teacher.weights == GIVEN:
+            again = "make the same call again"
+        words = f"the report was not written ({sentence(error)}), but the rest of the run is complete; to write the report,"
+        warnings.warn(f"{words} {again}.", Notice, stacklevel=2)
 
 
 def run_synthesis(config: ConfigDict, workdir: Path, progress: Progress = silent) -> Path:
@@ -97,7 +103,7 @@ def _prepare(
 ) -> tuple[Job, Given | None, datasets.Dataset | None]:
     """The job of this config, the given images to learn from (or None), and the real images for evaluation (or None).
 
-    Everything that can be refused is refused here with a UserError, before any stage starts. Afterwards the run folder is held.
+    Raises UserError for nearly all that can be refused, before any stage starts. Afterwards the run folder, if any, is held.
     """
     with processes.failing_as_one():
         config_lib.validate(config)
@@ -230,13 +236,17 @@ def _training_images(job: Job, given: Given | None) -> Given:
         if processes.count() > 1:
             processes.require_same({"images": crc32((images, labels))})
     held_out = _held_out_images(job.config)
-    if held_out is not None and crc32(held_out) == crc32(images):
-        raise UserError("config.eval.held_out holds the images that the student is trained on: give images of another seed.")
+    if held_out is not None and not _distinct(images).isdisjoint(_distinct(held_out)):
+        raise UserError("config.eval.held_out holds images that the student is trained on: give images of another seed.")
     processes.on_main(lambda: job.storage.check_images(images, labels))
     if isinstance(job.storage, RunFolder):
         picture, teacher = job.storage.picture, job.config.teacher
         processes.on_main(lambda: save_picture(picture, images, teacher.mean, teacher.std))
     return images, labels
+
+
+def _distinct(images: np.ndarray) -> set[bytes]:
+    return {hashlib.sha256(np.asarray(each).tobytes()).digest() for each in images}
 
 
 def _activation_ranges(job: Job, images: np.ndarray) -> weights.Variables:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,7 +18,7 @@ from hast_jax import cli, from_config, networks, paths
 from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.errors import UserError
-from hast_jax.networks import structure, weights
+from hast_jax.networks import Network, structure, weights
 from hast_jax.runs import parallel
 from hast_jax.runs.progress import silent
 from hast_jax.stages.evaluate import evaluator
@@ -55,17 +54,18 @@ def shift(images: Array, key: Array, pixels: int) -> Array:
     return jax.vmap(crop)(padded, corners)
 
 
-def train(model: nn.Module, dataset: datasets.Arrays, config: ConfigDict, say: Callable[[str], None]) -> Mapping[str, Any]:
+def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: Callable[[str], None]) -> Mapping[str, Any]:
     """`params` and `batch_stats` after SGD with Nesterov momentum, a warm-up and a cosine schedule.
 
-    config: the whole config. say: called with lines of progress.
+    config: the whole config. say: called with lines of progress. Raises UserError if the batch norms keep no statistics.
     """
+    model = network.module
     settings, teacher = config.pretrain, config.teacher
     images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
     steps = settings.epochs * (len(labels) // settings.batch)
     schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, max(1, steps // 10), steps)
     transform = optax.chain(optax.add_decayed_weights(settings.weight_decay), optax.sgd(schedule, 0.9, nesterov=True))
-    key, training = jax.random.key(config.seed), structure.training_arguments(model)
+    key, training = jax.random.key(config.seed), {**network.call, **structure.training_arguments(model)}
 
     @jax.jit
     def step(state: State) -> tuple[State, Array]:
@@ -86,12 +86,18 @@ def train(model: nn.Module, dataset: datasets.Arrays, config: ConfigDict, say: C
         return State(optax.apply_updates(state.params, updates), batch_stats, opt_state, state.step + 1), loss
 
     first = jax.random.fold_in(key, 2**31 - 1)
-    variables = model.init(first, jnp.zeros((1, *teacher.image)), **structure.inference_arguments(model))
+    variables = model.init(first, jnp.zeros((1, *teacher.image)), **network.call)
     params = variables["params"]
     state = State(params, variables["batch_stats"], transform.init(params), jnp.zeros((), jnp.int32))
     for epoch in range(settings.epochs):
         for _ in range(steps // settings.epochs):
             state, loss = step(state)
+            if state.step == 1 and jax.tree.all(jax.tree.map(jnp.array_equal, state.batch_stats, variables["batch_stats"])):
+                names = ", ".join(structure.TRAINING)
+                raise UserError(
+                    f"the batch norms of {structure.name_of(model)} keep no statistics while it trains: "
+                    f"its call needs an argument that makes it train, with one of these names: {names}."
+                )
         if (epoch + 1) % 10 == 0 or epoch + 1 == settings.epochs:
             say(f"epoch {epoch + 1}: loss {float(loss):.4f}")
     return {"params": state.params, "batch_stats": state.batch_stats}
@@ -108,7 +114,6 @@ def main(_: list[str]) -> None:
             raise UserError(f"--output={output}: the file must end in .safetensors.")
         devices = parallel.setup(config.devices)
         network = from_config.bare_teacher(config)
-        model = network.module
         train_set = datasets.load(config, "train")
         test_set = datasets.load(config, config.eval.split)
         if not isinstance(train_set, datasets.Arrays) or test_set is None:
@@ -122,15 +127,15 @@ def main(_: list[str]) -> None:
                 output.unlink()
         except OSError as error:
             raise UserError(f"--output={output} cannot be written ({error.strerror}): choose another place.") from error
-        variables = train(model, train_set, config, console.print)
+        variables = train(network, train_set, config, console.print)
         if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
             raise UserError("the training diverged, and nothing is written: lower config.pretrain.lr.")
         evaluate = evaluator(lambda v, x: networks.apply(network, v, x)[0], test_set, config, devices, silent)
         top1 = evaluate(variables).top1
         recipe = ", ".join(f"{name} {value}" for name, value in config.pretrain.items())
-        state = weights.to_state_dict(model, variables, tuple(config.teacher.image), network.call)
+        state = weights.to_state_dict(network.module, variables, tuple(config.teacher.image), network.call)
         metadata = {
-            "architecture": f"{config.teacher.network} ({next(iter(weights.libraries(model)))} names)",
+            "architecture": f"{config.teacher.network} ({next(iter(weights.libraries(network.module)))} names)",
             "dataset": config.eval.dataset,
             "num_classes": str(config.teacher.classes),
             "mean": str(list(config.teacher.mean)),

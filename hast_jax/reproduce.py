@@ -5,8 +5,8 @@
     python -m hast_jax.reproduce recipe --config=configs/cifar100.py:w3a3,best,small --workdir=runs/recipe
     python -m hast_jax.reproduce table2 table4 --skip="a=1, b=4" --skip="a=1, b=2" --config=...
 
-The same command resumes a sweep that was killed, and tries a failed cell again. WORKDIR then holds NAME.md and NAME.json of
-each experiment, and NAME.png and NAME.svg of each figure. After several experiments it also holds the page reproduction.md.
+The same command resumes a sweep that was killed, and tries a failed cell again. WORKDIR holds NAME.md and NAME.json of each
+experiment, and NAME.png and NAME.svg of each figure. After several experiments it also holds the page reproduction.md.
 """
 
 import functools

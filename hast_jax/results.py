@@ -60,7 +60,7 @@ def table(folders: list[Path]) -> str:
 
 
 def over_time(folder: Path) -> list[tuple[float, float]]:
-    """Of each evaluation of a finished run: seconds since the start of the whole job, and the student's top-1 at that time."""
+    """For each evaluation of a finished run: the seconds since the job's start, and the student's top-1."""
     settings = read_json(folder / "config.json")["finetune"]
     evaluations = {int(epoch): top1 for epoch, top1 in read_json(folder / "evaluations.json").items()}
     before, at = 0.0, {0: 0.0}
@@ -73,16 +73,24 @@ def over_time(folder: Path) -> list[tuple[float, float]]:
 
 
 def over_time_table(folders: list[Path], picture: Path) -> str:
-    """A table of top-1 over time, of finished runs of one teacher. The figure is written to `picture`.png and .svg."""
+    """A table of top-1 over time, of finished runs of one teacher. The figure is written to `picture`.png and .svg.
+
+    Raises UserError if no run has accuracies.
+    """
     from hast_jax.paper import figures
 
-    finished = [folder for folder in folders if (folder / "result.json").exists()]
-    curves = {folder.name: over_time(folder) for folder in finished if read_json(folder / "result.json")["teacher"] is not None}
-    if not curves:
+    results = {folder: read_json(folder / "result.json") for folder in folders if (folder / "result.json").exists()}
+    teachers = {folder: found["teacher"] for folder, found in results.items() if found["teacher"] is not None}
+    if not teachers:
         raise UserError("none of these run folders is finished and has accuracies: there is nothing to draw.")
-    figures.over_time(curves, read_json(finished[0] / "result.json")["teacher"], picture)
+    unique = len({folder.name for folder in teachers}) == len(teachers)
+    curves = {folder.name if unique else str(folder): over_time(folder) for folder in teachers}
+    figures.over_time(curves, next(iter(teachers.values())), picture)
     rows = [f"| {name} | {format_seconds(seconds)} | {top1:.2f} |" for name, curve in curves.items() for seconds, top1 in curve]
-    return "\n".join(["| run | time of the whole job | top-1 |", "|---|---|---|", *rows])
+    lines = ["| run | time of the whole job | top-1 |", "|---|---|---|", *rows]
+    left_out = [folder for folder in folders if folder not in teachers]
+    notes = [f"{folder} is left out, because its run has not finished or has no accuracies." for folder in left_out]
+    return "\n".join([*lines, "", *notes] if notes else lines)
 
 
 def define_flags() -> None:

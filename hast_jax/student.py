@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hast_jax import networks, paths
 from hast_jax.data.datasets import normalise
 from hast_jax.errors import InputError, UserError
+from hast_jax.method.quantizer import RANGE_RULES
 from hast_jax.networks import Codes, Network, weights
 from hast_jax.networks import rules as rules_lib
 from hast_jax.networks.rules import Rules
@@ -122,6 +123,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
         rules = rules_lib.normalise({"default": tuple(default), **{pattern: tuple(bits) for pattern, bits in others}})
         settings = {name: said[name] for name in ("straight_through", "fast_convolution")}
         settings["learned_ranges"] = said.get("learned_ranges", False)  # version 0.2.0 had no learned ranges
+        calibration = record.get("config", {}).get("calibration", {})
+        settings["kernel_range_rule"] = RANGE_RULES[calibration.get("kernel_range", "minmax")]  # for the report
         if said["format"] != FORMAT or crc32(flat) != said["crc32"]:
             raise ValueError("its arrays are not those that were saved")
     except OSError as error:

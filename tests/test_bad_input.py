@@ -55,6 +55,14 @@ def test_damaged_ranges_are_named(copy: Path, content: str) -> None:
         tiny.run(copy)
 
 
+@pytest.mark.parametrize("name", ["README.md", "report.html"])
+def test_a_folder_with_a_page_of_the_users_own_is_no_run_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=r"is no run folder, and its .* would be lost"):
+        tiny.run(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_given_images_that_are_too_few_are_refused_before_the_folder_is_made(finished: Path, tmp_path: Path) -> None:
     source = str(finished / "synthetic")
     with pytest.raises(UserError, match="holds 96 images, fewer than the batch of 128"):

@@ -75,9 +75,31 @@ def test_pretraining_that_could_not_end_well_is_refused_before_it_begins(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_pretraining_that_keeps_no_statistics_of_batch_norms_is_refused(tmp_path) -> None:
+    lines = (
+        "import flax.linen as nn",
+        "class Net(nn.Module):",
+        "    classes: int",
+        "    @nn.compact",
+        "    def __call__(self, x, is_train=False):",
+        "        return nn.Dense(self.classes)(nn.BatchNorm(not is_train)(nn.Conv(4, (3, 3))(x)).mean((1, 2)))",
+    )
+    (tmp_path / "own.py").write_text("\n".join(lines))
+    own = f"--config.teacher.network={tmp_path}/own.py:Net"
+    done = tiny.call([*tiny.module("pretrain"), DIGITS, own, f"--output={tmp_path}/a.safetensors"])
+    assert done.returncode == 1 and "Net keep no statistics while it trains" in done.stderr, done.stderr
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 def test_pretraining_without_real_images_is_refused(tmp_path) -> None:
     done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={tmp_path}/a.safetensors", "--config.eval.dataset=none"])
     assert done.returncode == 1 and "needs real images in memory" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("form", [["--config", "configs/digits.py:w3a33"], ["-config=digits:w3a33"], ["--config=digits:w3a33"]])
+def test_a_shipped_config_is_found_from_any_folder(form: list[str], tmp_path) -> None:
+    done = tiny.call([*tiny.module("main"), *form, "--workdir=run"], tmp_path)
+    assert done.returncode == 1 and "bits.activations is 33" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.parametrize("name", ["main", "evaluate", "pretrain", "benchmark"])

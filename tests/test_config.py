@@ -365,7 +365,7 @@ def test_each_field_with_each_odd_value_is_valid_or_refused_in_one_line(path: st
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"teacher.mean": (103.9, 116.8, 123.7)}, "divide it by the largest value of your pixels, such as 255"),
+        ({"teacher.mean": (103.9, 116.8, 123.7)}, "divide it by your pixels' largest value, such as 255"),
         ({"synthesis.real_split": "all"}, "config.synthesis.real_split is 'all'"),
         ({"synthesis.real_split": "train", "eval.split": "all"}, "config.synthesis.real_split is 'train'"),
         ({"synthesis.real_split": "all[:10]", "eval.split": "validation"}, "config.synthesis.real_split is"),

@@ -218,7 +218,7 @@ def test_a_network_whose_images_are_not_alone_is_refused(mix, words: str, tmp_pa
 
 def test_what_cannot_be_written_as_onnx_is_refused_by_name_and_stablehlo_holds_it(tmp_path: Path) -> None:
     its = student(TRANSPOSED)
-    with pytest.raises(InputError, match=r"transposed convolution.*choose format=stablehlo"):
+    with pytest.raises(InputError, match=r"transposed convolution.*format=stablehlo holds"):
         hast_jax.export(its, tmp_path / "student.onnx")
     assert not any(tmp_path.iterdir())
     hast_jax.export(its, tmp_path / "student.stablehlo", "stablehlo")
@@ -348,6 +348,22 @@ def test_an_impossible_export_ends_in_one_sentence(format: str, options: dict, w
     with pytest.raises(InputError, match=words):
         hast_jax.export(student("vgg"), tmp_path / "student", format, **options)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda images, labels: (images, labels[:, None]), "the labels must be one whole number"),
+        (lambda images, labels: (images, labels[:-1]), "the labels must be one whole number"),
+        (lambda images, labels: (images / 255, labels), "give uint8 images"),
+    ],
+    ids=["a column of labels", "a label too few", "floats"],
+)
+def test_test_images_that_cannot_be_judged_are_refused(change, words: str, tmp_path: Path) -> None:
+    its = student("vgg")
+    images, labels = np.zeros((4, *its.image), np.uint8), np.arange(4)
+    with pytest.raises(InputError, match=words):
+        hast_jax.export(its, tmp_path / "student.onnx", test=change(images, labels))
 
 
 # --- Run folders ---

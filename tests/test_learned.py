@@ -1,6 +1,7 @@
 """Learned ranges: the paper's grid, the written gradients, whole numbers that an int8 holds."""
 
 import json
+import shutil
 from pathlib import Path
 
 import flax.linen as nn
@@ -193,6 +194,15 @@ def test_all_ranges_move_and_zeros_stay(learned_run: Path) -> None:
     for name, value in ranges.items():
         moved = not np.array_equal(np.asarray(value), np.asarray(start[name], np.float32))
         assert moved != (name.endswith("low") and np.all(np.asarray(start[name]) == 0)), name
+
+
+def test_a_loaded_students_kernels_start_as_its_config_says(learned_run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(learned_run / "student", tmp_path / "student"))
+    assert hast_jax.load(folder).network.kernel_range_rule is quantizer.minmax_range
+    said = json.loads((folder / "student.json").read_text())
+    said["record"]["config"]["calibration"]["kernel_range"] = "mse"
+    (folder / "student.json").write_text(json.dumps(said))
+    assert hast_jax.load(folder).network.kernel_range_rule is quantizer.mse_range
 
 
 def test_the_students_codes_are_integers_in_range_that_give_its_weights(learned_run: Path) -> None:

@@ -8,7 +8,9 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -17,6 +19,7 @@ from flax.traverse_util import flatten_dict
 import hast_jax
 from hast_jax import from_config, networks
 from hast_jax.data import datasets
+from hast_jax.networks import weights
 from hast_jax.runs import run_folder
 
 MEAN, STD = (0.3053,), (0.3762,)
@@ -67,6 +70,14 @@ def test_a_network_becomes_a_student_that_reports_its_accuracy(student: hast_jax
     assert found.top1 == pytest.approx(record["last"], abs=0.2)
     right = np.argmax(student(digits.images), 1) == digits.labels
     assert 100 * right.mean() == pytest.approx(record["last"], abs=0.2)
+
+
+def test_only_images_of_the_students_shape_are_evaluated(student: hast_jax.Student, digits: datasets.Arrays) -> None:
+    three = np.repeat(digits.images, 3, -1)
+    with pytest.raises(hast_jax.UserError, match=r"give uint8 images \[n, 8, 8, 1\]"):
+        hast_jax.evaluate(student, images=three, labels=digits.labels)
+    with pytest.raises(hast_jax.UserError, match="a Student holds its variables"):
+        hast_jax.evaluate(student, digits.images, digits.labels)
 
 
 def test_a_student_takes_uint8_images_and_normalised_ones(student: hast_jax.Student, digits: datasets.Arrays) -> None:
@@ -153,7 +164,7 @@ def test_each_stage_stands_alone_on_plain_arrays(network: tuple, digits: dataset
     real = digits.images, digits.labels
     assert hast_jax.evaluate(model, variables, *real, mean=MEAN, std=STD).top1 > 99
     assert hast_jax.evaluate(model, trained, *real, mean=MEAN, std=STD, bits="w3a3").top1 > 50
-    with pytest.raises(ValueError, match="the ranges are not those of this network and these bits"):
+    with pytest.raises(ValueError, match="the ranges are not finite, or not those of this network and these bits"):
         hast_jax.finetune(model, variables, ranges, images, labels, bits=(4, None))
 
 
@@ -176,7 +187,7 @@ def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
         ({"recipe": "bst"}, "recipe is 'bst': choose one of best, paper"),
         ({"image": (1, 8, 8)}, r"image is \(1, 8, 8\): it must be \(size, size, 1 or 3 channels\)"),
         ({"mean": (0.5, 0.5)}, "one number for each of the 1 channels"),
-        ({"mean": (4.9,)}, r"^mean is \(4.9,\): it must be between 0 and 1 for each channel, because pixels are: divide it"),
+        ({"mean": (4.9,)}, r"^mean is \(4.9,\): it must be between 0 and 1 for each channel, as pixels are here: divide it"),
         ({"fields": {"finetune.epss": 1}}, "did you mean finetune.eps"),
         ({"fields": {"eval.dataset": "digits"}}, "use the arguments of the function"),
         ({"fields": 5}, "give a dict such as"),
@@ -193,6 +204,29 @@ def test_what_is_impossible_is_refused_in_one_sentence(network: tuple, changes: 
     with pytest.raises(hast_jax.UserError, match=words) as error:
         quantize(network, **changes)
     assert isinstance(error.value, ValueError) and "\n" not in str(error.value)
+
+
+def test_variables_that_a_network_reads_and_nobody_gave_are_named() -> None:
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+            scale = self.variable("constants", "scale", jnp.ones, ())
+            return nn.Dense(10)(nn.BatchNorm(not train)(nn.Conv(4, (3, 3))(x)).mean((1, 2)) * scale.value)
+
+    model = Scaled()
+    variables = dict(model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
+    del variables["constants"]
+    with pytest.raises(hast_jax.UserError, match=r"besides params and batch_stats, which are not given .*constants"):
+        hast_jax.quantize(model, variables, image=(8, 8, 1))
+
+
+def test_weights_in_double_precision_are_read_without_a_warning(network: tuple) -> None:
+    model, variables = network
+    double = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = weights.from_variables(model, double, (8, 8, 1))
+    jax.tree.map(np.testing.assert_array_equal, found, {name: variables[name] for name in found})
 
 
 def test_a_train_state_is_taken_and_no_variables_are_refused(network: tuple) -> None:

@@ -61,5 +61,15 @@ def test_top1_is_shown_over_the_time_of_the_whole_job(finished, tmp_path) -> Non
     text = results.over_time_table([finished, tmp_path], tmp_path / "curve")
     assert text.count(f"\n| {finished.name} |") == len(points)
     assert (tmp_path / "curve.png").exists() and (tmp_path / "curve.svg").exists()
+    other = tmp_path / finished.name
+    other.mkdir()
+    for name in ("result.json", "config.json", "evaluations.json", "metrics.jsonl"):
+        (other / name).write_text((finished / name).read_text())
+    untested = tmp_path / "untested"
+    untested.mkdir()
+    (untested / "result.json").write_text(json.dumps(result | {"teacher": None}))
+    text = results.over_time_table([untested, finished, other], tmp_path / "curve.png")
+    assert text.count(f"\n| {finished} |") == text.count(f"\n| {other} |") == len(points)
+    assert f"{untested} is left out" in text and not (tmp_path / "curve.png.png").exists()
     with pytest.raises(UserError, match="nothing to draw"):
         results.over_time_table([tmp_path], tmp_path / "curve")

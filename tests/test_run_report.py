@@ -69,6 +69,24 @@ def test_a_part_of_eight_bits_costs_nothing_and_one_of_two_bits_costs_most() -> 
     assert len(found) == len(its.network.kernels) + len({site.name for site in its.network.sites.values()})
 
 
+def test_weights_that_learning_moved_onto_their_grid_have_no_values_in_full_precision(learned_run: Path) -> None:
+    its = hast_jax.load(learned_run / "student")
+    teacher, variables = from_config.teacher(tiny.config())
+    images = np.load(learned_run / "synthetic" / "images.npy")[:16]
+    found = measure.sensitivities(teacher, variables, its.network, its.variables, images)
+    assert {each.kind for each in found if each.without is None} == {"weights"}
+    assert all(each.without is not None for each in found if each.kind == "activations")
+
+
+def test_suggested_bits_are_those_of_the_layer_and_not_of_one_whose_path_ends_alike() -> None:
+    its = student("vgg", "w4a4")
+    suggested = {"Block_1/Conv_0": 3, "Conv_0": 5}
+    line = report._suggestion(its, suggested, {"bits": {"weights": 4, "activations": 4}, "network": "own.py:Net"})
+    patterns = {"default": "w4a4"} | dict(each.split("=") for each in re.search('"(.*)"', line)[1].split("; "))
+    for name, bits in suggested.items():
+        assert rules.bits_of(rules.normalise(patterns), tuple(name.split("/")))[0] == bits
+
+
 def test_histograms_count_every_value_and_say_how_much_of_a_grid_is_used() -> None:
     its = student("vgg", "w3a3")
     images = np.asarray(jax.random.normal(jax.random.key(1), (8, *its.image)))
@@ -154,7 +172,7 @@ def test_a_run_ends_with_a_report_and_a_card_that_need_nothing_else(learned_run:
         assert each in words, each
     for each in (f"{result['last']:.2f}", f"{result['teacher']:.2f}", "| seed | 0 |", "W3A3"):
         assert each in card, each
-    assert words.count("weights:") == 10 and "init_block/conv" in words and "synthetic images" in words
+    assert words.count("weights:") == 10 and "init_block/conv" in words and "of these images" in words
     assert text.count("<svg") >= 13 and "base64," in text
 
 

@@ -245,3 +245,9 @@ def test_the_code_of_the_user_is_named_with_its_flags() -> None:
     config = tiny.config(teacher__network="docs/densenet.py:DenseNet", teacher__names="docs/densenet.py:torch_names")
     assert from_config.own_code(config) == {"network": config.teacher.network, "names": config.teacher.names}
     assert from_config.own_code(tiny.config()) == {}
+
+
+def test_a_check_of_the_teacher_serves_only_the_start_of_a_run(tmp_path: Path) -> None:
+    config = tiny.config(teacher__check=str(tmp_path / "gone.npz"))
+    from_config.trust(config, tmp_path)
+    from_config.teacher(config)

@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from hast_jax import paths
 from hast_jax.data import image_files
 from hast_jax.data.image_files import ImageFiles
-from hast_jax.errors import UserError
+from hast_jax.errors import InputError, UserError
 
 Array = jax.Array
 
-# `folder`: the folder `config.eval.data_dir` has a folder for each split, which has a folder of images for each class.
+# `folder`: image files in `config.eval.data_dir`/SPLIT/CLASS/.
 DATASETS = ("none", "digits", "cifar10", "cifar100", "imagenet2012", "folder")
 DIGITS_TEST_FRACTION = 0.4
 RECORDS_AT_ONCE = 500
@@ -112,6 +112,23 @@ def sample(config: ConfigDict, count: int) -> tuple[np.ndarray, np.ndarray]:
         )
     images = normalise(jnp.asarray(dataset.read(rows)), config.teacher.mean, config.teacher.std)
     return np.asarray(images), dataset.labels[rows]
+
+
+def real_images(test: tuple[Any, Any], image: tuple[int, ...], classes: int) -> Arrays:
+    """Real images uint8 [n, *image] and labels int32 [n] for evaluation. Raises InputError if they are anything else."""
+    images, labels = np.asarray(test[0]), np.asarray(test[1])
+    if images.dtype != np.uint8 or images.shape[1:] != tuple(image) or not len(images):
+        wanted = ", ".join(map(str, image))
+        raise InputError(f"the real images are {images.dtype} {images.shape}: give uint8 images [n, {wanted}] of 0 ... 255.")
+    check_labels(labels, len(images), classes)
+    return Arrays(images, labels.astype(np.int32), classes)
+
+
+def check_labels(labels: np.ndarray, images: int, classes: int) -> None:
+    """Raise InputError unless `labels` are one whole number from 0 to `classes` - 1 for each of so many images."""
+    whole = labels.shape == (images,) and np.issubdtype(labels.dtype, np.integer)
+    if not whole or labels.min() < 0 or labels.max() >= classes:
+        raise InputError(f"the labels must be one whole number from 0 to {classes - 1} for each of the {images} images.")
 
 
 def _digits(split: str) -> Arrays:

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG. The page around a chart sets its colours, by the CSS classes line, bar, grid and cut."""
+"""Small charts as inline SVG. The page around a chart sets its colours and size, by the charts' CSS classes."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -15,7 +15,7 @@ from hast_jax.errors import InputError, UserError
 from hast_jax.student import Student
 
 MOST_DIFFERENT = 1 / 1000  # share of a set's images for which a good file may give another class than the student
-ROUNDED_MORE = 3  # factor on the number of images that double precision changes: a file rounds more (docs/export.md)
+ROUNDED_MORE = 3  # times the images that double precision changes: so many a file may change too (docs/export.md)
 BATCH = 256
 MOST_ONE_BY_ONE = 1000
 

@@ -106,7 +106,7 @@ def format_images(result: Mapping[str, Any]) -> str:
     """The number of images that the student learned from, and their origin. result: as in `result.json`."""
     if result.get("real_split"):  # older results lack it
         return f"{result['images']} real images ({result['real_split']} split)"
-    made = "of another run" if result["iterations"] is None else f"x {result['iterations']} iterations"
+    made = "made elsewhere" if result["iterations"] is None else f"x {result['iterations']} iterations"
     return f"{result['images']} images {made}"
 
 

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax import export as jax_export
 
 from hast_jax import networks, paths
-from hast_jax.data.datasets import normalise
+from hast_jax.data.datasets import normalise, real_images
 from hast_jax.deliver import comparison, integers
 from hast_jax.deliver.comparison import Comparison, Judged
 from hast_jax.errors import InputError, UserError
@@ -28,7 +28,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 class Options:
     """The options of a file.
 
-    weights: "int8"; "int4" (only onnx: the smallest file); "packed" (only safetensors: each weight takes its own bits).
+    weights: "int8"; "int4" (only onnx: a smaller file); "packed" (only safetensors: each weight takes its own bits).
     operators: only onnx. "float": Conv and MatMul with dequantized integers, which every runtime supports. "exact": Conv and
     MatMul with the integers as floats, so that no sum is rounded. "integer": ConvInteger and MatMulInteger.
     layout: only onnx: axes of the images, "nhwc" or "nchw".
@@ -103,7 +103,7 @@ def export(
         if name != format and str(path).endswith(each.suffix):
             raise InputError(f"{path} has the ending of the format {name}: give format={name!r}, or another ending.")
     chosen = _options(format, options)
-    sets = [comparison.judged(student, images), *([Judged("test images", *map(np.asarray, test))] if test is not None else [])]
+    sets = [comparison.judged(student, images), *_test_set(student, test)]
     content, found = FORMATS[format].write(student, chosen, sets)
     comparison.refuse_difference(found.get("comparisons", ()), found.get("layers", {}))
     path = paths.local(path)
@@ -113,6 +113,13 @@ def export(
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; choose another path.") from error
     return Exported(path, len(content), **found)
+
+
+def _test_set(student: Student, test: tuple[Any, Any] | None) -> list[Judged]:
+    if test is None:
+        return []
+    found = real_images(test, student.image, student.network.classes)
+    return [Judged("test images", found.images, found.labels)]
 
 
 def _options(format: str, given: Mapping[str, Any]) -> Options:

@@ -1,4 +1,4 @@
-"""Convert and run with LiteRT's libraries, in a separate process: these bring a second copy of the compiler that JAX uses.
+"""Convert and run with LiteRT in a process of its own, because LiteRT's libraries bring a second copy of JAX's compiler.
 
     python -m hast_jax.deliver.litert_process convert program.mlir model.tflite
     python -m hast_jax.deliver.litert_process run images.npy FOLDER model.tflite [other.tflite ...]

@@ -68,14 +68,15 @@ class Sensitivity(NamedTuple):
     """How much one part of a student costs, as two KL divergences from the teacher, in nats.
 
     name: of a layer, or of a range of activations. kind: "weights" or "activations". alone: divergence of the teacher with only
-    this part quantized. without: divergence of the student with only this part in full precision.
+    this part quantized. without: divergence of the student with only this part in full precision; None for weights whose values
+    in full precision are gone, because learning moved them onto their grid (`networks.settled`).
     """
 
     name: str
     kind: str
     bits: int
     alone: float
-    without: float
+    without: float | None
 
 
 def costs(network: Network, variables: Variables, image: tuple[int, ...]) -> list[Cost]:
@@ -172,7 +173,8 @@ def sensitivities(
     found = []
     for layer, bits in student.kernels.items():
         alone = measure({**start, layer.kernel: rounded[layer.kernel]}, switches(False))
-        without = measure({**codes, layer.kernel: trained[layer.kernel]}, switches(True))
+        settled = jnp.allclose(codes[layer.kernel], trained[layer.kernel], rtol=1e-5, atol=0)
+        without = None if settled else measure({**codes, layer.kernel: trained[layer.kernel]}, switches(True))
         found.append(Sensitivity("/".join(layer.path), "weights", bits, alone, without))
     for name, bits in names.items():
         alone, without = measure(start, switches(False, name)), measure(codes, switches(True, name))
@@ -198,7 +200,7 @@ def agreement(
 
 
 def suggested_bits(found: Sequence[Sensitivity], costs: Sequence[Cost], average: float) -> dict[str, int]:
-    """Bits of the weights of each layer that should lose least, with at most `average` bits per weight over all of them.
+    """Layer -> bits of its weights: those that should lose least, with at most `average` bits per weight over all.
 
     This is an estimate. One more bit is assumed to divide the divergence of a layer by four, because it divides the squared
     error of rounding by four. Each bit goes to the layer where it lowers the sum of the divergences most per bit of memory.

@@ -141,4 +141,4 @@ def as_stored(array: Array, order: tuple[int, ...]) -> Array:
 
 def cannot_write(what: str) -> InputError:
     """The error for a network that cannot be written as ONNX. what: the reason."""
-    return InputError(f"the network cannot be written as ONNX: {what}; choose format=stablehlo, which can hold any network.")
+    return InputError(f"the network cannot be written as ONNX: {what}; format=stablehlo holds nearly all networks.")

@@ -1,6 +1,6 @@
 """Each operation of a network as ONNX nodes, written by one `Operator`.
 
-`OPERATORS` lists the operations that can be written. The error message for any other operation names it.
+Besides `split`, the operations in `OPERATORS` can be written. An error message names any other one.
 """
 
 from dataclasses import replace

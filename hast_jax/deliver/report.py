@@ -89,7 +89,9 @@ def _facts(folder: RunFolder, student: Student, teacher: Teacher, images: np.nda
 
 
 def _summary(record: Mapping[str, Any], bits: str) -> str:
-    learned = "real images" if record.get("real_split") else "images synthesized from the network itself"
+    learned = "images synthesized from the network itself"
+    if record["iterations"] is None:
+        learned = "real images" if record.get("real_split") else "images that were made elsewhere"
     words = f"The network {record['network']} was quantized to {bits}: W and A are the bits of its weights and activations. "
     return words + f"The quantized network was trained on {learned}, with hast_jax."
 
@@ -111,7 +113,7 @@ def _tiles(
         tiles.append((f"{record['last']:.2f} %", "top-1, quantized", f"{low:.1f} to {high:.1f} (95 %), {tested:,} images"))
         tiles.append((f"{drop:.2f}", "points lost", f"of the teacher's {record['teacher']:.2f} %"))
     else:
-        tiles.append((f"{agreed:.1f} %", "agree with the teacher", "of the synthetic images; there were no real images"))
+        tiles.append((f"{agreed:.1f} %", "agree with the teacher", "of its training images; there were no test images"))
     before, after = _sizes(costs, student)
     tiles.append((f"{before / after:.1f} x", "smaller", f"{_bytes(before)} to {_bytes(after)}"))
     operations = sum(each.products * FULL * FULL for each in costs) / sum(each.bit_operations for each in costs)
@@ -149,7 +151,7 @@ def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few
         given = record["dataset"] == "none"
         source = "given in Python" if given else f"{record['dataset']}, {record['config']['eval']['split']}"
         notes.append(
-            f"Accuracies are of {tested:,} real images ({source}). No choice was made with them. In brackets: 95 % intervals, "
+            f"Accuracies are of {tested:,} real images ({source}). No choice here used them. In brackets: 95 % intervals, "
             "from the number of images alone. Both networks were tested on the same images, so the drop is more certain than "
             "the intervals suggest. Other seeds may give other accuracies."
         )
@@ -160,10 +162,10 @@ def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few
     else:
         notes.append(f"The student gives the teacher's class for {agreed:.1f} % of {few} images that it was trained on.")
     notes.append(
-        "Memory: each quantized weight takes its own bits, and every other parameter takes 32. A file takes more: student/ "
-        "keeps all parameters in 32 bits. An exported integer takes 8 bits, or 4 in an int4 file if it needs no more. Bit "
-        "operations: each multiplication counts as the product of the bits of both factors. A factor that is not quantized "
-        "has 32 bits."
+        "Memory: each quantized weight takes its own bits, and every other parameter takes 32. A file may take more: student/ "
+        "keeps all parameters in 32 bits. An exported integer takes 8 bits, 4 in an int4 file if it needs no more, and its own "
+        "bits in a packed file. Bit operations: each multiplication counts as the product of the bits of both factors. A "
+        "factor that is not quantized has 32 bits."
     )
     return notes
 
@@ -185,6 +187,8 @@ def _average(costs: Sequence[Cost]) -> float:
 def _images_words(record: Mapping[str, Any]) -> str:
     if record.get("real_split"):
         return f"{format_images(record)}: an upper bound, because real images were used."
+    if record["iterations"] is None:
+        return f"{format_images(record)}."
     return f"{format_images(record)}, made from the statistics of the network's batch norms, without any real image."
 
 
@@ -224,7 +228,7 @@ def _curves(folder: RunFolder, record: Mapping[str, Any]) -> list[tuple[str, str
         points = [(epoch * steps, top1) for epoch, top1 in sorted(evaluations.items())]
         teacher = [(points[0][0], record["teacher"]), (points[-1][0], record["teacher"])]
         chart = charts.curves({"quantized": points, "teacher": teacher}, "steps", "top-1, %")
-        found.append(("Its top-1 on real images. No choice was made with them.", chart, ["quantized", "teacher"]))
+        found.append(("Its top-1 on real images. No choice here used them.", chart, ["quantized", "teacher"]))
     return [each for each in found if each[1]]
 
 
@@ -235,7 +239,7 @@ def _part(each: Sensitivity, most: float) -> dict[str, Any]:
         "kind": each.kind,
         "bits": each.bits,
         "alone": _divergence(each.alone),
-        "without": _divergence(each.without),
+        "without": "" if each.without is None else _divergence(each.without),
         "share": f"{share:.1f}",
     }
 
@@ -250,7 +254,7 @@ def _suggestion(student: Student, bits: Mapping[str, int], record: Mapping[str, 
     default, rules = record["bits"]["weights"], {}
     for name, each in bits.items():
         if each != default:
-            pattern = re.escape(name).replace("\\-", "-")
+            pattern = "^" + re.escape(name).replace("\\-", "-")
             rules[pattern] = f"w{each}a{inputs[name]}" if name in inputs else f"w{each}"
     if not rules:
         return ""

@@ -1,8 +1,8 @@
 """The forward pass of a teacher or student: a module's calls are intercepted where values are quantized or recorded.
 
 The kernels of a student are fake-quantized before the call, as a pure function of `params`. Its activations are quantized where
-layers consume them: `flax.linen.intercept_methods` sees each call of a layer. In full precision nothing is changed, and the
-logits are those of the module's own `apply`.
+layers consume them: `flax.linen.intercept_methods` sees each call of a layer. In full precision the logits are those of the
+module's own `apply`, but for the rounding of fast_layers.py.
 """
 
 import contextlib

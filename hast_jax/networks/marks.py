@@ -1,4 +1,4 @@
-"""A network with marks where activations are quantized. An export traces it and writes the marks in its own form.
+"""A network whose quantized activations are marked by a primitive. An export writes each mark in its own form.
 
 The grid of a mark is constant: the integers from `lowest` to `lowest` + 2^bits - 1, times `step`. `name` is the path of the
 range.

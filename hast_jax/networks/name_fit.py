@@ -1,4 +1,4 @@
-"""Which tensor of a state dict is which variable of a network, by the name map that fits best behind any common prefix."""
+"""Pair the tensors of a state dict with a network's variables. The best name map decides, behind any common prefix."""
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping

@@ -51,7 +51,7 @@ def _site_name(call: Call, kind: Path) -> Path:
 
 
 def check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
-    """Raise InputError if a rule matches no layer, or if a matrix of no layer has no rule for full precision."""
+    """Raise InputError if a rule matches no layer, or if a matrix outside all layers lacks a rule for full precision."""
     paths = [layer.path for layer in structure.layers] + [call.path for call in structure.marks]
     for pattern, _ in rules[1:]:
         if not any(compiled(pattern).search("/".join(path)) for path in [*paths, *structure.others]):

@@ -1,4 +1,4 @@
-"""Networks in a user's files, with names of the form FILE.py:CLASS."""
+"""Classes and functions in a user's files, named FILE.py:NAME."""
 
 import functools
 import importlib.util
@@ -15,7 +15,7 @@ CLASSES = ("classes", "num_classes", "n_classes")  # what a constructor may call
 
 
 def is_own(name: str) -> bool:
-    """Whether a network's name is of the form FILE.py:CLASS."""
+    """Whether a name is of the form FILE.py:NAME."""
     return name.rpartition(":")[0].endswith(".py")
 
 
@@ -26,7 +26,7 @@ def load(name: str) -> Any:
     path = paths.local(file)
     # Python would load .pyc and .so files too, whose names `is_own` refuses.
     if not (is_own(name) and path.is_file()):
-        raise InputError(f"the network {name!r} is not known and there is no file {file!r}: give FILE.py:CLASS.")
+        raise InputError(f"{name!r} is not known and there is no file {file!r}: give FILE.py:NAME.")
     spec: Any = importlib.util.spec_from_file_location(f"{path.stem} of hast_jax", path)  # no import can have this name
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look annotations up there

@@ -147,7 +147,7 @@ def from_state_dict(
     """`params` and `batch_stats` of `model`, in float32, from a state dict of any of its libraries.
 
     names: a name map to use instead of the libraries': path of our variable -> name in `state`. image, call: as in
-    `abstract_variables`. If all names in `state` share a prefix, it is removed if more names fit without it.
+    `abstract_variables`. A prefix that all names in `state` share is removed if more names then fit.
 
     Raises UserError if tensors are missing, unknown, of a wrong shape or not in floating point. If all fit, raises UserError if
     values are not finite or variances are negative by `epsilon` or more. The message names the tensors.
@@ -214,7 +214,8 @@ def _variable(name: str, ours: str, array: np.ndarray, wanted: Shape) -> jax.Arr
         raise _FaultError(f"{name} has the shape {array.shape} instead of {shown}")
     if not jnp.issubdtype(converted.dtype, jnp.floating):
         raise _FaultError(f"{name} holds {converted.dtype} instead of floating point numbers")
-    return jnp.asarray(converted, jnp.promote_types(converted.dtype, jnp.float32))
+    wide = jax.dtypes.canonicalize_dtype(jnp.promote_types(converted.dtype, jnp.float32))  # float64 only if JAX has it enabled
+    return jnp.asarray(converted.astype(wide))
 
 
 def _damage(name: str, path: tuple[str, ...], value: jax.Array, epsilon: Callable[[tuple[str, ...]], float]) -> str | None:

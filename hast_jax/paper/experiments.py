@@ -1,4 +1,4 @@
-"""The experiments of the paper's supplement: what each cell changes in the config, and what the paper reports for it.
+"""The experiments of the paper's supplement, and that of the recipe: what each cell changes, and what the paper reports for it.
 
 Baselines are cells too. Published numbers: HAST, supplement, Tables 1 to 4 and Figure 1; top-1 in per cent.
 """

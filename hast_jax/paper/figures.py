@@ -86,7 +86,8 @@ def _decades(low: float, high: float, linear_width: float) -> list[float]:
 
 def save(figure: Any, path: Path) -> None:
     """Write `path`.png and `path`.svg. The same figure always gives the same bytes."""
+    path = path.with_suffix("") if path.suffix in (".png", ".svg") else path
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "hast_jax"}):
-        figure.savefig(path.with_suffix(".png"), dpi=150)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(f"{path}.png", dpi=150)
+        figure.savefig(f"{path}.svg", metadata={"Date": None})

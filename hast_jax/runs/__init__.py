@@ -1,1 +1,1 @@
-"""What lets a run survive: its folder, checkpoints, records, devices and processes. Nothing here depends on the method."""
+"""What lets a run survive: its folder, checkpoints, records, devices and processes. Nothing here computes with the method."""

@@ -46,8 +46,9 @@ def drive(
     `steps_per_call` must divide `start`, `stop` and every step that must be met exactly (`call_length`). The yielded state is
     donated to the next call: use it before the next snapshot is asked for.
 
-    what: the config section of the loop, for error messages. all_processes: whether all processes run this loop in step. If
-    they do not, several processes ignore SIGTERM in it. Raises UserError if a metric is not finite.
+    what: the config section of the loop, or the name of a loop without metrics, for error messages. all_processes: whether all
+    processes run this loop in step. If they do not, several processes ignore SIGTERM in it. Raises UserError if a metric is not
+    finite.
     """
     done = start
     while done < stop:

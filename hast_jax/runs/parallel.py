@@ -65,7 +65,7 @@ def choose(devices: int, batch: int | None = None) -> int:
         # Without more threads than cores, several CPU devices could wait for each other for ever: see `setup`.
         used = min(_cpu_devices(batch), found) if THREADS in os.environ else 1
     if used > found:
-        raise UserError(f"config.devices is {devices}, but there are {found} local devices: lower it.")
+        raise UserError(f"{devices} devices were asked for, but there are {found} local devices: ask for fewer.")
     if batch is not None and batch % device_total(used):
         raise UserError(
             f"config.finetune.batch {batch} is not divisible by the {device_total(used)} devices: change one of them."
@@ -119,7 +119,7 @@ def micro_batch(requested: int, batch: int) -> int:
     """How many images of a batch pass through the network together: `requested`, or by default all; on a CPU about 32.
 
     A CPU's cache can hold a layer's output for about 32 images (docs/performance.md). The default is the divisor of `batch`
-    whose ratio to 32 is nearest to one. Each part is a copy of the network in the program, so 67 images stay one part.
+    whose ratio to 32 is nearest to one. Each part adds a network to the program, so a batch of 67, a prime, stays one part.
     """
     if requested or jax.default_backend() != "cpu":
         return requested or batch

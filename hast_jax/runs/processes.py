@@ -45,7 +45,7 @@ def join(processes: str) -> None:
 
 
 def is_main() -> bool:
-    """Whether this is process 0, the only process that writes files."""
+    """Whether this is process 0, which alone writes results."""
     return index() == 0
 
 

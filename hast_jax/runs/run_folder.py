@@ -31,7 +31,7 @@ class RunFolder:
 
     config.json, teacher.json, synthetic/ (see synthetic_set.py), images.json, ranges.json, checkpoints/{synthesis,latest,best},
     metrics.jsonl, tensorboard/, evaluations.json, segments.json, student/, result.json, synthetic.png, report.html, README.md.
-    A run in several processes also has failure.txt, which says why one of them ended.
+    If one of several processes fails, failure.txt says why.
     """
 
     def __init__(self, path: Path):
@@ -189,6 +189,8 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
                 raise UserError(
                     f"{path} was made with another config: {'; '.join(lines)}; use another --workdir, or the old config."
                 )
+        elif folder.card.exists() or folder.report.exists():
+            raise UserError(f"{path} is no run folder, and its {folder.card.name} or report.html would be lost: use another.")
         write_json(folder.config, values)
     except OSError as error:
         release(path)

@@ -24,7 +24,10 @@ class SyntheticSet:
     """Batches of synthetic images in a folder. `batches`: their number, finished or not."""
 
     def __init__(self, folder: Path, images: int, batch: int, shape: tuple[int, int, int], create: bool = True):
-        """Open the set of `images` images of `shape` in `folder`, or create it. Raises UserError if it is unusable."""
+        """Open the set of `images` images of `shape` in `folder`, or create it.
+
+        Raises UserError if the set is unusable, or if it is not there and `create` is False.
+        """
         self.folder, self.batch, self.batches = folder, batch, images // batch
         self._index_path = folder / "index.json"
         new = not self._index_path.exists()
@@ -91,7 +94,7 @@ def load(folder: Path, shape: tuple[int, int, int], classes: int) -> tuple[np.nd
         batch, done = _read_index(index_path)
         missing = -(-len(images) // batch) - len(done)
         if missing or _first_damaged(images, labels, batch, done) is not None:
-            raise UserError(f"the synthetic set {folder} is unfinished or damaged: use another config.synthesis.source.")
+            raise UserError(f"the synthetic set {folder} is unfinished or damaged: use another set.")
     _refuse_values(folder, images, labels, classes)
     return images, labels
 

@@ -1,1 +1,1 @@
-"""The stages: synthesis, calibration, fine-tuning, evaluation. Each has a small state, a pure step and a `run`."""
+"""The stages: synthesis, calibration, fine-tuning, evaluation. Each has a small state and a pure step."""

@@ -34,8 +34,8 @@ class FixedInputs(NamedTuple):
     """The inputs that fine-tuning does not change.
 
     teacher: its variables. ranges: the calibrated ones. images [n, h, w, c], labels [n]: the synthetic set. seed: scalar.
-    With `finetune.stream`, images and labels are those of the steps of one call instead, only this device's share of each
-    batch: images [steps, share, h, w, c], labels [steps, share].
+    With `finetune.stream`, images and labels are instead this device's share of each batch of one call: images
+    [steps, share, h, w, c], labels [steps, share].
     """
 
     teacher: Variables

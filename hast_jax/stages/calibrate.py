@@ -27,8 +27,8 @@ def step(student: Network, variables: Mapping[str, Any], ranges: State, images: 
 def run(job: Job, images: np.ndarray) -> State:
     """The range of each quantized activation, from random batches of `images`, which may be memory-mapped.
 
-    The authors calibrate on images of a small generator. Hard samples need no second network, and the student is trained on
-    them. Raises UserError if a range is not finite.
+    The authors calibrate on images of a small generator. The student's own training images need no such second network. Raises
+    UserError if a range is not finite.
     """
     settings, key = job.config.calibration, job.key(2)
 

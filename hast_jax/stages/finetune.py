@@ -172,7 +172,7 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
 
 
 def best_epoch(evaluations: dict[int, float]) -> int | None:
-    """The first epoch with the highest accuracy, not counting epoch 0. It is selected on the evaluation data."""
+    """The first epoch after epoch 0 with the highest accuracy, or None. The evaluation data select this epoch."""
     return max((epoch for epoch in evaluations if epoch > 0), key=lambda epoch: evaluations[epoch], default=None)
 
 

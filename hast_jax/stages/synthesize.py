@@ -225,7 +225,7 @@ def _fill(job: Job, store: Any, checkpoints: Any) -> None:
 def memory(teacher: Network, variables: Variables, shape: tuple[int, ...], settings: ConfigDict) -> int:
     """Rough estimate of the bytes that a step on one batch of this shape needs: four times the inputs of the batch norms.
 
-    Compiled steps took 1.5 to 3.2 times these inputs (docs/performance.md). settings: `config.synthesis`.
+    Compiled steps took 1.5 to 3.2 times these inputs. settings: `config.synthesis`.
     """
     images = parallel.micro_batch(settings.micro_batch, shape[0]) if settings.remat else shape[0]
     _, taps = jax.eval_shape(
