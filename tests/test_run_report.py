@@ -172,7 +172,7 @@ def test_a_run_ends_with_a_report_and_a_card_that_need_nothing_else(learned_run:
         assert each in words, each
     for each in (f"{result['last']:.2f}", f"{result['teacher']:.2f}", "| seed | 0 |", "W3A3"):
         assert each in card, each
-    assert words.count("weights:") == 10 and "init_block/conv" in words and "of these images" in words
+    assert words.count("weights:") == 10 and "init_block/conv" in words and "of the images it learned from" in words
     assert text.count("<svg") >= 13 and "base64," in text
 
 
