@@ -89,10 +89,14 @@ def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: C
     variables = model.init(first, jnp.zeros((1, *teacher.image)), **network.call)
     params = variables["params"]
     state = State(params, variables["batch_stats"], transform.init(params), jnp.zeros((), jnp.int32))
+
+    def unchanged(batch_stats: Any) -> bool:
+        return jax.tree.all(jax.tree.map(jnp.array_equal, batch_stats, variables["batch_stats"]))
+
     for epoch in range(settings.epochs):
-        for _ in range(steps // settings.epochs):
+        for number in range(steps // settings.epochs):
             state, loss = step(state)
-            if state.step == 1 and jax.tree.all(jax.tree.map(jnp.array_equal, state.batch_stats, variables["batch_stats"])):
+            if epoch == number == 0 and unchanged(state.batch_stats):
                 names = ", ".join(structure.TRAINING)
                 raise UserError(
                     f"the batch norms of {structure.name_of(model)} keep no statistics while it trains: "
