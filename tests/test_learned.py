@@ -169,7 +169,9 @@ def test_weights_between_two_integers_are_settled_once_for_every_program(k: int,
         step, _ = _grid(settled, path, k)
         multiplied = np.round(np.asarray(flatten_dict(params)[path]) * (np.float32(1) / np.asarray(step)))
         assert np.array_equal(codes.integers, multiplied)
-        assert np.array_equal(codes.integers, networks.kernel_codes(network, unflatten_dict(flat), ranges)[name].integers)
+        # Before they are settled, another program may round them to the other side.
+        unsettled = networks.kernel_codes(network, unflatten_dict(flat), ranges)[name].integers
+        assert np.abs(codes.integers - unsettled).max() <= 1
         assert np.array_equal(codes.integers, networks.kernel_codes(network, again, settled_again)[name].integers)
     constants = jax.jit(lambda: networks.quantized_params(network, params, settled))()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), constants, params)
