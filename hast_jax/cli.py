@@ -8,6 +8,7 @@ when the module is imported, so that several commands can be imported together.
 """
 
 import importlib
+import itertools
 import os
 import re
 import sys
@@ -152,7 +153,7 @@ def shipped_config(path: str) -> str:
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    arguments = [_with_shipped_config(*each) for each in zip(["", *arguments], arguments, strict=False)]
+    arguments = [_with_shipped_config(*each) for each in itertools.pairwise(["", *arguments])]
     for argument in arguments:
         named = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if named:

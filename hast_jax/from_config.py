@@ -15,7 +15,7 @@ from hast_jax.data.datasets import normalise
 from hast_jax.errors import UserError
 from hast_jax.fields import FULL_PRECISION
 from hast_jax.method import quantizer
-from hast_jax.networks import Network, rules, structure, user_files, weights
+from hast_jax.networks import Network, rules, user_files, weights
 
 LOGITS_AGREE = 0.01  # as a share of the largest logit. Frameworks round differently; a wrong network differs by far more
 
@@ -36,8 +36,9 @@ def trust(
 ) -> None:
     """Put the code and the weights that the user names into the config of a run folder.
 
-    network, names, moved: new values of `teacher.network`, `teacher.names` and `teacher.weights`. Raises UserError if the
-    weights are missing, or if the folder names code that the user does not name. This code may be a stranger's.
+    network, names, moved: new values of `teacher.network`, `teacher.names` and `teacher.weights`. `teacher.check` is emptied.
+    Raises UserError if the weights are missing, or if the folder names code that the user does not name. This code may be a
+    stranger's.
     """
     if moved is not None:
         config.teacher.weights = moved
@@ -87,7 +88,7 @@ def teacher(config: ConfigDict) -> tuple[Network, weights.Variables]:
     if names is not None and not callable(names):
         raise UserError(f"config.teacher.names {config.teacher.names} is no function: it must give a name for each path.")
     variables = weights.from_state_dict(network.module, state, tuple(config.teacher.image), names, network.call)
-    structure.check_collections(network.module, variables, tuple(config.teacher.image), network.call)
+    weights.check_collections(network.module, variables, tuple(config.teacher.image), network.call)
     if config.teacher.check:
         _compare(network, variables, paths.local(config.teacher.check), config)
     return network, variables

@@ -52,7 +52,7 @@ class Setting:
         rest = variables if isinstance(variables, Mapping) else {}
         others = {name: rest[name] for name in found.collections if name in rest and name not in checked}
         self.variables = {**others, **checked}
-        structure.check_collections(model, self.variables, self.image, self.call)
+        weights.check_collections(model, self.variables, self.image, self.call)
         self.config = config_lib.default()
         weight_bits, activation_bits = (FULL_PRECISION if b is None else b for b in self.rules[0][1])
         self.config.update_from_flattened_dict(

@@ -83,9 +83,8 @@ def _report(job: Job, student: Student, images: np.ndarray) -> None:
         report.write(job.storage, student, (job.teacher, job.variables), images)
     except Exception as error:
         own = "".join(f" --{flag}={code}" for flag, code in from_config.own_code(job.config).items())
-        again = f"run python -m hast_jax.report --workdir={job.storage}{own}"
-        if job.config.teacher.weights == GIVEN:
-            again = "make the same call again"
+        command = f"run python -m hast_jax.report --workdir={job.storage}{own}"
+        again = "make the same call again" if job.config.teacher.weights == GIVEN else command
         words = f"the report was not written ({sentence(error)}), but the rest of the run is complete; to write the report,"
         warnings.warn(f"{words} {again}.", Notice, stacklevel=2)
 

@@ -169,6 +169,7 @@ def test_weights_between_two_integers_are_settled_once_for_every_program(k: int,
         step, _ = _grid(settled, path, k)
         multiplied = np.round(np.asarray(flatten_dict(params)[path]) * (np.float32(1) / np.asarray(step)))
         assert np.array_equal(codes.integers, multiplied)
+        assert np.abs(codes.integers - flat[path] / _grid(ranges, path, k)[0]).max() <= 0.5 + 1e-4  # a neighbour of each
         # Before they are settled, another program may round them to the other side.
         unsettled = networks.kernel_codes(network, unflatten_dict(flat), ranges)[name].integers
         assert np.abs(codes.integers - unsettled).max() <= 1

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.errors import ScopeCollectionNotFound, ScopeVariableNotFoundError
 from flax.traverse_util import flatten_dict
 
 from hast_jax.errors import InputError, UserError
@@ -167,24 +166,6 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         tuple(variables),
         traced.checksum,
     )
-
-
-def check_collections(module: nn.Module, variables: Mapping[str, Any], image: tuple[int, ...], call: Mapping[str, Any]) -> None:
-    """Raise InputError if `variables` lack a collection that `module` reads. image, call: as in `inspect`."""
-    if set(inspect(module, image, call).collections) <= set(variables):
-        return
-    images = jax.ShapeDtypeStruct((2, *image), jnp.zeros(()).dtype)
-    try:
-        jax.eval_shape(lambda v, x: module.apply(v, x, **call), variables, images)
-    except (ScopeCollectionNotFound, ScopeVariableNotFoundError) as error:
-        raise InputError(
-            f"{name_of(module)} has variables besides params and batch_stats, which are not given ({_first_sentence(error)}): "
-            "give all of its variables, in Python. Weight files hold none but these two collections."
-        ) from error
-
-
-def _first_sentence(error: Exception) -> str:
-    return str(error).split(". ")[0].split("\n")[0]
 
 
 def mutable() -> list[str]:

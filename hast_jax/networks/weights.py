@@ -15,11 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import ScopeCollectionNotFound, ScopeVariableNotFoundError
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hast_jax import paths
 from hast_jax.errors import InputError, UserError
-from hast_jax.networks import flax_trees, keras_files, name_fit
+from hast_jax.networks import flax_trees, keras_files, name_fit, structure
 from hast_jax.networks import names as names_lib
 from hast_jax.networks.weight_files import Metadata, StateDict, read, write
 
@@ -31,6 +32,7 @@ __all__ = [
     "StateDict",
     "Variables",
     "abstract_variables",
+    "check_collections",
     "from_state_dict",
     "from_variables",
     "libraries",
@@ -200,6 +202,21 @@ def _library_maps(model: nn.Module, expected: Mapping[tuple[str, ...], Any]) -> 
             if library != TORCH:
                 raise
     return maps
+
+
+def check_collections(model: nn.Module, variables: Variables, image: Shape, call: Mapping[str, Any] = {}) -> None:
+    """Raise InputError if `variables` lack a collection that `model` reads. image, call: as in `abstract_variables`."""
+    if set(structure.inspect(model, image, call).collections) <= set(variables):
+        return
+    images = jax.ShapeDtypeStruct((1, *image), jnp.float32)
+    try:  # the network may make a collection that it does not read
+        jax.eval_shape(lambda v, x: model.apply(v, x, **call), variables, images)
+    except (ScopeCollectionNotFound, ScopeVariableNotFoundError) as error:
+        words = str(error).split(". ")[0]
+        raise InputError(
+            f"{type(model).__name__} has variables besides params and batch_stats, which are not given ({words}): give all of "
+            "its variables, in Python. Weight files hold none but these two collections."
+        ) from error
 
 
 def _variable(name: str, ours: str, array: np.ndarray, wanted: Shape) -> jax.Array:

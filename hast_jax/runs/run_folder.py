@@ -190,7 +190,7 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
                     f"{path} was made with another config: {'; '.join(lines)}; use another --workdir, or the old config."
                 )
         elif folder.card.exists() or folder.report.exists():
-            raise UserError(f"{path} is no run folder, and its {folder.card.name} or report.html would be lost: use another.")
+            raise UserError(f"{path} is no run folder, and its README.md or report.html would be lost: use another --workdir.")
         write_json(folder.config, values)
     except OSError as error:
         release(path)
