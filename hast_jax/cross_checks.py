@@ -43,8 +43,8 @@ def _images_have_a_size(config: ConfigDict) -> Faults:
     for name in ("mean", "std"):
         if len(teacher[name]) != teacher.image[2]:
             yield f"teacher.{name}", f"one number for each of the {teacher.image[2]} channels"
-    if config.pretrain.shift > teacher.image[0]:
-        yield "pretrain.shift", f"at most the size of an image, {teacher.image[0]}"
+    if config.pretrain.shift > min(teacher.image[:2]):
+        yield "pretrain.shift", f"at most the shorter side of an image, {min(teacher.image[:2])}"
 
 
 def _batches_divide_images(config: ConfigDict) -> Faults:

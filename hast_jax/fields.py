@@ -34,9 +34,7 @@ JSON = parsed_by(json_object, "a JSON object")
 FULL_PRECISION = 32  # the number of bits that means: not quantized
 LOW, HIGH = quantizer.MIN_BITS, quantizer.MAX_BITS
 BITS = holds(lambda bits: LOW <= bits <= HIGH or bits == FULL_PRECISION, f"between {LOW} and {HIGH}, or {FULL_PRECISION}")
-square = holds(
-    lambda image: len(image) == 3 and image[0] == image[1] > 0 and image[2] in (1, 3), "(size, size, 1 or 3 channels)"
-)
+shape = holds(lambda image: len(image) == 3 and min(image) > 0, "(height, width, channels), all positive")
 
 FIELDS: dict[str, Field] = {
     "seed": Field(0, "Seed of everything random.", between(0, 2**32 - 1)),
@@ -103,7 +101,7 @@ FIELDS: dict[str, Field] = {
         own=True,
     ),
     "teacher.classes": Field(100, "Number of classes.", count),
-    "teacher.image": Field((32, 32, 3), "Height, width and channels of an image.", square),
+    "teacher.image": Field((32, 32, 3), "Height, width and channels of an image.", shape),
     "teacher.mean": Field(
         (0.4914, 0.4822, 0.4465),
         "Mean of each channel, for images in [0, 1].",

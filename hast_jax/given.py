@@ -111,8 +111,9 @@ def _numbers(name: str, values: Any, count: int) -> tuple[Any, ...]:
         found = tuple(np.asarray(values).tolist())
     except TypeError:
         found = ()
-    if len(found) != count or not all(isinstance(each, int | float) for each in found):
-        wanted = "(height, width, channels)" if name == "image" else f"one number for each of the {count} channels"
+    if len(found) != count or not all(isinstance(value, int | float) for value in found):
+        each = f"one number for each of the {count} channels: image is (height, width, channels)"
+        wanted = "(height, width, channels)" if name == "image" else each
         raise InputError(f"{name} is {values!r}: it must be {wanted}.")
     if wanted := FIELDS[f"teacher.{name}"].fault(found):
         raise InputError(f"{name} is {values!r}: it must be {wanted}.")

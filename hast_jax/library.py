@@ -72,8 +72,7 @@ def quantize(
     Args:
       model: a `flax.linen.Module`, unchanged: convolutions, linear layers, batch norms and any functions between them.
       variables: its trained `params` and `batch_stats`, as a tree or a TrainState.
-      image: (height, width, channels) of the images that the model takes. They have 1 or 3 channels and are square, because the
-        augmentation crops squares.
+      image: (height, width, channels) of the images that the model takes.
       mean, std: one number for each channel. The model takes (x - mean) / std for images x in [0, 1]; None: it takes x.
       bits: "w4a4"; a pair (weights, activations); or a dict from patterns of layer paths to such values, with a "default".
       budget: "trial", "small" (for two cores) or "full" (the paper's images, for an accelerator).

@@ -260,6 +260,7 @@ def sequential(classes: int = 10) -> nn.Module:
 
 
 SMALL, LARGE = (16, 16, 3), (32, 32, 3)
+WIDE, TALL = (12, 20, 4), (16, 12, 2)  # neither square nor of one or three channels
 
 # Each with the shape of its images.
 NETWORKS: dict[str, tuple[nn.Module, tuple[int, int, int]]] = {
@@ -269,10 +270,10 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[int, int, int]]] = {
     "densenet": (DenseNet(), SMALL),
     "mobilenetv3": (MobileNetV3(), SMALL),
     "unusual": (Unusual(), SMALL),
-    "shared": (Shared(), SMALL),
+    "shared": (Shared(), WIDE),
     "again": (Again(), SMALL),
-    "frozen": (Frozen(), SMALL),
-    "remat": (Remat(), SMALL),
+    "frozen": (Frozen(), TALL),
+    "remat": (Remat(), WIDE),
     "sequential": (sequential(), SMALL),
     "bfloat16": (ResNet(stage_sizes=(1, 1), num_filters=6, dtype=jnp.bfloat16), SMALL),
 }

@@ -22,18 +22,20 @@ def test_a_crop_resized_back_is_pillows(box: tuple[int, ...]) -> None:
     np.testing.assert_allclose(rows @ image @ columns.T, expected, atol=1e-5)
 
 
-def test_boxes_lie_in_the_image_and_have_the_wanted_areas_and_aspects() -> None:
-    box = jax.vmap(lambda k: jnp.stack(augmentation.crop_box(k, 32, (0.5, 1.0), (3 / 4, 4 / 3))))
+@pytest.mark.parametrize("size", [(32, 32), (32, 96), (64, 32)])
+def test_boxes_lie_in_the_image_and_have_the_wanted_areas_and_aspects(size: tuple[int, int]) -> None:
+    box = jax.vmap(lambda k: jnp.stack(augmentation.crop_box(k, size, (0.5, 1.0), (3 / 4, 4 / 3))))
     top, left, height, width = np.asarray(box(jax.random.split(jax.random.key(0), 2000))).T
     assert (top >= 0).all() and (left >= 0).all()
-    assert (top + height <= 32).all() and (left + width <= 32).all()
-    area, aspect = height * width / 32**2, width / height
+    assert (top + height <= size[0]).all() and (left + width <= size[1]).all()
+    area, aspect = height * width / (size[0] * size[1]), width / height / (size[1] / size[0])
     assert 0.47 < area.min() < 0.53 and area.max() > 0.9 and 0.7 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.4
     assert len(np.unique(top)) > 5 and len(np.unique(left)) > 5
 
 
-def test_the_whole_image_without_a_crop_is_itself_or_its_mirror() -> None:
-    images = jax.random.normal(jax.random.key(0), (64, SIZE, SIZE, 3))
+@pytest.mark.parametrize("width", [SIZE, 2 * SIZE])
+def test_the_whole_image_without_a_crop_is_itself_or_its_mirror(width: int) -> None:
+    images = jax.random.normal(jax.random.key(0), (64, SIZE, width, 3))
     keys = jax.random.split(jax.random.key(1), 64)
     out = augmentation.random_resized_crop_and_flip(keys, images, (1.0, 1.0), (1.0, 1.0))
     same = jnp.abs(out - images).max((1, 2, 3)) < 1e-5

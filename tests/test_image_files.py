@@ -52,7 +52,7 @@ def test_the_crop_is_pillows_resize_of_the_shorter_side_to_256_and_its_centre(wi
         resized = image.resize((256 * width // height, 256), Image.Resampling.BILINEAR)
     top, left = (round((length - 224) / 2) for length in reversed(resized.size))
     expected = np.asarray(resized)[top : top + 224, left : left + 224]
-    np.testing.assert_array_equal(image_files.centre_crop(image, 224, CROP), expected)
+    np.testing.assert_array_equal(image_files.centre_crop(image, (224, 224), CROP), expected)
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
@@ -60,7 +60,25 @@ def test_the_crop_is_torchvisions(width: int, height: int) -> None:
     transforms = pytest.importorskip("torchvision.transforms", reason="needs pip install -e '.[parity]'")
     image = picture(width, height)
     expected = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224)])(image)
-    np.testing.assert_array_equal(image_files.centre_crop(image, 224, CROP), np.asarray(expected))
+    np.testing.assert_array_equal(image_files.centre_crop(image, (224, 224), CROP), np.asarray(expected))
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("size", [(96, 224), (224, 96)])
+def test_a_crop_that_is_not_square_is_the_centre_of_the_smallest_image_that_covers_it(
+    width: int, height: int, size: tuple[int, int]
+) -> None:
+    image = picture(width, height)
+    grown = max(round(size[0] / CROP) / height, round(size[1] / CROP) / width)
+    resized = np.asarray(image.resize((int(width * grown + 1e-6), int(height * grown + 1e-6)), Image.Resampling.BILINEAR))
+    top, left = (round((length - cut) / 2) for length, cut in zip(resized.shape, size))
+    expected = resized[top : top + size[0], left : left + size[1]]
+    np.testing.assert_array_equal(image_files.centre_crop(image, size, CROP), expected)
+
+
+def test_image_files_are_refused_for_a_network_of_other_channels(folder: Path) -> None:
+    with pytest.raises(UserError, match="image files have 1 or 3 channels, but the network takes 4"):
+        image_files.folder(folder / "val", (64, 64, 4), CROP)
 
 
 def test_a_folder_is_read_in_the_order_of_classes_and_names(folder: Path) -> None:
@@ -71,7 +89,8 @@ def test_a_folder_is_read_in_the_order_of_classes_and_names(folder: Path) -> Non
     assert [len(batch) for batch in batches] == [7, 7, 7, 4] and batches[0].dtype == np.uint8
     np.testing.assert_array_equal(np.concatenate(batches), dataset.read(np.arange(25)))
     with Image.open(folder / "val" / "n0001" / "b.png") as image:
-        np.testing.assert_array_equal(dataset.read(np.asarray([3]))[0], image_files.centre_crop(image.convert("RGB"), 64, CROP))
+        expected = image_files.centre_crop(image.convert("RGB"), (64, 64), CROP)
+    np.testing.assert_array_equal(dataset.read(np.asarray([3]))[0], expected)
 
 
 def test_imagenet_of_tfds_is_decoded_and_cropped_like_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +157,7 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path: Path, content: bytes) 
     (tmp_path / "class").mkdir()
     (tmp_path / "class" / "a.png").write_bytes(content)
     with pytest.raises(UserError, match=r"class/a.png cannot be decoded"):
-        image_files.folder(tmp_path, 8, CROP).read(np.arange(1))
+        image_files.folder(tmp_path, (8, 8, 3), CROP).read(np.arange(1))
 
 
 def test_an_evaluation_batch_is_no_larger_than_the_data_and_its_progress_is_shown() -> None:
@@ -230,6 +249,6 @@ def test_of_a_very_long_image_no_more_is_resized_than_is_seen(monkeypatch: pytes
     resize = Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest: resized.append(size) or resize(self, size, *rest))
     strip = Image.fromarray(np.linspace(0, 255, 20_000).astype(np.uint8)[None].repeat(2, 0))
-    found = image_files.centre_crop(strip, 224, CROP)
+    found = image_files.centre_crop(strip, (224, 224), CROP)
     assert found.shape == (224, 224) and max(resized[0]) <= 256 * 33
     assert abs(int(found.mean()) - 127) <= 1  # the middle of the strip

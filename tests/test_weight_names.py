@@ -90,7 +90,8 @@ def test_variables_in_python_are_checked_as_those_of_files() -> None:
     with pytest.raises(UserError) as error:
         weights.from_variables(Net(), {"params": params | wrong | integer, "batch_stats": {}}, IMAGE, CALL)
     assert str(error.value) == (
-        "the weights do not fit the network: batch_stats/block/bn/mean is missing; batch_stats/block/bn/var is missing; "
+        f"the weights do not fit the network on images of {IMAGE}: "
+        "batch_stats/block/bn/mean is missing; batch_stats/block/bn/var is missing; "
         "params/more is unknown; params/head/bias holds int32 instead of floating point numbers; "
         "params/stem/bias has the shape (9,) instead of (4,)."
     )

@@ -16,7 +16,7 @@ ORDERS = ("name", "number")  # of class folders
 
 
 class ImageFiles:
-    """Images [n, size, size, channels], uint8, in a fixed order. labels: int32 [n]; classes: their number."""
+    """Images [n, height, width, channels], uint8, in a fixed order. labels: int32 [n]; classes: their number."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class ImageFiles:
         image: tuple[int, ...],
         crop: float,
     ):
-        """sources: the files, or a function from an index to the bytes of a file. image: (size, size, channels). Images with
+        """sources: the files, or a function from an index to the bytes of a file. image: (height, width, 1 or 3). Images with
         one channel are grey. crop: see `centre_crop`.
         """
         self.labels, self.classes, self.shape = labels, classes, image
@@ -50,7 +50,7 @@ class ImageFiles:
         name = f"image {row}" if isinstance(source, bytes) else str(source)
         try:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                pixels = centre_crop(_eight_bits(image, self.shape[2]), self.shape[0], self._crop)
+                pixels = centre_crop(_eight_bits(image, self.shape[2]), self.shape[:2], self._crop)
         except _UnclearError as error:
             raise UserError(f"{name} {error}.") from error
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all raised by Pillow
@@ -73,29 +73,36 @@ def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def centre_crop(image: Image.Image, size: int, crop: float) -> np.ndarray:
-    """Resize the shorter side to size / crop, bilinearly, and cut out the centre: uint8 [size, size] or [size, size, channels].
+def centre_crop(image: Image.Image, size: tuple[int, ...], crop: float) -> np.ndarray:
+    """Resize `image` until it just covers size / crop, bilinearly, and cut out the centre: uint8 [*size] or [*size, channels].
 
-    As torchvision's Resize and CenterCrop on Pillow images, with their rounding.
+    size: height and width. For square sizes this is torchvision's Resize and CenterCrop on Pillow images, with their rounding.
     """
-    shorter, side = round(size / crop), min(image.size)
-    if max(image.size) > LONGEST * side:  # only its centre is used, and resizing all of it could take gigabytes
-        left, top = (max(0, (length - LONGEST * side) // 2) for length in image.size)
+    longest = LONGEST * min(image.size) * max(size) // min(size)
+    if max(image.size) > longest:  # only its centre is used, and resizing all of it could take gigabytes
+        left, top = (max(0, (length - longest) // 2) for length in image.size)
         image = image.crop((left, top, image.width - left, image.height - top))
-    width, height = (int(shorter * length / side) for length in image.size)
+    wanted = (round(size[1] / crop), round(size[0] / crop))
+    to, side = max(zip(wanted, image.size), key=lambda pair: pair[0] / pair[1])  # the side that has to grow most
+    width, height = (max(int(to * length / side), least) for length, least in zip(image.size, wanted))
     image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)), np.uint8)
+    left, top = round((width - size[1]) / 2), round((height - size[0]) / 2)
+    return np.asarray(image.crop((left, top, left + size[1], top + size[0])), np.uint8)
 
 
 def folder(path: Path, image: tuple[int, ...], crop: float, order: str = "") -> ImageFiles:
     """The images of a folder that holds one folder for each class. Hidden folders and all other files are ignored.
 
-    image: (size, size, channels). crop: see `centre_crop`. order: of the classes. "name" sorts their folders as text, like
+    image: (height, width, channels). crop: see `centre_crop`. order: of the classes. "name" sorts their folders as text, like
     PyTorch's ImageFolder. "number" is for folders whose names are whole numbers. "" means "name" if both orders agree.
 
-    Raises UserError if there are no images, or if the order of the classes is not clear.
+    Raises UserError if there are no images, if the order of the classes is not clear, or unless images have 1 or 3 channels.
     """
+    if image[2] not in (1, 3):
+        raise UserError(
+            f"image files have 1 or 3 channels, but the network takes {image[2]}: set --config.eval.dataset=none, or evaluate "
+            "in Python with arrays."
+        )
     names = [each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith(".")] if path.is_dir() else []
     names = _in_order(path, names, order)
     files, labels = [], []

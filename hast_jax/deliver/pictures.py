@@ -17,16 +17,16 @@ def save_picture(path: Path, images: np.ndarray, mean: tuple[float, ...], std: t
 
 
 def grid(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """The first 64 normalised images, eight in a row, as colours in [0, 1]: float [rows * (size + 2), 8 * (size + 2), 3].
+    """The first 64 normalised images, eight in a row, as colours in [0, 1]: float [rows * (height + 2), 8 * (width + 2), 3].
 
-    images: square, [n, size, size, channels]. Each has a white margin of one pixel.
+    images: [n, height, width, channels]. Each has a white margin of one pixel. Of more than three channels, the first three are
+    shown as red, green and blue. Of two, the first is shown in grey.
     """
     pixels = np.clip(images[:PICTURE_IMAGES] * np.asarray(std) + np.asarray(mean), 0, 1)
     side = 8
     pixels = np.concatenate([pixels, np.ones((-len(pixels) % side, *pixels.shape[1:]))])
     pixels = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1)
-    if pixels.shape[-1] == 1:
-        pixels = np.repeat(pixels, 3, -1)
-    rows, size = len(pixels) // side, pixels.shape[1]
-    joined = pixels.reshape(rows, side, size, size, 3).transpose(0, 2, 1, 3, 4)
-    return np.ascontiguousarray(joined.reshape(rows * size, side * size, 3))
+    pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, -1)
+    rows, height, width = len(pixels) // side, *pixels.shape[1:3]
+    joined = pixels.reshape(rows, side, height, width, 3).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(joined.reshape(rows * height, side * width, 3))

@@ -60,7 +60,7 @@ def interval(per_cent: float, images: int) -> tuple[float, float]:
 def _facts(folder: RunFolder, student: Student, teacher: Teacher, images: np.ndarray, average: float | None) -> dict[str, Any]:
     """What the templates show."""
     record = student.record
-    few = np.asarray(images[: IMAGES if student.image[0] <= SMALL else FEW_IMAGES])
+    few = np.asarray(images[: IMAGES if max(student.image[:2]) <= SMALL else FEW_IMAGES])
     costs = measure.costs(student.network, student.variables, student.image)
     parts = measure.sensitivities(*teacher, student.network, student.variables, few)
     agreed, divergence = measure.agreement(*teacher, student.network, student.variables, few)

@@ -16,22 +16,23 @@ Array = jax.Array
 def start(key: Array, shape: tuple[int, ...], scales: int) -> tuple[Array, ...]:
     """Noise at the first `scales` resolutions, the full one first.
 
-    shape: of the images, [batch, side, side, channels]. Each side is half of the one before, rounded up. Halving stops at
-    side 1, so a small image has fewer than `scales` resolutions. Each of n resolutions starts as N(0, 1/n) before it is
+    shape: of the images, [batch, height, width, channels]. Each side is half of the one before, rounded up. Halving stops at
+    1 x 1, so a small image has fewer than `scales` resolutions. Each of n resolutions starts as N(0, 1/n) before it is
     enlarged. This spreads the variance about evenly over the octaves of frequencies, as in photographs. With one resolution
     the start is N(0, 1), as in the paper.
     """
-    sides = [shape[1]]
-    while len(sides) < scales and sides[-1] > 1:
-        sides.append(-(-sides[-1] // 2))
-    keys = [key, *(jax.random.fold_in(key, side) for side in sides[1:])]
-    batch, channels = shape[0], shape[-1]
-    noise = (jax.random.normal(key, (batch, side, side, channels)) for key, side in zip(keys, sides))
+    batch, height, width, channels = shape
+    sides = [(height, width)]
+    while len(sides) < scales and max(sides[-1]) > 1:
+        height, width = -(-height // 2), -(-width // 2)
+        sides.append((height, width))
+    keys = [key, *(jax.random.fold_in(key, max(side)) for side in sides[1:])]
+    noise = (jax.random.normal(key, (batch, *side, channels)) for key, side in zip(keys, sides))
     return tuple(each / len(sides) ** 0.5 for each in noise)
 
 
 def images(pyramid: Sequence[Array]) -> Array:
-    """The sum of the pictures [..., side, side, channels] of a pyramid, enlarged to full size by bilinear interpolation."""
+    """The sum of the pictures [..., height, width, channels] of a pyramid, enlarged to full size by bilinear interpolation."""
     full, *coarse = pyramid
     for each in coarse:
         full = full + jax.image.resize(each, full.shape, "bilinear", precision=jax.lax.Precision.HIGHEST)

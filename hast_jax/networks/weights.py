@@ -166,7 +166,7 @@ def from_state_dict(
         except _FaultError as fault:
             faults.append(str(fault))
     behind = f", without the {fit.prefix!r} before each name," if fit.prefix else ""
-    _refuse(f"the weights{behind} do not fit the network", faults)
+    _refuse(f"the weights{behind} do not fit the network on images of {tuple(image)}", faults)
     epsilon = partial(_epsilon, model, image, call)
     damages = [_damage(name, chosen[ours], variables[chosen[ours]], epsilon) for name, ours in sorted(fit.pairs.items())]
     _refuse("the weights are damaged", [clause for clause in damages if clause])
