@@ -110,6 +110,8 @@ def _compare(network: Network, variables: weights.Variables, path: Path, config:
         shapes = f"images {images.shape} and logits {wanted.shape}"
         expected = f"[n, {', '.join(map(str, config.teacher.image))}] and [n, {network.classes}]"
         raise UserError(f"config.teacher.check {path} holds {shapes}: they must be {expected}.")
+    if np.issubdtype(images.dtype, np.integer) and images.dtype != np.uint8:
+        raise UserError(f"config.teacher.check {path} holds {images.dtype} images: save pixels as uint8.")
     if images.dtype == np.uint8:
         images = normalise(jnp.asarray(images), config.teacher.mean, config.teacher.std)
     found = networks.apply(network, variables, jnp.asarray(images, jnp.float32))[0]

@@ -13,6 +13,7 @@ from hast_jax import from_config
 from hast_jax.data.datasets import check_labels
 from hast_jax.errors import InputError
 from hast_jax.fields import FIELDS, FULL_PRECISION, GIVEN
+from hast_jax.method.pyramid import PIXEL_MEAN, PIXEL_STD
 from hast_jax.networks import Network, rules, structure, weights
 from hast_jax.runs import parallel, processes
 from hast_jax.runs.memory import MemoryRun
@@ -20,6 +21,10 @@ from hast_jax.runs.progress import Progress, Recorder
 from hast_jax.stages.job import Job
 
 Variables = Mapping[str, Any]
+
+
+# The mean and the standard deviation of each channel, of a network that takes pixels of 0 ... 1, and normalised images.
+PIXELS, NORMALISED = (0.0, 1.0), (PIXEL_MEAN, PIXEL_STD)
 
 
 class Setting:
@@ -37,14 +42,20 @@ class Setting:
         call: Mapping[str, Any] | None,
         sizes: Mapping[str, Any],
         fields: Mapping[str, Any] | None,
+        unsaid: tuple[float, float] = PIXELS,
     ):
-        """sizes: config fields that the calling function sets. fields: config fields that the user sets, which win."""
+        """sizes: config fields that the calling function sets. fields: config fields that the user sets, which win.
+
+        unsaid: the mean and the standard deviation of each channel for which `mean` and `std` are None.
+        """
         _check_fields(fields)
         self.image = _numbers("image", image, 3)
-        self.mean = _numbers("mean", mean, self.image[-1]) if mean is not None else (0.0,) * self.image[-1]
-        self.std = _numbers("std", std, self.image[-1]) if std is not None else (1.0,) * self.image[-1]
+        channels = self.image[-1]
+        self.mean = _numbers("mean", mean, channels) if mean is not None else unsaid[:1] * channels
+        self.std = _numbers("std", std, channels) if std is not None else unsaid[1:] * channels
         self.rules = rules.normalise(bits)
-        self.call = structure.inference_arguments(model) if call is None and isinstance(model, nn.Module) else dict(call or {})
+        structure.forget()
+        self.call = structure.inference_arguments(model, call or {})
         self.model = model
         found = structure.inspect(model, self.image, self.call)
         self.classes = found.classes
@@ -67,7 +78,7 @@ class Setting:
                 "teacher.image": self.image,
                 "teacher.mean": self.mean,
                 "teacher.std": self.std,
-                "teacher.call": "" if call is None else _as_json(self.call),
+                "teacher.call": _as_json(call) if call else "",
                 "eval.dataset": "none",
                 **sizes,
                 **(fields or {}),
@@ -162,7 +173,8 @@ def range_names(ranges: Any) -> set[str]:
 
 def check_ranges(ranges: Any, student: Network) -> None:
     """Raise InputError unless `ranges` are finite and have exactly the names that `student` needs (`range_names`)."""
-    if range_names(ranges) != student.range_names or not all(np.all(np.isfinite(e)) for e in flatten_dict(ranges).values()):
+    same = range_names(ranges) == student.range_names.keys()
+    if not (same and all(np.all(np.isfinite(each)) for each in flatten_dict(ranges).values())):
         raise InputError(
             "the ranges are not finite, or not those of this network and these bits: give what calibrate returned for them."
         )

@@ -19,7 +19,7 @@ from hast_jax.data.datasets import real_images
 from hast_jax.deliver.console import library_bar
 from hast_jax.errors import InputError
 from hast_jax.fields import GIVEN
-from hast_jax.given import Setting, check_batch, check_ranges, given_images, normalised_images, range_names
+from hast_jax.given import NORMALISED, Setting, check_batch, check_ranges, given_images, normalised_images, range_names
 from hast_jax.runs import parallel
 from hast_jax.runs.progress import Progress
 from hast_jax.stages import calibrate as calibrate_stage
@@ -108,6 +108,8 @@ def synthesize(
     variables: Variables,
     *,
     image: Shape,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     count: int = 1024,
     iterations: int = 200,
     seed: int = 0,
@@ -117,8 +119,9 @@ def synthesize(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Stage 1: `count` images float32 [count, *image] in the network's normalised space, and their labels int32 [count].
 
-    The images are optimised to match the statistics of the network's batch norms, and to be classified as their labels. For the
-    other arguments and the errors see `quantize`.
+    The images are optimised to match the statistics of the network's batch norms, and to be classified as their labels.
+    mean, std: as in `quantize`, from which the spread of the inputs is known. None: the network takes normalised images. For
+    the other arguments and the errors see `quantize`.
     """
     if count < 1:
         raise InputError(f"count is {count}: it must be positive.")
@@ -126,7 +129,7 @@ def synthesize(
     batch = -(-count // batches)
     sizes = {"synthesis.images": batch * batches, "synthesis.iterations": iterations, "synthesis.batch": batch}
     sizes |= {**_best("synthesis"), "finetune.batch": 1, "calibration.batch": 1}
-    setting = Setting(model, variables, image, None, None, "w8a8", seed, call, sizes, fields)
+    setting = Setting(model, variables, image, mean, std, "w8a8", seed, call, sizes, fields, NORMALISED)
     with _shown(progress) as shown:
         made, labels = synthesize_stage.run(setting.job(shown))
     return made[:count], labels[:count]
@@ -151,7 +154,7 @@ def calibrate(
     images = normalised_images(images)
     sizes = {**_best("calibration"), "calibration.batch": min(64, len(images)), "synthesis.source": GIVEN}
     sizes |= {"finetune.ranges": config_lib.BEST["finetune.ranges"]}
-    setting = Setting(model, variables, images.shape[1:], None, None, bits, seed, call, sizes, fields)
+    setting = Setting(model, variables, images.shape[1:], None, None, bits, seed, call, sizes, fields, NORMALISED)
     check_batch("calibration.batch", setting.config.calibration.batch, len(images))
     with _shown(progress) as shown:
         return calibrate_stage.run(setting.job(shown), images)
@@ -164,6 +167,8 @@ def finetune(
     images: Any,
     labels: Any,
     *,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     bits: Any = "w4a4",
     epochs: int = 12,
     seed: int = 0,
@@ -173,11 +178,12 @@ def finetune(
 ) -> Variables:
     """Stage 3: the student's variables after `epochs` epochs of 200 steps: `params`, `batch_stats` and the learned `ranges`.
 
-    ranges: the result of `calibrate` for the same bits. images, labels: the result of `synthesize`. For the other arguments and
-    the errors see `quantize`.
+    ranges: the result of `calibrate` for the same bits. images, labels: the result of `synthesize`, whose `mean` and `std` must
+    be given here too. For the other arguments and the errors see `quantize`.
     """
     sizes = {**_best("finetune"), "finetune.epochs": epochs, "finetune.batch": min(64, len(images)), "synthesis.source": GIVEN}
-    setting = Setting(model, variables, tuple(np.shape(images)[1:]), None, None, bits, seed, call, sizes, fields)
+    shape = tuple(np.shape(images)[1:])
+    setting = Setting(model, variables, shape, mean, std, bits, seed, call, sizes, fields, NORMALISED)
     images, labels = given_images((images, labels), setting.image, setting.classes)
     check_batch("finetune.batch", setting.config.finetune.batch, len(images))
     with _shown(progress) as shown:
@@ -236,7 +242,7 @@ def _student_with(config: Any, model: nn.Module, ranges: Any) -> networks.Networ
     """The student to which `ranges` belong. Its ranges are learned if `ranges` includes those of kernels, otherwise fixed."""
     config.finetune.ranges = "learned"
     student = from_config.student(config, model)
-    if range_names(ranges) == student.range_names:
+    if range_names(ranges) == student.range_names.keys():
         return student
     config.finetune.ranges = "fixed"
     return from_config.student(config, model)

@@ -18,7 +18,7 @@ from hast_jax import networks, paths
 from hast_jax.data.datasets import normalise
 from hast_jax.errors import InputError, UserError
 from hast_jax.method.quantizer import RANGE_RULES
-from hast_jax.networks import Codes, Network, weights
+from hast_jax.networks import Codes, Network, structure, weights
 from hast_jax.networks import rules as rules_lib
 from hast_jax.networks.rules import Rules
 from hast_jax.runs.files import crc32, write_bytes, write_json
@@ -93,6 +93,7 @@ class Student:
             "learned_ranges": self.network.learned_ranges,
             "straight_through": self.network.straight_through,
             "fast_convolution": self.network.fast_convolution,
+            "program": [self.network.structure.program, jax.__version__],
             "image": self.image,
             "mean": self.mean,
             "std": self.std,
@@ -119,6 +120,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
         flat = safetensors.numpy.load_file(path / WEIGHTS)
         image, record, call = tuple(said["image"]), dict(said["record"]), dict(said["call"])
         mean, std = tuple(said["mean"]), tuple(said["std"])
+        program, version = said.get("program", (None, None))  # version 0.2.0 had no program
         (_, default), *others = said["rules"]
         rules = rules_lib.normalise({"default": tuple(default), **{pattern: tuple(bits) for pattern, bits in others}})
         settings = {name: said[name] for name in ("straight_through", "fast_convolution")}
@@ -139,13 +141,20 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
             )
         teacher = record["config"]["teacher"]
         model = networks.module(name, teacher["classes"], **json.loads(teacher["arguments"] or "{}"))
+    structure.forget()
     network = networks.create(model, image, call=call, rules=rules, **settings)
-    variables = unflatten_dict({tuple(name.split("/")): jnp.asarray(array) for name, array in flat.items()})
+    ranges = {f"ranges/{name}": ("ranges", *each) for name, each in network.range_names.items()}
+    variables = unflatten_dict({ranges.get(name, tuple(name.split("/"))): jnp.asarray(array) for name, array in flat.items()})
     variables.setdefault("ranges", {})
     checked = weights.from_variables(model, variables, image, call=call)
     found = {"/".join(name) for name in flatten_dict(variables["ranges"])}
-    if found != network.range_names:
+    if found != network.range_names.keys():
         raise UserError(
             f"{path} holds a student of another network than {type(model).__name__}: its ranges are of other layers."
+        )
+    if network.structure.program != program and version == jax.__version__:
+        raise UserError(
+            f"{path} holds a student of a network that computes something else than this {type(model).__name__}: its code was "
+            "changed since; load it with the code of that time."
         )
     return Student(network, {**variables, **checked}, rules, image, mean, std, record)

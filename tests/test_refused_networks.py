@@ -120,6 +120,43 @@ class WeightNorm(Base):
         return nn.WeightNorm(nn.Dense(4), name="normed")(x)
 
 
+class StandardisedConv(nn.Conv):
+    def param(self, name, *arguments, **named):
+        value = super().param(name, *arguments, **named)
+        return value - value.mean((0, 1, 2), keepdims=True) if name == "kernel" else value
+
+
+class Standardised(Base):
+    def middle(self, x):
+        return StandardisedConv(4, (3, 3), name="standard")(x)
+
+
+class Transformed(Base):
+    def middle(self, x):
+        def half(tree):
+            return jax.tree.map(lambda leaf: leaf / 2, tree)
+
+        return nn.map_variables(nn.Dense, "params", half, init=self.is_initializing())(4, name="halved")(x)
+
+
+class OwnProduct(Base):
+    def middle(self, x):
+        return nn.Dense(
+            4, dot_general=lambda a, b, *rest, **named: jax.lax.dot_general(a, jnp.tanh(b), *rest, **named), name="own"
+        )(x)
+
+
+class Tied(Base):
+    def middle(self, x):
+        dense = nn.Dense(4, name="tied")
+        return dense(x) @ dense.variables["params"]["kernel"].T
+
+
+class Ranges(Base):
+    def middle(self, x):
+        return x + self.variable("ranges", "offset", jnp.zeros, ()).value
+
+
 class Normalised(nn.Module):
     """Over two axes at once."""
 
@@ -203,6 +240,15 @@ class AlwaysTraining(Base):
         return nn.BatchNorm(use_running_average=False, name="norm")
 
 
+class MadeToTrain(nn.Module):
+    train: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=not self.train, name="norm")(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
 class Nnx(nnx.Module):
     def __init__(self):
         self.layer = nnx.Linear(3, 10, rngs=nnx.Rngs(0))
@@ -236,6 +282,12 @@ def refused(module: Any, words: str, bits: Any = "w4a4", **arguments: Any) -> st
         (ScannedOnce(), "loop.* in a loop"),
         (Mapped(), "each in a loop"),
         (WeightNorm(), "has normed, a WeightNorm: its weights are computed from others"),
+        (Standardised(), "computes the weights of standard from its kernel"),
+        (Transformed(), "computes the weights of halved from its kernel"),
+        (OwnProduct(), "computes the weights of own from its kernel"),
+        (Tied(), "uses the kernel of tied outside of this layer too"),
+        (Ranges(), "has a collection named ranges"),
+        (MadeToTrain(), r"normalises in norm with the moments of the batch, as in training: make it with train=False"),
         (Normalised(), r"norm has its channels on the axis \(2, 3\): they must be on the last"),
         (ChannelsFirst(), "norm has its channels on the axis 1: they must be on the last"),
         (OwnNorm(), "norm is a Halved with a call of its own: use nn.BatchNorm itself"),

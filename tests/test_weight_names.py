@@ -33,6 +33,28 @@ def test_a_prefix_of_flax_and_of_keras_is_one_behind_the_collection() -> None:
     assert "batch_stats/model_1/block/bn/mean" in state and same(take(state), variables)
 
 
+@pytest.mark.parametrize(("also", "words"), [("n_averaged", None), ("criterion.weight", "criterion.weight is unknown")])
+def test_a_tensor_without_the_prefix_of_the_others_is_named_alone(also: str, words: str | None) -> None:
+    state = torch_names(values(), "module.") | {also: np.ones(3, np.float32)}
+    if words is None:
+        assert same(take(state), values())
+        return
+    with pytest.raises(UserError, match=rf"without the 'module.' before each name, .*\): {words}\.$"):
+        take(state)
+
+
+@pytest.mark.parametrize("form", ["params.{}", "net.params.{}", "{}"])
+def test_kernels_are_in_flaxs_layout_whatever_separates_their_names(form: str) -> None:
+    variables = values()
+
+    def named(path):
+        return ".".join(path) if form == "params.{}" else form.format("-".join(path[:-1]) + "." + path[-1])
+
+    state = {named(tuple(name.split("/"))): array for name, array in by_name(variables).items()}
+    assert same(take(state, names=named), variables)
+    assert form != "params.{}" or same(take(state), variables)
+
+
 def test_behind_a_prefix_a_fault_has_the_files_name() -> None:
     state = torch_names(values(), "module.")
     state["module.stem.bias"] = np.zeros(7, np.float32)
@@ -47,6 +69,14 @@ def test_names_that_are_all_others_are_counted_and_one_of_each_kind_shown() -> N
         take(state)
     with pytest.raises(UserError, match=r"9 of its 9 tensors are missing, such as batch_stats/block/bn/mean\.$"):
         take({})
+
+
+def test_arrays_of_another_byte_order_are_read_and_bfloat16_in_a_file_of_numpy_is_named() -> None:
+    variables = values()
+    assert same(take({name: array.astype(">f4") for name, array in by_name(variables).items()}), variables)
+    narrow = by_name(variables) | {"params/stem/bias": np.zeros(4, "V2")}
+    with pytest.raises(UserError, match=r"params/stem/bias holds \|V2, numbers without a type \(bfloat16\?\): save float32"):
+        take(narrow)
 
 
 def test_a_map_of_ones_own_replaces_those_of_the_libraries() -> None:

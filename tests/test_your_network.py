@@ -4,6 +4,7 @@ import json
 import py_compile
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import flax.linen as nn
@@ -124,7 +125,8 @@ def test_flattening_as_pytorch_does_needs_no_other_weights() -> None:
     ("name", "content", "words"),
     [
         ("nothing.py:Net", None, "there is no file"),
-        ("a.py:Net", "Net = 3", "'Net' is not a subclass of flax.linen.Module"),
+        ("a.py:Net", "Net = 3", "is a int: name a flax.linen.Module, its class, or a function that makes one"),
+        ("e.py:Net", "def Net(): return 3", "makes a int: name a flax.linen.Module"),
         ("b.py:Net", "1 / 0", "cannot be imported: ZeroDivisionError"),
         ("c.py:Net", "", "has no 'Net'"),
         ("d.py:Net", "import flax.linen as nn\nclass Net(nn.Module):\n    width: int", "cannot be constructed: TypeError"),
@@ -135,6 +137,17 @@ def test_a_file_that_holds_no_network_is_refused(tmp_path: Path, name: str, cont
         (tmp_path / name.split(":")[0]).write_text(content)
     with pytest.raises(UserError, match=words):
         networks.module(f"{tmp_path}/{name}", 10)
+
+
+def test_a_network_may_be_a_class_a_partial_a_function_or_itself_in_a_file_that_imports_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "hast_jax_test_neighbour.py").write_text(OWN)
+    text = "from functools import partial\nfrom hast_jax_test_neighbour import Net\n"
+    text += "Half = partial(Net, classes=7)\nready = Net(classes=6)\ndef make(num_classes): return Net(classes=num_classes)\n"
+    (tmp_path / "nets.py").write_text(text)
+    found = {name: networks.module(f"{tmp_path}/nets.py:{name}", 5).classes for name in ("Net", "Half", "make", "ready")}
+    assert found == {"Net": 5, "Half": 5, "make": 5, "ready": 6} and str(tmp_path) not in sys.path
+    with pytest.raises(UserError, match=r"is a finished network, which takes no config\.teacher\.arguments"):
+        networks.module(f"{tmp_path}/nets.py:ready", 5, width=3)
 
 
 def test_a_network_of_ones_own_is_checked_before_its_weights_are_read(tmp_path: Path) -> None:

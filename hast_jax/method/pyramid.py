@@ -7,10 +7,35 @@ known from feature visualization (Olah et al., 2017, "Preconditioning and Parame
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
+import numpy as np
 
 Array = jax.Array
+
+# Pixels of photographs, in [0, 1], have about this mean and this standard deviation.
+PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
+NORMALISED = (PIXEL_STD / 2, PIXEL_STD * 2)  # limits of the `std` of a network whose inputs have a spread of about 1
+
+
+class Unit(NamedTuple):
+    """The mean and the spread of a network's inputs in each channel [1, 1, 1, channels]. Noise n becomes offset + scale * n."""
+
+    offset: np.ndarray
+    scale: np.ndarray
+
+
+def unit_of(mean: Sequence[float], std: Sequence[float]) -> Unit | None:
+    """The `Unit` of a network that takes (x - mean) / std for pixels x in [0, 1].
+
+    None for normalised inputs, with a `std` within `NORMALISED`. Then noise N(0, 1) is an input as it is, as in the paper.
+    Other networks take pixels of 0 ... 1 or 0 ... 255, and may normalise these themselves.
+    """
+    means, stds = (np.asarray(each, np.float32).reshape(1, 1, 1, -1) for each in (mean, std))
+    if ((stds >= NORMALISED[0]) & (stds <= NORMALISED[1])).all():
+        return None
+    return Unit((PIXEL_MEAN - means) / stds, PIXEL_STD / stds)
 
 
 def start(key: Array, shape: tuple[int, ...], scales: int) -> tuple[Array, ...]:
@@ -31,9 +56,12 @@ def start(key: Array, shape: tuple[int, ...], scales: int) -> tuple[Array, ...]:
     return tuple(each / len(sides) ** 0.5 for each in noise)
 
 
-def images(pyramid: Sequence[Array]) -> Array:
-    """The sum of the pictures [..., height, width, channels] of a pyramid, enlarged to full size by bilinear interpolation."""
+def images(pyramid: Sequence[Array], unit: Unit | None = None) -> Array:
+    """The sum of the pictures [..., height, width, channels] of a pyramid, enlarged to full size by bilinear interpolation.
+
+    unit: of the network's inputs, which the sum then becomes.
+    """
     full, *coarse = pyramid
     for each in coarse:
         full = full + jax.image.resize(each, full.shape, "bilinear", precision=jax.lax.Precision.HIGHEST)
-    return full
+    return full if unit is None else unit.offset + unit.scale * full

@@ -24,7 +24,8 @@ def is_plain_convolution(module: nn.Module, x: Array) -> bool:
 
 def fast_convolution(module: Any, x: Array) -> Array:
     """The output of the bound `module` for `x` [batch, height, width, in]. `is_plain_convolution` must hold."""
-    kernel = module.get_variable("params", "kernel")
+    kernel, bias = (module.get_variable("params", name) for name in ("kernel", "bias"))
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
     strides, dilation, padding = _pair(module.strides), _pair(module.kernel_dilation), module.padding
     height: Any
     width: Any
@@ -34,7 +35,7 @@ def fast_convolution(module: Any, x: Array) -> Array:
     else:
         height, width = (padding, padding) if isinstance(padding, int) else padding
     y = conv.conv(x, kernel, strides, (_pair(height), _pair(width)), dilation, module.feature_group_count)
-    return y + module.get_variable("params", "bias")[None, None, None] if module.use_bias else y
+    return y + bias[None, None, None] if module.use_bias else y
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.extend import core as jax_core
 
+PRODUCTS = ("dot_general", "conv_general_dilated")  # operations that multiply and add
 INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters that hold the function which a primitive calls
 
 

@@ -1,6 +1,6 @@
-"""Pair the tensors of a state dict with a network's variables. The best name map decides, behind any common prefix."""
+"""Pair the tensors of a state dict with a network's variables. The best name map decides, behind any prefix of most names."""
 
-import itertools
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Fit(NamedTuple):
     """How the names in a file fit those in a network.
 
     pairs: name in the file -> name in the network. missing: names that only the network has. unknown: names that only the file
-    has. prefix: of all names in the file; it is removed before the names are compared.
+    has. prefix: of most names in the file; it is removed before the names are compared.
     """
 
     pairs: dict[str, str]
@@ -43,14 +43,14 @@ def faults(fit: Fit) -> list[str]:
         return [
             f"{len(fit.missing)} of its {wanted} tensors are missing and {len(fit.unknown)} others are unknown, because its "
             f"names are like {fit.missing[0]} and the file's like {fit.unknown[0]} "
-            "(state_dict_names of its class can translate them)"
+            "(teacher.names can translate them)"
         ]
     return [f"{name} is missing" for name in fit.missing] + [f"{name} is unknown" for name in fit.unknown]
 
 
 def is_flax(name: str) -> bool:
     """Whether `name` is one of Flax, so that its array is in Flax's layout."""
-    return bool(_split(name)[0])
+    return bool(_split(name)[0]) or re.split(r"[./]", name)[-1] == "kernel"
 
 
 def _fit(found: Collection[str], names: Mapping[str, Path], prefix: str) -> Fit:
@@ -61,13 +61,14 @@ def _fit(found: Collection[str], names: Mapping[str, Path], prefix: str) -> Fit:
 
 
 def _prefixes(names: Collection[str]) -> Iterator[str]:
-    """The empty prefix, and each chain of whole modules with which all names begin (names of Flax: behind the collection)."""
+    """The empty prefix, and each chain of whole modules with which most names begin (names of Flax: behind the collection)."""
     yield ""
-    rests = [_split(name)[1] for name in names]
-    first, last = min(rests, default=""), max(rests, default="")  # what these two share, all names share
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, last))
-    ends = [end for end, (character, _) in enumerate(same, start=1) if character in "./"]
-    yield from (first[:end] for end in ends[:MAX_PREFIXES])
+    rests = sorted(_split(name)[1] for name in names)
+    middle = rests[len(rests) // 2] if rests else ""  # what most names share, this one has
+    ends = [end for end, character in enumerate(middle, start=1) if character in "./"]
+    for end in ends[:MAX_PREFIXES]:
+        if 2 * sum(rest.startswith(middle[:end]) for rest in rests) > len(rests):
+            yield middle[:end]
 
 
 def _without(prefix: str, name: str) -> str:
@@ -77,5 +78,6 @@ def _without(prefix: str, name: str) -> str:
 
 def _split(name: str) -> tuple[str, str]:
     """ "params/net/conv/kernel" -> ("params/", "net/conv/kernel"); the first is empty for a name of another library."""
-    collection = next((f"{each}/" for each in COLLECTIONS if name.startswith(f"{each}/")), "")
+    begins = (f"{each}{separator}" for each in COLLECTIONS for separator in "/.")
+    collection = next((begin for begin in begins if name.startswith(begin)), "")
     return collection, name.removeprefix(collection)

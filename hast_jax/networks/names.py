@@ -17,6 +17,11 @@ def flax(path: Path) -> str:
     return "/".join(path)
 
 
+def flax_dotted(path: Path) -> str:
+    """The same with dots: "params.stage2_unit1.conv1.bn.scale"."""
+    return ".".join(path)
+
+
 def torch(path: Path) -> str:
     """("params", "block", "conv", "kernel") -> "block.conv.weight": for a network whose modules are called as in PyTorch."""
     _, *modules, leaf = path

@@ -12,7 +12,7 @@ from hast_jax.method import quantizer
 from hast_jax.networks import structure as structure_lib
 from hast_jax.networks.rules import Rules, bits_of, compiled
 from hast_jax.networks.sites import Site, check_rules, sites
-from hast_jax.networks.structure import Call, Structure, name_of
+from hast_jax.networks.structure import Call, Path, Structure, name_of
 
 Array = jax.Array
 Variables = Mapping[str, Any]
@@ -56,12 +56,15 @@ class Network:
         return self.structure.classes
 
     @property
-    def range_names(self) -> set[str]:
-        """The names of all leaves of the collection `ranges`, such as "block/conv/input/low" or "block/conv/kernel/high"."""
+    def range_names(self) -> dict[str, Path]:
+        """The paths of all leaves of the collection `ranges`, by their names: "block/conv/input/low", "block/conv/kernel/high".
+
+        A path is no split name, because the name of a module may hold a "/".
+        """
         names = {site.name for site in self.sites.values()}
         if self.learned_ranges:
             names |= {layer.kernel for layer in self.kernels}
-        return {"/".join((*name, end)) for name in names for end in ENDS}
+        return {"/".join((*name, end)): (*name, end) for name in names for end in ENDS}
 
 
 def create(
@@ -75,13 +78,13 @@ def create(
 ) -> Network:
     """`module` as a `Network`, for normalised images [batch, *image]: a student if `rules` are given, else a teacher.
 
-    call: keyword arguments of the module's call; by default those for inference (`structure.inference_arguments`).
+    call: keyword arguments of the module's call, besides those for inference (`structure.inference_arguments`).
     branches: a regular expression over whole names in the paths of batch norms. If it is empty, the module's own attribute
     `branches` is used. Without that attribute, branches are found in the structure. settings: other fields of `Network`.
 
     Raises UserError, with the reason, if the module cannot be quantized.
     """
-    call = structure_lib.inference_arguments(module) if call is None and isinstance(module, nn.Module) else call or {}
+    call = structure_lib.inference_arguments(module, call or {})
     structure = structure_lib.inspect(module, image, call)
     aligned = _branches(module, structure, branches)
     if rules is None:
@@ -94,10 +97,13 @@ def create(
 
 def _branches(module: nn.Module, structure: Structure, pattern: str) -> tuple[Call, ...]:
     declared = getattr(module, "branches", "")  # in a user's network the attribute may be anything
-    pattern = pattern or (declared if isinstance(declared, str) else "")
+    own = not pattern and isinstance(declared, str)
+    pattern = declared if own else pattern
     if not pattern:
         return structure.branches
     found = tuple(call for call in structure.norms if compiled(pattern).search("/".join(call.path)))
+    if not found and own:
+        return structure.branches
     if not found:
         names = ", ".join("/".join(call.path) for call in structure.norms[:8])
         raise InputError(f"no batch norm of {name_of(module)} has a path that matches {pattern!r}; there are: {names}.")

@@ -8,6 +8,7 @@ import functools
 import inspect as python_inspect
 import itertools
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,26 +18,17 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from hast_jax.errors import InputError, UserError
-from hast_jax.networks import graph
+from hast_jax.errors import InputError, Notice, UserError
+from hast_jax.networks import graph, refusals
 from hast_jax.networks.branches import Call, branches
 from hast_jax.networks.layers import Activation
 from hast_jax.networks.linear import LINEAR, name_of, place, summed_axes
+from hast_jax.networks.refusals import Kernel
 
 Path = tuple[str, ...]
 
 COLLECTION = "hast_jax"  # holds the values that intercepted calls record
-# Layers whose outputs are not products of input vectors with the columns of a kernel in `params`.
-REFUSED: dict[type, str] = {
-    nn.MultiHeadDotProductAttention: "attention multiplies activations with each other",
-    nn.ConvLocal: "a kernel for every pixel is not quantized",
-    nn.ConvTranspose: "a transposed convolution is not quantized",
-    nn.Embed: "an embedding is not quantized",
-    nn.RNNCellBase: "a recurrent network is not quantized",
-    nn.WeightNorm: "its weights are computed from others",
-    nn.SpectralNorm: "its weights are computed from others",
-}
-WATCHED: Any = (*LINEAR, nn.BatchNorm, Activation, *REFUSED)
+WATCHED: Any = (*LINEAR, nn.BatchNorm, Activation, *refusals.KINDS)
 _calls = itertools.count()
 READ = ("inputs", "x")  # names of the argument that Flax's layers read
 # Usual names of the arguments that tell inference from training -> their values in inference.
@@ -83,13 +75,15 @@ class Structure(NamedTuple):
     program: int
 
 
-def inference_arguments(module: nn.Module) -> dict[str, Any]:
-    """The keyword arguments that make `module` infer instead of train, if they have one of the usual names (`TRAINING`).
+def inference_arguments(module: nn.Module, given: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """The keyword arguments of a call: those that are given, and those of usual names that make `module` infer (`TRAINING`).
 
     Raises UserError if the call needs another argument besides the images.
     """
+    if not isinstance(module, nn.Module):
+        raise InputError(refusals.no_linen_module(module))
     parameters = list(python_inspect.signature(type(module).__call__).parameters.values())[2:]
-    arguments = {each.name: TRAINING[each.name] for each in parameters if each.name in TRAINING}
+    arguments = {each.name: TRAINING[each.name] for each in parameters if each.name in TRAINING} | dict(given)
     named = (each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD))
     needed = [each.name for each in named if each.default is each.empty and each.name not in arguments]
     if needed:
@@ -103,13 +97,16 @@ def training_arguments(module: nn.Module) -> dict[str, Any]:
     return {name: not inferring for name, inferring in TRAINING.items() if name in parameters}
 
 
+def forget() -> None:
+    """Forget the networks that `inspect` has seen. Between two calls in a notebook, the classes of their parts may change."""
+    _inspect_once.cache_clear()
+
+
 def inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any]) -> Structure:
     """The structure of `module` for normalised images [batch, *image], called with the keyword arguments `call`.
 
     Raises UserError, with the reason, for a network that cannot be quantized without data.
     """
-    if not isinstance(module, nn.Module):
-        raise InputError(_no_linen_module(module))
     key = module, tuple(image), tuple(sorted(call.items()))
     try:
         hash(key)
@@ -137,7 +134,8 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         raise InputError(f"{name_of(module)} fails on images {images.shape}: {type(error).__name__}: {words}.") from error
     if not seen.layers:
         raise InputError(f"{name_of(module)} has no nn.Conv or nn.Dense: there is nothing to quantize.")
-    _refuse_products(module, traced, traced.descendants(traced.inputs[-1:]))
+    refusals.refuse_collections(module, variables)
+    refusals.refuse_products_of_activations(module, traced)
     if not seen.norms:
         raise InputError(
             f"{name_of(module)} has no nn.BatchNorm: images are made from the statistics of batch norms, so a network "
@@ -150,11 +148,15 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
     params = flatten_dict(variables["params"])
     kernels = {layer.kernel for layer in seen.layers.values()}
     matrices = [path for path, leaf in params.items() if leaf.ndim > 1 and math.prod(leaf.shape[:-1]) > 1]
-    _check_kernels(module, seen, params)
     inputs = {call: value(call, "input") for call in seen.calls}
     before = traced.upstream(value(call, "output") for call in seen.calls)
     marked = {value(call, "output") for call in seen.marks}
     norms = {value(call, "output"): call for call in seen.norms}
+    numbers = flatten_dict(jax.tree.unflatten(jax.tree.structure(variables), traced.inputs[:-1])["params"])
+    calls = Counter(call.path for call in seen.calls)
+    for path, layer in seen.layers.items():
+        leaf, number = params.get(layer.kernel), numbers.get(layer.kernel)
+        refusals.refuse_kernel(module, traced, Kernel(path, layer.axes, calls[path], leaf, number))
     return Structure(
         tuple(seen.layers.values()),
         tuple(Input(call, number, not before.get(number), number in marked) for call, number in inputs.items()),
@@ -218,6 +220,12 @@ class _Seen:
                 f"{name_of(self.module)} gives one logit, whose softmax is always 1, so nothing can be learned: let it return "
                 "two, as (0, logit)."
             )
+        if len({each.shape for each in jax.tree.leaves(output) if each.ndim == 2}) > 1:
+            warnings.warn(
+                f"{name_of(self.module)} gives several arrays; the logits are taken to be {shape[1]} numbers for each image.",
+                Notice,
+                stacklevel=2,
+            )
         self.classes = shape[1]
         return logits, state.get(COLLECTION, {})
 
@@ -226,7 +234,7 @@ class _Seen:
         module: Any = context.module
         if context.method_name != "__call__" or not isinstance(module, WATCHED):
             return function(*arguments, **named)
-        for kind, why in REFUSED.items():
+        for kind, why in refusals.KINDS.items():
             if isinstance(context.module, kind):
                 raise InputError(f"{name_of(self.module)} has {place(module)}, a {kind.__name__}: {why}.")
         call = Call(module.path, self._counts[module.path])
@@ -252,22 +260,16 @@ class _Seen:
             raise InputError(f"{place(module)} is a {name_of(module)} with a call of its own: use nn.BatchNorm itself.")
         given = arguments[1] if len(arguments) > 1 else named.get("use_running_average")
         if not (module.use_running_average if given is None else given):
+            own = None if training_arguments(self.module) else next((n for n in TRAINING if hasattr(self.module, n)), None)
+            how = f"make it with {own}={TRAINING[own]}" if own else "give the argument of its call that stops this"
+            example = "" if own else ", as call={'train': False}"
             raise InputError(
-                f"{name_of(self.module)} normalises in {place(module)} with the moments of the batch, as in training: give "
-                "the argument of its call that stops this, as call={'train': False}."
+                f"{name_of(self.module)} normalises in {place(module)} with the moments of the batch, as in training: "
+                f"{how}{example}."
             )
-        if module.axis not in (-1, argument(arguments, named)[0].ndim - 1):
+        axes = module.axis if isinstance(module.axis, tuple | list) else (module.axis,)
+        if [axis % argument(arguments, named)[0].ndim for axis in axes] != [argument(arguments, named)[0].ndim - 1]:
             raise InputError(f"{place(module)} has its channels on the axis {module.axis}: they must be on the last axis.")
-
-
-def _check_kernels(module: nn.Module, seen: _Seen, params: Mapping[Path, Any]) -> None:
-    for layer in seen.layers.values():
-        leaf = params.get(layer.kernel)
-        if leaf is None or leaf.ndim != len(layer.axes) + 1:
-            shape = None if leaf is None else leaf.shape
-            raise InputError(
-                f"{name_of(module)} has {'/'.join(layer.path)} in a loop (nn.scan, nn.vmap; kernel {shape}): unroll it."
-            )
 
 
 def _value(module: nn.Module, left: Mapping[str, Any], call: Call, name: str) -> int:
@@ -278,22 +280,3 @@ def _value(module: nn.Module, left: Mapping[str, Any], call: Call, name: str) ->
     except (KeyError, IndexError) as error:
         words = f"{name_of(module)} has {'/'.join(call.path)} in a loop or a map (nn.scan, nn.vmap): unroll it."
         raise InputError(words) from error
-
-
-def _refuse_products(module: nn.Module, traced: graph.Graph, activations: set[int]) -> None:
-    """Refuse products of activations with each other, such as attention's."""
-    for operation in traced.operations:
-        if operation.name in ("dot_general", "conv_general_dilated") and all(v in activations for v in operation.reads[:2]):
-            raise InputError(
-                f"{name_of(module)} multiplies activations with each other (attention?): only products of activations with "
-                "weights are quantized, so a transformer cannot be quantized."
-            )
-
-
-def _no_linen_module(module: Any) -> str:
-    if any(base.__module__.startswith("flax.nnx") for base in type(module).__mro__):
-        return (
-            f"{name_of(module)} is a flax.nnx module, whose calls cannot be intercepted: write the same network as a "
-            "flax.linen.Module and give it the same variables, because kernels have the same layout there."
-        )
-    return f"the network is a {name_of(module)}: give an instance of a flax.linen.Module."

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import inspect as python_inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -30,10 +31,13 @@ def load(name: str) -> Any:
     spec: Any = importlib.util.spec_from_file_location(f"{path.stem} of hast_jax", path)  # no import can have this name
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look annotations up there
+    sys.path.insert(0, str(path.resolve().parent))  # the file may import its neighbours, as if it was run
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file does wrong
         raise InputError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
+    finally:
+        sys.path.pop(0)
     found = getattr(module, attribute, None)
     if found is None:
         raise InputError(f"{path} has no {attribute!r}.")
@@ -41,20 +45,28 @@ def load(name: str) -> Any:
 
 
 def make(name: str, classes: int, arguments: Mapping[str, Any]) -> nn.Module:
-    """An instance of the class that "FILE.py:CLASS" names.
+    """The network that "FILE.py:NAME" names: a class or a function that makes it, or the network itself.
 
-    arguments: of its constructor. If the class has a field for the number of classes (one of `CLASSES`) that `arguments` do not
-    give, that field is set to `classes`. Raises UserError if there is no such class, or if its constructor fails.
+    arguments: of the class or function. If it takes the number of classes (under one of the names `CLASSES`) and `arguments` do
+    not give it, `classes` is given. Raises UserError if there is no such network, or if it cannot be made.
     """
     found = load(name)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise InputError(f"{name}: {name.rpartition(':')[2]!r} is not a subclass of flax.linen.Module.")
-    fields = found.__dataclass_fields__
-    known = {each: classes for each in CLASSES if each in fields and each not in arguments}
+    wanted = "name a flax.linen.Module, its class, or a function that makes one"
+    if isinstance(found, nn.Module):
+        if arguments:
+            raise InputError(f"{name} is a finished network, which takes no config.teacher.arguments: leave them out.")
+        return found
+    if not callable(found):
+        raise InputError(f"{name} is a {type(found).__name__}: {wanted}.")
     try:
-        return found(**known, **arguments)
+        taken = python_inspect.signature(found).parameters
+        known = {each: classes for each in CLASSES if each in taken and each not in arguments}
+        made = found(**known, **arguments)
     except Exception as error:  # whatever its constructor does wrong
         words = str(error).split("\n")[0]
         raise InputError(
             f"{name} cannot be constructed: {type(error).__name__}: {words}; give its arguments in config.teacher.arguments."
         ) from error
+    if not isinstance(made, nn.Module):
+        raise InputError(f"{name} makes a {type(made).__name__}: {wanted}.")
+    return made

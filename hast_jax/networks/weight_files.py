@@ -42,7 +42,10 @@ def read(path: Path) -> tuple[StateDict, Metadata]:
     kind = "an Orbax checkpoint" if path.is_dir() else next((end for end in READERS if path.name.lower().endswith(end)), None)
     if kind is None:
         ending = f"ends in {path.suffix!r}" if path.suffix else "has no ending that says what it is"
-        raise UserError(f"{path} {ending}: weights are read from folders of Orbax and files that end in {', '.join(READERS)}.")
+        raise UserError(
+            f"{path} {ending}: weights are read from folders of Orbax and files that end in {', '.join(READERS)}. If "
+            "flax.serialization wrote the file, rename it to .msgpack."
+        )
     try:
         if path.is_dir():
             return flax_trees.read_orbax(path), Metadata()
@@ -72,10 +75,16 @@ def _safetensors_metadata(path: Path) -> Metadata:
         raw = file.metadata() or {}
 
     def numbers(key):
-        return tuple(map(float, json.loads(raw[key]))) if key in raw else None
+        try:
+            return tuple(map(float, json.loads(raw[key])))
+        except (KeyError, ValueError, TypeError):  # missing, or another program means something else by this key
+            return None
 
     def number(key):
-        return float(raw[key]) if key in raw else None
+        try:
+            return float(raw[key])
+        except (KeyError, ValueError):
+            return None
 
     return Metadata(raw.get("dataset"), numbers("mean"), numbers("std"), number("crop"), number("test_top1"))
 

@@ -1,6 +1,6 @@
 """Weights of networks: state dicts of any library become checked variables of Flax, by explicit name maps (names.py).
 
-A state dict is a flat `{name: array}`. A name that begins with "params/" or "batch_stats/" is one of Flax, and its array is in
+A state dict is a flat `{name: array}`. If a name begins with "params" or "batch_stats", or ends in "kernel", its array is in
 Flax's layout. Any other array is in PyTorch's layout (convolutions OIHW, linear layers [out, in]). weight_files.py reads files
 that hold state dicts. It writes them as `.safetensors`, which can hold no code.
 """
@@ -27,6 +27,7 @@ from hast_jax.networks.weight_files import Metadata, StateDict, read, write
 __all__ = [
     "BUILT_IN",
     "FLAX",
+    "FLAX_DOTTED",
     "TORCH",
     "Metadata",
     "StateDict",
@@ -51,7 +52,9 @@ Shape = tuple[int, ...]
 
 BUILT_IN = ("digits", "cifar10", "cifar100")
 FLAX = "flax"
+FLAX_DOTTED = "flax with dots"
 TORCH = "torch"
+COUNTERS = ("num_batches_tracked", "n_averaged")  # of PyTorch, in no network of ours
 SHOWN = 8  # faults that a message lists, at most
 GIVE_BOTH = "give {'params': ..., 'batch_stats': ...}, or a TrainState with both"
 
@@ -61,12 +64,12 @@ class _FaultError(Exception):
 
 
 def libraries(model: nn.Module) -> dict[str, names_lib.NameOf]:
-    """The libraries whose state dicts fit `model`, each with its name map: those that the model declares, Flax and PyTorch.
+    """The libraries whose state dicts fit `model`, each with its name map: those that it declares, Flax (twice) and PyTorch.
 
     A model declares libraries with a method `state_dict_names`. PyTorch's map keeps the names of the modules.
     """
     declared = model.state_dict_names() if hasattr(model, "state_dict_names") else {}
-    return {**declared, FLAX: names_lib.flax, TORCH: names_lib.torch}
+    return {**declared, FLAX: names_lib.flax, FLAX_DOTTED: names_lib.flax_dotted, TORCH: names_lib.torch}
 
 
 def name_map(
@@ -154,7 +157,7 @@ def from_state_dict(
     Raises UserError if tensors are missing, unknown, of a wrong shape or not in floating point. If all fit, raises UserError if
     values are not finite or variances are negative by `epsilon` or more. The message names the tensors.
     """
-    state = {name: array for name, array in state.items() if not name.endswith("num_batches_tracked")}
+    state = {name: array for name, array in state.items() if not name.endswith(COUNTERS)}
     expected = flatten_dict(abstract_variables(model, image, call))
     maps = [_name_map(expected, names)] if names else _library_maps(model, expected)
     fit, chosen = name_fit.best(state, maps)
@@ -162,7 +165,7 @@ def from_state_dict(
     variables: dict[tuple[str, ...], jax.Array] = {}
     for name, ours in sorted(fit.pairs.items()):
         try:
-            variables[chosen[ours]] = _variable(name, ours, np.asarray(state[name]), expected[chosen[ours]].shape)
+            variables[chosen[ours]] = _variable(name, ours, np.asarray(state[name]), expected[chosen[ours]])
         except _FaultError as fault:
             faults.append(str(fault))
     behind = f", without the {fit.prefix!r} before each name," if fit.prefix else ""
@@ -219,8 +222,9 @@ def check_collections(model: nn.Module, variables: Variables, image: Shape, call
         ) from error
 
 
-def _variable(name: str, ours: str, array: np.ndarray, wanted: Shape) -> jax.Array:
-    """An array of a file as the variable that the network calls `ours`. Raises _FaultError if the array does not fit."""
+def _variable(name: str, ours: str, array: np.ndarray, variable: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of a file as the `variable` that the network calls `ours`. Raises _FaultError if the array does not fit."""
+    wanted = variable.shape
     is_flax = name_fit.is_flax(ours)
     if not is_flax:
         converted = _from_torch(array, len(wanted))
@@ -229,6 +233,11 @@ def _variable(name: str, ours: str, array: np.ndarray, wanted: Shape) -> jax.Arr
     if converted.shape != wanted:  # asked first, because an array may be a view of far more numbers than its file holds
         shown = wanted if is_flax else to_torch_layout(np.empty(wanted, np.bool_)).shape
         raise _FaultError(f"{name} has the shape {array.shape} instead of {shown}")
+    if converted.dtype.type is np.void:  # NumPy's files hold bfloat16 without its name
+        raise _FaultError(f"{name} holds {converted.dtype}, numbers without a type (bfloat16?): save float32, or .safetensors")
+    converted = converted.astype(converted.dtype.newbyteorder("="), copy=False)
+    if jnp.issubdtype(variable.dtype, jnp.integer) and jnp.issubdtype(converted.dtype, jnp.integer):
+        return jnp.asarray(converted)  # a counter
     if not jnp.issubdtype(converted.dtype, jnp.floating):
         raise _FaultError(f"{name} holds {converted.dtype} instead of floating point numbers")
     wide = jax.dtypes.canonicalize_dtype(jnp.promote_types(converted.dtype, jnp.float32))  # float64 only if JAX has it enabled

@@ -57,7 +57,9 @@ def base(sweep: Sweep) -> Base:
     return Base(losses, fixed, students, config)
 
 
-def _students(folder: RunFolder, variables: Variables, settings: Any, range_names: set[str]) -> Iterator[tuple[int, Any]]:
+def _students(
+    folder: RunFolder, variables: Variables, settings: Any, range_names: Mapping[str, tuple[str, ...]]
+) -> Iterator[tuple[int, Any]]:
     fresh = finetune.init(variables["params"], folder.read_ranges(range_names), settings)
     yield 0, fresh.trained
     with folder.open_checkpoints("latest", keep=2, writing=False) as checkpoints:

@@ -49,5 +49,5 @@ def crc32(tree: Any) -> int:
     """CRC-32 of all arrays of a tree, in the tree's order. Contiguous arrays are not copied."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        total = zlib.crc32(np.ascontiguousarray(leaf).data, total)
+        total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, total)
     return total

@@ -1,7 +1,7 @@
 """The storage of a run without a folder: as `RunFolder`, but in memory, and only as long as the run lasts."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -54,7 +54,7 @@ class MemoryRun:
         """Whether this run is calibrated."""
         return self._ranges is not None
 
-    def read_ranges(self, names: set[str]) -> Tree:
+    def read_ranges(self, names: Mapping[str, tuple[str, ...]]) -> Tree:
         """The activation ranges."""
         return self._ranges
 

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +121,13 @@ class RunFolder:
         """Whether this run is calibrated."""
         return self.ranges.exists()
 
-    def read_ranges(self, names: set[str]) -> Tree:
-        """The ranges. names: the paths that the file must have. Raises UserError if the file is damaged."""
+    def read_ranges(self, names: Mapping[str, tuple[str, ...]]) -> Tree:
+        """The ranges. names: those that the file must have, with their paths. Raises UserError if the file is damaged."""
         try:
             flat = {name: np.asarray(value, np.float32) for name, value in json.loads(self.ranges.read_text()).items()}
-            if flat.keys() != names or not all(np.isfinite(value).all() for value in flat.values()):
+            if flat.keys() != names.keys() or not all(np.isfinite(value).all() for value in flat.values()):
                 raise ValueError("not finite numbers for each end of a range")
-            return unflatten_dict({name: jnp.asarray(value) for name, value in flat.items()}, sep="/")
+            return unflatten_dict({names[name]: jnp.asarray(value) for name, value in flat.items()})
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{self.ranges} is damaged ({error}): delete it to calibrate again.") from error
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from hast_jax.method import augmentation
+from hast_jax.method import augmentation, pyramid
 from hast_jax.runs import parallel
 
 Array = jax.Array
@@ -18,7 +18,7 @@ Variables = Mapping[str, Any]
 
 
 class Strengths(NamedTuple):
-    """The weights of the losses (a, b, lam, ce) and the size of the promotion (eps); scalars.
+    """The weights of the losses (a, b, lam, ce), scalars; and the size of the promotion (eps), a scalar or [1, 1, 1, channels].
 
     They are arguments of the compiled step, so that runs that differ only in them share one program.
     """
@@ -47,8 +47,14 @@ class FixedInputs(NamedTuple):
 
 
 def fixed_inputs(teacher: Variables, ranges: Variables, images: Images, labels: Images, config: ConfigDict) -> FixedInputs:
-    """`FixedInputs` with the seed and the strengths of `config`, the whole config."""
+    """`FixedInputs` with the seed and the strengths of `config`, the whole config.
+
+    eps is a distance in normalised images. If the network takes others, it is enlarged with them.
+    """
     strengths = Strengths(*(jnp.asarray(config.finetune[name]) for name in Strengths._fields))
+    unit = pyramid.unit_of(config.teacher.mean, config.teacher.std)
+    if unit is not None:
+        strengths = strengths._replace(eps=strengths.eps * unit.scale)
     return FixedInputs(teacher, ranges, images, labels, jnp.uint32(config.seed), strengths)
 
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from hast_jax import networks
 from hast_jax.method import augmentation, losses
 from hast_jax.method import pyramid as pyramids
+from hast_jax.method.pyramid import Unit
 from hast_jax.method.schedules import Plateau, image_rate, plateau_update
 from hast_jax.networks import Network
 from hast_jax.runs import parallel, preemption, processes
@@ -99,16 +100,16 @@ def init(batch_index: Array, key: Array, shape: tuple[int, ...], classes: int, s
 
 
 def step(
-    state: State, variables: Variables, teacher: Network, key: Array, settings: ConfigDict
+    state: State, variables: Variables, teacher: Network, key: Array, settings: ConfigDict, unit: Unit | None = None
 ) -> tuple[State, dict[str, Array]]:
-    """One Adam step on the images. settings: `config.synthesis`.
+    """One Adam step on the images. settings: `config.synthesis`. unit: of the teacher's inputs; None: they are normalised.
 
     With `return_to_best`, Adam begins anew at the images of the lowest loss whenever the rate drops. Without this, a rate
     of 0.5 makes a small loss explode, and the authors' schedule then lowers the rate for good, far from the best images.
     """
 
     def loss_fn(pyramid: Pyramid) -> tuple[Array, dict[str, Array]]:
-        images = pyramids.images(pyramid)
+        images = pyramids.images(pyramid, unit)
         if settings.crop_probability > 0:
             step_key = jax.random.fold_in(jax.random.fold_in(key, state.batch), state.iteration)
             images = _see_through_crop(images, step_key, settings)
@@ -174,10 +175,11 @@ def _fill(job: Job, store: Any, checkpoints: Any) -> None:
     """Make every batch that `store` still lacks."""
     config, settings, key = job.config, job.config.synthesis, job.key(1)
     shape = (settings.batch, *config.teacher.image)
+    unit = pyramids.unit_of(config.teacher.mean, config.teacher.std)
     start = jax.vmap(lambda batch: init(batch, key, shape, job.teacher.classes, settings))
     start_for = functools.cache(partial(parallel.pmap, start))
     step_for = functools.cache(
-        partial(parallel.pmap_steps, on_each(lambda state, variables: step(state, variables, job.teacher, key, settings)))
+        partial(parallel.pmap_steps, on_each(lambda state, given: step(state, given, job.teacher, key, settings, unit)))
     )
     pending = store.pending()
     begun = _begun(checkpoints, jax.eval_shape(start, jax.ShapeDtypeStruct((1,), jnp.int32)), store)
@@ -218,7 +220,7 @@ def _fill(job: Job, store: Any, checkpoints: Any) -> None:
             for row, batch in enumerate(batches):
                 begun.pop(batch, None)
                 if processes.is_main():
-                    store.write(batch, np.asarray(pyramids.images([each[row] for each in pyramid])), labels[row])
+                    store.write(batch, np.asarray(pyramids.images([each[row] for each in pyramid], unit)), labels[row])
             done += (settings.iterations - first) * len(batches)
 
 

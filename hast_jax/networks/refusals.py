@@ -1,0 +1,95 @@
+"""Networks that cannot be quantized, each with the reason."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from hast_jax.errors import InputError
+from hast_jax.networks.graph import PRODUCTS, Graph
+from hast_jax.networks.linear import name_of
+
+Path = tuple[str, ...]
+
+# Layers whose outputs are not products of input vectors with the columns of a kernel in `params`.
+KINDS: dict[type, str] = {
+    nn.MultiHeadDotProductAttention: "attention multiplies activations with each other",
+    nn.ConvLocal: "a kernel for every pixel is not quantized",
+    nn.ConvTranspose: "a transposed convolution is not quantized",
+    nn.Embed: "an embedding is not quantized",
+    nn.RNNCellBase: "a recurrent network is not quantized",
+    nn.WeightNorm: "its weights are computed from others",
+    nn.SpectralNorm: "its weights are computed from others",
+}
+# Operations after which a kernel has the same numbers.
+UNCHANGED = ("convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze", "copy", "optimization_barrier")
+
+
+class Kernel(NamedTuple):
+    """A kernel of a layer. layer: the layer's path. axes: see `Layer`. calls: of the layer.
+
+    leaf: its shape and dtype. number: that of its value in the trace. Both are None if `params` do not have the kernel.
+    """
+
+    layer: Path
+    axes: tuple[int, ...]
+    calls: int
+    leaf: Any
+    number: int | None
+
+
+def refuse_collections(module: nn.Module, collections: Mapping[str, Any]) -> None:
+    """Refuse a network with a collection of a name that a student needs."""
+    if "ranges" in collections:
+        raise InputError(f"{name_of(module)} has a collection named ranges, as each student: give it another name.")
+
+
+def refuse_kernel(module: nn.Module, traced: Graph, kernel: Kernel) -> None:
+    """Refuse a kernel that is stacked by a loop, of which the weights are computed, or that is used outside of its layer.
+
+    The products that read a kernel as it is must be as many as the calls of its layer.
+    """
+    layer = "/".join(kernel.layer)
+    if kernel.leaf is None or kernel.leaf.ndim != len(kernel.axes) + 1:
+        shape = None if kernel.leaf is None else kernel.leaf.shape
+        raise InputError(f"{name_of(module)} has {layer} in a loop (nn.scan, nn.vmap; kernel {shape}): unroll it.")
+    products = _products(traced, kernel.number)
+    if products < kernel.calls:
+        raise InputError(
+            f"{name_of(module)} computes the weights of {layer} from its kernel (weight standardisation?): put the "
+            "computed weights into the kernel of a plain layer."
+        )
+    if products > kernel.calls:
+        raise InputError(f"{name_of(module)} uses the kernel of {layer} outside of this layer too: call the layer instead.")
+
+
+def _products(traced: Graph, number: int | None) -> int:
+    """How many products read the value of this number, or its numbers in another shape."""
+    same, found = {number}, 0
+    for operation in traced.operations:
+        if same.intersection(operation.reads):
+            found += operation.name in PRODUCTS
+            if operation.name in UNCHANGED:
+                same.update(operation.makes)
+    return found
+
+
+def refuse_products_of_activations(module: nn.Module, traced: Graph) -> None:
+    """Refuse products of activations with each other, such as attention's. The images are the last input of the trace."""
+    activations = traced.descendants(traced.inputs[-1:])
+    for operation in traced.operations:
+        if operation.name in PRODUCTS and all(value in activations for value in operation.reads[:2]):
+            raise InputError(
+                f"{name_of(module)} multiplies activations with each other (attention?): only products of activations with "
+                "weights are quantized, so a transformer cannot be quantized."
+            )
+
+
+def no_linen_module(module: Any) -> str:
+    """The words that refuse anything that is no Linen module."""
+    if any(base.__module__.startswith("flax.nnx") for base in type(module).__mro__):
+        return (
+            f"{name_of(module)} is a flax.nnx module, whose calls cannot be intercepted: write the same network as a "
+            "flax.linen.Module and give it the same variables, because kernels have the same layout there."
+        )
+    return f"the network is a {name_of(module)}: give an instance of a flax.linen.Module."

@@ -1,0 +1,178 @@
+"""What users do with a network in Python: they redefine it, feed it pixels, give its arguments, save it, load it."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_any_network import FIELDS, random_variables
+
+import hast_jax
+from hast_jax import networks
+from hast_jax.errors import Notice, UserError
+from hast_jax.method import pyramid
+
+pytestmark = pytest.mark.usefixtures("little_optimization")
+
+IMAGE = (8, 8, 1)
+
+
+class Net(nn.Module):
+    """inner: the activation. scale: what the pixels are divided by. temperature: no argument has a default."""
+
+    inner: Any = nn.relu
+    name_of_layer: str = "conv"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, temperature: float, train: bool) -> jax.Array:
+        x = self.inner(nn.BatchNorm(not train)(nn.Conv(6, (3, 3), name=self.name_of_layer)(x)))
+        return nn.Dense(5)(nn.Conv(6, (3, 3))(x).mean((1, 2))) / temperature
+
+
+CALL = {"temperature": 2.0}
+
+
+def quantize(module: nn.Module, **changes: Any) -> hast_jax.Student:
+    variables = changes.pop("variables", None) or random_variables(module, IMAGE, {**CALL, "train": False})
+    settings = {"image": IMAGE, "bits": "w4a4", "budget": "trial", "call": CALL, "fields": FIELDS} | changes
+    return hast_jax.quantize(module, variables, **settings)
+
+
+def test_an_argument_of_the_call_leaves_those_of_inference_as_they_are() -> None:
+    student = quantize(Net())
+    assert dict(student.network.call) == {"temperature": 2.0, "train": False}
+
+
+def test_a_part_that_was_defined_again_is_looked_at_again(tmp_path: Path) -> None:
+    """As in a notebook whose cell is run once more. `Whole` itself stays the same class with the same fields."""
+
+    class First(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.relu(nn.BatchNorm(True)(nn.Conv(4, (3, 3))(x)))
+
+    class Other(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.tanh(nn.BatchNorm(True)(nn.Conv(4, (3, 3))(x)))
+
+    class Larger(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Conv(4, (3, 3), name="extra")(nn.BatchNorm(True)(nn.Conv(4, (3, 3))(x)))
+
+    class Whole(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(5)(defined["Block"](name="block")(nn.Conv(4, (3, 3))(x)).mean((1, 2)))
+
+    def student(**changes):
+        return quantize(Whole(), variables=random_variables(Whole(), IMAGE, {}), call=None, **changes)
+
+    defined: dict[str, type[nn.Module]] = {"Block": First}
+    before = student(workdir=tmp_path / "run")
+    before.save(tmp_path / "student")
+    assert set(before.codes()) == {"Conv_0/kernel", "block/Conv_0/kernel", "Dense_0/kernel"}
+    defined["Block"] = Other
+    with pytest.raises(UserError, match="began with a network that computes something else"):
+        student(workdir=tmp_path / "run")
+    with pytest.raises(UserError, match="holds a student of a network that computes something else than this Whole"):
+        hast_jax.load(tmp_path / "student", Whole())
+    defined["Block"] = Larger
+    assert "block/extra/kernel" in student().codes()
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.0, 1 / 255), (0.5, 0.02)])
+def test_a_network_that_normalises_by_itself_gets_the_images_of_one_that_does_not(mean: float, std: float) -> None:
+    """In its own units. Without noise from rounding they are the same: here after few steps."""
+
+    class Inside(nn.Module):
+        mean: float
+        std: float
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = (x * self.std + self.mean - 0.5) / 0.25
+            return nn.Dense(5)(nn.relu(nn.BatchNorm(True)(nn.Conv(6, (3, 3))(x))).mean((1, 2)))
+
+    variables = random_variables(Inside(0.5, 0.25), IMAGE, {})
+
+    def images(mean, std):
+        made, _ = hast_jax.synthesize(
+            Inside(mean, std), variables, image=IMAGE, mean=(mean,), std=(std,), count=8, iterations=5, fields={"devices": 1}
+        )
+        return made * std + mean
+
+    np.testing.assert_allclose(images(mean, std), images(0.5, 0.25), atol=2e-3)
+
+
+def test_the_size_of_a_promotion_follows_the_units_of_the_network() -> None:
+    assert pyramid.unit_of((0.5, 0.4), (0.25, 0.2)) is None
+    unit = pyramid.unit_of((0.0,), (1 / 255,))
+    assert unit is not None
+    np.testing.assert_allclose([unit.offset.item(), unit.scale.item()], [0.5 * 255, 0.25 * 255], rtol=1e-6)
+
+
+def test_names_of_modules_may_hold_a_slash(tmp_path: Path) -> None:
+    module = Net(name_of_layer="block1/conv")
+    student = quantize(module, workdir=tmp_path / "run")
+    student.save(tmp_path / "student")
+    images = np.random.default_rng(0).integers(0, 256, (3, *IMAGE), np.uint8)
+    np.testing.assert_array_equal(hast_jax.load(tmp_path / "student", module)(images), student(images))
+
+
+def test_counters_and_variables_in_bfloat16_stay_as_they_are(tmp_path: Path) -> None:
+    class Extra(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            half = self.variable("constants", "half", lambda: jnp.asarray([0.5], jnp.bfloat16))
+            self.variable("batch_stats", "steps", lambda: jnp.asarray(7, jnp.int32))
+            return nn.Dense(5)(nn.BatchNorm(True)(nn.Conv(4, (3, 3))(x)).mean((1, 2))) * half.value[None]
+
+    variables = Extra().init(jax.random.key(0), jnp.zeros((1, *IMAGE)))
+    student = quantize(Extra(), variables=variables, call=None, workdir=tmp_path / "run")
+    student.save(tmp_path / "student")
+    again = hast_jax.load(tmp_path / "student", Extra())
+    assert again.variables["constants"]["half"].dtype == jnp.bfloat16 and again.variables["batch_stats"]["steps"] == 7
+    images = np.random.default_rng(0).integers(0, 256, (3, *IMAGE), np.uint8)
+    np.testing.assert_array_equal(again(images), student(images))
+
+
+def test_of_several_arrays_it_is_said_which_are_the_logits() -> None:
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+            x = nn.BatchNorm(True)(nn.Conv(7, (3, 3))(x)).mean((1, 2))
+            return x, nn.Dense(5)(x)
+
+    with pytest.warns(Notice, match="Two gives several arrays; the logits are taken to be 7 numbers for each image"):
+        networks.create(Two(), IMAGE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        networks.create(Net(), IMAGE, call=CALL)
+
+
+def test_a_network_in_double_precision_is_quantized_in_double_precision() -> None:
+    with jax.enable_x64(True):
+        module, call = Net(), {**CALL, "train": False}
+        variables = random_variables(module, IMAGE, call)
+        images = jnp.asarray(np.random.default_rng(0).normal(size=(2, *IMAGE)))
+        teacher = networks.create(module, IMAGE, call=call)
+        logits, _ = networks.apply(teacher, variables, images)
+        assert logits.dtype == jnp.float64
+        np.testing.assert_allclose(logits, module.apply(variables, images, **call), rtol=1e-9)
+
+
+def test_a_text_of_the_users_own_that_is_called_branches_is_no_pattern() -> None:
+    class Both(nn.Module):
+        branches: str = "both"
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(5)(nn.relu(nn.BatchNorm(True)(nn.Conv(4, (3, 3))(x))).mean((1, 2)))
+
+    assert networks.create(Both(), IMAGE).branches == networks.create(Both("norm"), IMAGE).structure.branches
