@@ -30,8 +30,10 @@ ARRAYS, SAID = read(sys.argv[1])
 
 
 def kernel(name):
-    """The weights of a layer: its integers, each times the step of its output channel."""
-    integers, said = ARRAYS[name], SAID["kernels"][name]
+    """The weights of a layer: its integers, each times the step of its output channel; or floats, in full precision."""
+    integers, said = ARRAYS[name], SAID["kernels"].get(name)
+    if said is None:
+        return integers
     if said["packed"]:  # `bits` bits each, the lowest bit first
         bits = np.unpackbits(integers, count=said["bits"] * int(np.prod(said["shape"])), bitorder="little")
         integers = (bits.reshape(-1, said["bits"]).astype(int) << np.arange(said["bits"])).sum(1).reshape(said["shape"])
@@ -42,19 +44,26 @@ def kernel(name):
 def convolution(x, name, stride):
     """A convolution of 3 x 3 or 1 x 1, padded by half its size, and its batch norm."""
     w = kernel(f"{name}/conv/kernel")
-    x = np.pad(x, ((0, 0), (len(w) // 2,) * 2, (len(w) // 2,) * 2, (0, 0)))
+    x = np.pad(rounded(x, f"{name}/conv/input"), ((0, 0), (len(w) // 2,) * 2, (len(w) // 2,) * 2, (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(x, w.shape[:2], (1, 2))[:, ::stride, ::stride]
     y = np.einsum("nhwcij,ijcd->nhwd", windows, w, optimize=True)
     mean, var, scale, bias = (ARRAYS[f"{name}/bn/{each}"] for each in ("mean", "var", "scale", "bias"))
     return (y - mean) * (scale / np.sqrt(var + 1e-5)) + bias
 
 
-def activation(x, name):
-    """ReLU, then rounding to the grid of the activation: the nearest integer in its range, times its step."""
-    grid = SAID["activations"][name]
+def rounded(x, name):
+    """Values on the grid of this activation: the nearest integer in its range, times its step. Without a grid, `x` itself."""
+    grid = SAID["activations"].get(name)
+    if grid is None:
+        return x
     highest = grid["lowest"] + 2 ** grid["bits"] - 1
-    integers = np.clip(np.rint(np.maximum(x, 0) / np.float32(grid["step"])), grid["lowest"], highest)
+    integers = np.clip(np.rint(x / np.float32(grid["step"])), grid["lowest"], highest)
     return (integers * grid["step"]).astype(np.float32)
+
+
+def activation(x, name):
+    """ReLU, then the grid of the activation."""
+    return rounded(np.maximum(x, 0), name)
 
 
 x = ((np.load(sys.argv[2]) / 255 - SAID["mean"]) / SAID["std"]).astype(np.float32)
@@ -67,4 +76,5 @@ for stage in range(1, 4):
         y = convolution(y, f"{name}/conv2", 1)
         shortcut = f"{name}/identity_conv"
         x = activation(y + (convolution(x, shortcut, stride) if f"{shortcut}/conv/kernel" in ARRAYS else x), f"{name}/activ")
-np.save(sys.argv[3], x.mean((1, 2)) @ kernel("output/kernel") + ARRAYS["output/bias"])
+x = rounded(x.mean((1, 2)), "output/input")
+np.save(sys.argv[3], x @ kernel("output/kernel") + ARRAYS["output/bias"])

@@ -3,10 +3,12 @@
 Every error that the user can mend ends a command with one sentence and exit status 1. A run that SIGTERM stopped ends with
 exit status 75: it is not finished, and the same command resumes it.
 
-A command is a module with a docstring, `define_flags()` and `main(arguments)`. Its flags are defined when the command runs, not
-when the module is imported, so that several commands can be imported together.
+A command is a module with a docstring, `define_flags()` and `main(arguments)`. If it takes words besides flags, it has the
+constant TAKES_WORDS = True. Its flags are defined when the command runs, not when the module is imported, so that several
+commands can be imported together.
 """
 
+import functools
 import importlib
 import itertools
 import os
@@ -61,7 +63,8 @@ def run(command: ModuleType, arguments: list[str] | None = None) -> None:
         command.define_flags()
         for name in set(flags.FLAGS) - others:  # --help shows only these flags
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-        app.run(command.main, arguments, flags_parser=_parse)
+        words = getattr(command, "TAKES_WORDS", False)
+        app.run(command.main, arguments, flags_parser=functools.partial(_parse, words=words))
 
 
 def console_script() -> None:
@@ -79,6 +82,12 @@ def define_config(required: bool = True) -> None:
     config_flags.DEFINE_config_file("config", help_string=fields.help_text())
     if required:
         flags.mark_flag_as_required("config")
+
+
+def define_workdir(help_text: str, default: str | None = None) -> None:
+    """Define the flag of the run folder, which must not be empty, as the value of an unset variable of the shell is."""
+    flags.DEFINE_string("workdir", default, help_text, required=default is None)
+    flags.register_validator("workdir", lambda value: value != "", "--workdir is empty: name a folder")
 
 
 def define_processes() -> None:
@@ -100,12 +109,13 @@ def join(several: bool = True) -> None:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(resumes: bool = False) -> Iterator[None]:
     """End the process with one sentence on stderr and exit status 1 if the block raises an error that the user can mend.
 
     These errors are `UserError`, errors of the disk (`refused_by_disk`), too little memory of a device, and an interrupt from
     the keyboard. `Stopped` ends the process with exit status 75. If several processes share a run, any other error of JAX's
-    runtime ends this process (`leave_broken`). If the environment variable HAST_JAX_DEBUG is set, the traceback comes first.
+    runtime ends this process (`leave_broken`). resumes: whether the command goes on where it was interrupted. If the
+    environment variable HAST_JAX_DEBUG is set, the traceback comes first.
     """
     try:
         try:
@@ -132,7 +142,7 @@ def user_errors() -> Iterator[None]:
             raise
         processes.leave_broken(words)
     except KeyboardInterrupt:
-        _fail("interrupted: run the same command again to resume.")
+        _fail("interrupted: run the same command again to resume." if resumes else "interrupted.")
 
 
 def shipped_config(path: str) -> str:
@@ -152,20 +162,24 @@ def shipped_config(path: str) -> str:
     return path
 
 
-def _parse(arguments: list[str]) -> list[str]:
+def _parse(arguments: list[str], words: bool) -> list[str]:
     arguments = [_with_shipped_config(*each) for each in itertools.pairwise(["", *arguments])]
     for argument in arguments:
         named = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if named:
             check_name(named[1])
     try:
-        return flags.FLAGS(arguments)
+        left = flags.FLAGS(arguments)
     except flags.Error as error:
         raise UserError(_last_line(error)) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"the config cannot be built: {_last_line(error)}") from error
     except OSError as error:
         raise UserError(f"the config file cannot be read: {error}") from error
+    if len(left) > 1 and not words:
+        advice = f"write --{left[1]}" if "=" in left[1] else "write its flag before it, as --FLAG=VALUE; --help shows the flags"
+        raise UserError(f"the command does not take the word {left[1]!r}: {advice}.")
+    return left
 
 
 def _with_shipped_config(before: str, argument: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hast_jax import cli, from_config, networks, paths, pipeline
@@ -25,7 +26,7 @@ from hast_jax.stages.evaluate import Accuracy, evaluator
 
 def define_flags() -> None:
     """Define the flags of this command."""
-    flags.DEFINE_string("workdir", None, "Folder of a run.", required=True)
+    cli.define_workdir("Folder of a run.")
     flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which student; best was selected on test data.")
     flags.DEFINE_string("dataset", None, "Data set (eval.dataset), if it is not the run's.")
     flags.DEFINE_string("split", None, "Split of the data set (eval.split), if it is not the run's.")
@@ -83,10 +84,10 @@ def run(
 
     full, quantized = judge(teacher)(variables), judge(student)(student_variables)
     judged_on = f"{len(images.labels)} images, {config.eval.dataset} {config.eval.split}"
-    table = Table("", "top-1 %", "drop", "top-5 %", title=f"{config.teacher.network} on {judged_on}")
+    table = Table("", "top-1 %", "drop", "top-5 %", title=escape(f"{config.teacher.network} on {judged_on}"))
     table.add_row("full precision (teacher)", f"{full.top1:.2f}", "", f"{full.top5:.2f}")
     name = f"{format_bits(config.bits)} student, {checkpoint}, after {steps} steps"
-    table.add_row(name, f"{quantized.top1:.2f}", f"{full.top1 - quantized.top1:.2f}", f"{quantized.top5:.2f}")
+    table.add_row(escape(name), f"{quantized.top1:.2f}", f"{full.top1 - quantized.top1:.2f}", f"{quantized.top5:.2f}")
     return Found(full, quantized, table)
 
 

@@ -32,7 +32,7 @@ MOST_BYTES = 2**30  # of real images: some 7,000 of ImageNet's, and all of CIFAR
 def define_flags() -> None:
     """Define the flags of this command."""
     default = Options()
-    flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
+    cli.define_workdir("Folder of a finished run.")
     flags.DEFINE_enum("format", "onnx", list(FORMATS), "Format of the file.")
     flags.DEFINE_string(
         "output",

@@ -98,6 +98,8 @@ def quantize(
     if given is not None:
         setting.config.synthesis.source = GIVEN
     own = pipeline.GivenNetwork(model, setting.variables, dataset, given)
+    if workdir == "":
+        raise InputError("workdir is empty: name a folder, or give None.")
     path = None if workdir is None else paths.local(workdir)
     with _shown(progress) as shown:
         return pipeline.quantize(setting.config, path, shown, own)

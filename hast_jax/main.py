@@ -5,6 +5,8 @@
 The same command resumes a run that was stopped or killed.
 """
 
+import functools
+import shlex
 import sys
 
 from absl import flags
@@ -19,26 +21,27 @@ from hast_jax.runs import parallel, preemption, processes
 def define_flags() -> None:
     """Define the flags of this command."""
     cli.define_config()
-    flags.DEFINE_string("workdir", None, "Folder of the run. An unfinished run in it resumes.", required=True)
+    cli.define_workdir("Folder of the run. An unfinished run in it resumes.")
 
 
 def main(_: list[str]) -> None:
     """Run the stages and show the result."""
-    with cli.user_errors():
+    with cli.user_errors(resumes=True):
         cli.join()
         preemption.listen()
         config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
         config_lib.validate(config)
         parallel.setup(config.devices, config.finetune.batch)
         console = Console(quiet=not processes.is_main())
+        say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)  # lines to copy, as they are
         with Bar(console) as progress:
             result = pipeline.run(config, paths.local(workdir), progress)
         show_result(console, result)
         if config.report and (paths.local(workdir) / "report.html").exists():
-            console.print(f"report: {workdir}/report.html")
+            say(f"report: {workdir}/report.html")
         network = from_config.own_code(config).get("network")
-        own = f" --network={network}" if network else ""
-        console.print(f"export: python -m hast_jax.export --workdir={workdir} --format=onnx{own}", soft_wrap=True)
+        flags_of_export = [f"--workdir={workdir}", "--format=onnx", *([f"--network={network}"] if network else [])]
+        say(f"export: python -m hast_jax.export {shlex.join(flags_of_export)}")
 
 
 if __name__ == "__main__":

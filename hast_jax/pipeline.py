@@ -1,7 +1,7 @@
 """The stages in their order. Each stage resumes where a killed run left it."""
 
 import contextlib
-import hashlib
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +25,10 @@ from hast_jax.runs.files import crc32
 from hast_jax.runs.memory import MemoryRun
 from hast_jax.runs.progress import Progress, Recorder, Update, silent
 from hast_jax.runs.run_folder import RunFolder
-from hast_jax.stages import calibrate, finetune, synthesize
-from hast_jax.stages.evaluate import agreement, evaluator
+from hast_jax.stages import calibrate, finetune, held_out, synthesize
+from hast_jax.stages.evaluate import evaluator
 from hast_jax.stages.job import Job
-from hast_jax.student import Student
+from hast_jax.student import Student, load
 
 Given = tuple[np.ndarray, np.ndarray]  # images and labels
 
@@ -55,20 +55,55 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
     job, given, dataset = _prepare(config, workdir, progress, own)
     with job.storage.held(), contextlib.closing(job.recorder):
         evaluate = _teacher_accuracy(job, dataset)
+        student = _finished(job, given)
+        if student is not None:
+            return student
         segment = record.begin_segment(job)
         images, labels = _training_images(job, given)
         ranges = _activation_ranges(job, images)
         state, evaluations = finetune.run(job, images, labels, ranges, evaluate)
         record.end_segment(job, segment)
-        finished = job.storage.read_result()
+        finished = job.storage.read_result()  # of a run whose student was lost
         variables = finetune.student_variables(job.student, job.variables, ranges, state.trained)
-        result = finished or {**record.summary(job, len(images), evaluations), "held_out": _held_out(job, variables)}
+        result = finished or {**record.summary(job, len(images), evaluations), "held_out": held_out.measure(job, variables)}
         student = _student(job, variables, result)
+        if isinstance(job.storage, RunFolder):
+            folder = job.storage.student
+            processes.on_main(lambda: student.save(folder))
         if finished is None:
-            if isinstance(job.storage, RunFolder):
-                folder = job.storage.student
-                processes.on_main(lambda: student.save(folder))
             processes.on_main(lambda: job.storage.write_result(result))  # last: it marks the run as finished
+        processes.on_main(lambda: _report(job, student, images))
+    return student
+
+
+def _finished(job: Job, given: Given | None) -> Student | None:
+    """The student of a run that has finished. None if the run has not, or if its folder `student` is lost or damaged.
+
+    Its images and checkpoints may be gone. If `eval.held_out` was given only now, the agreement on these images is added.
+    """
+    result = job.storage.read_result()
+    if result is None or not isinstance(job.storage, RunFolder):
+        return None
+    folder = job.storage.student
+    try:
+        student = load(folder, job.student.module)
+    except UserError:
+        return None
+    images = None
+    if given is not None:
+        images = given[0]
+        processes.on_main(lambda: job.storage.check_images(*given))
+    elif job.storage.synthetic.is_dir():
+        shape, classes = tuple(job.config.teacher.image), job.teacher.classes
+        images = synthetic_set.load(job.storage.synthetic, shape, classes)[0]
+    if result.get("held_out") is None and job.config.eval.held_out:
+        if images is not None:
+            held_out.refuse_common(job.config, images)
+        result = {**result, "held_out": held_out.measure(job, student.variables)}
+        student = dataclasses.replace(student, record=result)
+        processes.on_main(lambda: student.save(folder))
+        processes.on_main(lambda: job.storage.write_result(result))
+    if images is not None:
         processes.on_main(lambda: _report(job, student, images))
     return student
 
@@ -119,7 +154,7 @@ def _prepare(
         if given is not None:
             _check_enough(config, len(given[0]))
         _refuse_overflow(teacher, variables, tuple(config.teacher.image))
-        _held_out_images(config)
+        held_out.images_of(config)
     recorder = Recorder(workdir, progress, writing=processes.is_main())
 
     def job(storage):
@@ -234,18 +269,12 @@ def _training_images(job: Job, given: Given | None) -> Given:
         images, labels = given
         if processes.count() > 1:
             processes.require_same({"images": crc32((images, labels))})
-    held_out = _held_out_images(job.config)
-    if held_out is not None and not _distinct(images).isdisjoint(_distinct(held_out)):
-        raise UserError("config.eval.held_out holds images that the student is trained on: give images of another seed.")
+    held_out.refuse_common(job.config, images)
     processes.on_main(lambda: job.storage.check_images(images, labels))
     if isinstance(job.storage, RunFolder):
         picture, teacher = job.storage.picture, job.config.teacher
         processes.on_main(lambda: save_picture(picture, images, teacher.mean, teacher.std))
     return images, labels
-
-
-def _distinct(images: np.ndarray) -> set[bytes]:
-    return {hashlib.sha256(np.asarray(each).tobytes()).digest() for each in images}
 
 
 def _activation_ranges(job: Job, images: np.ndarray) -> weights.Variables:
@@ -257,27 +286,6 @@ def _activation_ranges(job: Job, images: np.ndarray) -> weights.Variables:
 
     processes.on_main(calibrated)
     return job.storage.read_ranges(job.student.range_names)
-
-
-def _held_out_images(config: ConfigDict) -> np.ndarray | None:
-    """The images of `config.eval.held_out`, memory-mapped; None if the field is empty. Raises UserError for a missing set."""
-    if not config.eval.held_out:
-        return None
-    return synthetic_set.load(paths.local(config.eval.held_out), tuple(config.teacher.image), config.teacher.classes)[0]
-
-
-def _held_out(job: Job, variables: weights.Variables) -> dict[str, Any] | None:
-    """How often the student agrees with its teacher on the held-out images; None without such images."""
-    images = _held_out_images(job.config)
-    if images is None:
-        return None
-
-    def logits(network):
-        return lambda v, x: networks.apply(network, v, x)[0]
-
-    teacher, student = logits(job.teacher), logits(job.student)
-    found = agreement(teacher, student, (job.variables, variables), images, job.config.eval.batch)
-    return {"images": len(images), "agreement": found.top1, "kl": found.kl}
 
 
 def _student(job: Job, variables: weights.Variables, result: dict[str, Any]) -> Student:
@@ -297,6 +305,8 @@ def restore_student(
     if folder.checkpoints(checkpoint).is_dir():
         with folder.open_checkpoints(checkpoint, keep=2, writing=False) as checkpoints:
             state = checkpoints.restore(finetune.init(variables["params"], ranges, config.finetune))
+    if state is None and checkpoint == "best" and config.eval.dataset == "none":
+        raise UserError(f"{folder} has no best student, because its run had no real images: use --checkpoint=latest.")
     if state is None:
         raise UserError(f"{folder} holds no {checkpoint} student yet: let its run reach the end of an epoch.")
     return finetune.student_variables(student, variables, ranges, state.trained), int(state.step)

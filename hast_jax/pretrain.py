@@ -116,6 +116,8 @@ def main(_: list[str]) -> None:
         output = paths.local(flags.FLAGS.output)
         if output.suffix != ".safetensors":
             raise UserError(f"--output={output}: the file must end in .safetensors.")
+        if output.exists():
+            raise UserError(f"--output={output} exists already: choose another name, or delete the file.")
         devices = parallel.setup(config.devices)
         network = from_config.bare_teacher(config)
         train_set = datasets.load(config, "train")

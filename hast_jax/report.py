@@ -18,7 +18,7 @@ from hast_jax.runs import parallel, run_folder, synthetic_set
 
 def define_flags() -> None:
     """Define the flags of this command."""
-    flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
+    cli.define_workdir("Folder of a finished run.")
     flags.DEFINE_float("average_bits", None, "Average bits of a weight in the suggested bits by layer.", MIN_BITS, MAX_BITS)
     flags.DEFINE_string("network", None, "FILE.py:CLASS of your own network. Its code is run.")
     flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), if they have moved.")
@@ -38,6 +38,8 @@ def run(
     weights: another path of the same weights. network, names: FILE.py:CLASS and FILE.py:FUNCTION of the user, if the run has
     them. They must be given, because code that only a run folder names may be a stranger's and is never run.
     """
+    if average_bits is not None and not MIN_BITS <= average_bits <= MAX_BITS:
+        raise UserError(f"--average_bits={average_bits}: give a number from {MIN_BITS} to {MAX_BITS}.")
     folder, config = run_folder.open_for_reading(workdir)
     if config.teacher.network.endswith(GIVEN):
         raise UserError(f"the network of {workdir} was given in Python: only the run itself writes its report.")

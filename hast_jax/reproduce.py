@@ -30,6 +30,7 @@ from hast_jax.runs import parallel, preemption
 from hast_jax.runs.files import write_json, write_text
 
 FIGURES = {"figure2a": figure2.gradient_angles, "figure2b": figure2.hessian_spectra}
+TAKES_WORDS = True
 NAMES = [*EXPERIMENTS, *FIGURES]
 SUPPLEMENT = [name for name in NAMES if name != "recipe"]
 
@@ -37,7 +38,7 @@ SUPPLEMENT = [name for name in NAMES if name != "recipe"]
 def define_flags() -> None:
     """Define the flags of this command."""
     cli.define_config()
-    flags.DEFINE_string("workdir", "runs/reproduction", "Folder of the sweep. An unfinished sweep in it resumes.")
+    cli.define_workdir("Folder of the sweep. An unfinished sweep in it resumes.", "runs/reproduction")
     flags.DEFINE_integer("seeds", 1, "Number of seeds of each cell. The first seed is config.seed.", lower_bound=1)
     flags.DEFINE_multi_string("skip", [], "Label of a cell to leave out. The flag may be given several times.")
 
@@ -91,7 +92,7 @@ def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run the experiments that the arguments name; exit status 1 if a cell failed."""
-    with cli.user_errors():
+    with cli.user_errors(resumes=True):
         names = SUPPLEMENT if arguments[1:] == ["all"] else arguments[1:]
         if not names or not set(names) <= set(NAMES):
             raise UserError(f"name one or several experiments of: {', '.join(NAMES)}; or all.")

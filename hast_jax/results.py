@@ -4,6 +4,7 @@ python -m hast_jax.results runs/c100-w3a3 runs/c100-w4a4
 python -m hast_jax.results runs/c100-w3a3 --over_time=over_time      # top-1 over the time of the whole job, and a figure
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from absl import flags
 from hast_jax import cli, paths
 from hast_jax.deliver.console import format_bits, format_images, format_seconds
 from hast_jax.errors import UserError
-from hast_jax.runs.files import read_json
 from hast_jax.runs.progress import read_metrics
 
 HEADER = (
     "| network, data | bits | settings | teacher | no fine-tuning | HAST, last epoch | drop | best epoch* "
     "| seed | synthesis | steps x batch | time, hardware |"
 )
+
+
+TAKES_WORDS = True
+SAME_TEACHER = 0.05  # points of top-1 by which devices may differ
 
 
 def row(name: str, result: dict[str, Any]) -> str:
@@ -39,57 +43,84 @@ def row(name: str, result: dict[str, Any]) -> str:
         f"{result['steps']} x {result['batch']}",
         f"{format_seconds(sum(result['seconds'].values()))}, {result['hardware']}",
     ]
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def table(folders: list[Path]) -> str:
     """The table of these run folders, and a line for each folder without accuracies. Raises UserError if no folder has any."""
     rows, notes = [], []
     for folder in folders:
-        path = folder / "result.json"
-        result = read_json(path) if path.exists() else None
-        if result is None:
-            notes.append(f"{folder} has no result.json: let its run finish.")
-        elif result["teacher"] is None:
-            notes.append(f"{folder} was run without evaluation data: it has no accuracies.")
-        else:
-            rows.append(row(folder.name, result))
+        try:
+            rows.append(row(folder.resolve().name, result_of(folder)))
+        except UserError as error:
+            notes.append(str(error))
     if not rows:
         raise UserError(" ".join(notes))
     return "\n".join([HEADER, "|" + "---|" * (HEADER.count("|") - 1), *rows, "", "\\* selected on test data.", *notes])
 
 
+def result_of(folder: Path) -> dict[str, Any]:
+    """The result of a run with accuracies. Raises UserError if the folder has none, or none that can be read."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder.")
+    path = folder / "result.json"
+    if not path.exists():
+        raise UserError(f"{folder} has no result.json: let its run finish.")
+    try:
+        result = json.loads(path.read_text())
+        if result["teacher"] is not None:
+            row("", result)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is left out, because it is damaged ({type(error).__name__}: {error}).") from error
+    if result["teacher"] is None:
+        raise UserError(f"{folder} was run without evaluation data: it has no accuracies.")
+    return result
+
+
 def over_time(folder: Path) -> list[tuple[float, float]]:
-    """For each evaluation of a finished run: the seconds since the job's start, and the student's top-1."""
-    settings = read_json(folder / "config.json")["finetune"]
-    evaluations = {int(epoch): top1 for epoch, top1 in read_json(folder / "evaluations.json").items()}
-    before, at = 0.0, {0: 0.0}
-    for line in read_metrics(folder / "metrics.jsonl"):
-        if line["stage"] == "finetune":
-            at.setdefault(line["step"], line["seconds"])
-    for stage, seconds in read_json(folder / "result.json")["seconds"].items():
-        before += seconds if stage != "finetune" else 0.0
-    return [(before + at[epoch * settings["steps_per_epoch"]], top1) for epoch, top1 in sorted(evaluations.items())]
+    """For each evaluation of a finished run: the seconds since the job's start, and the student's top-1.
+
+    Raises UserError if the run's log is missing or damaged.
+    """
+    try:
+        settings = json.loads((folder / "config.json").read_text())["finetune"]
+        evaluations = {int(epoch): top1 for epoch, top1 in json.loads((folder / "evaluations.json").read_text()).items()}
+        before, at = 0.0, {0: 0.0}
+        for line in read_metrics(folder / "metrics.jsonl"):
+            if line["stage"] == "finetune":
+                at.setdefault(line["step"], line["seconds"])
+        for stage, seconds in result_of(folder)["seconds"].items():
+            before += seconds if stage != "finetune" else 0.0
+        return [(before + at[epoch * settings["steps_per_epoch"]], top1) for epoch, top1 in sorted(evaluations.items())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} is left out, because its log is not complete ({type(error).__name__}: {error}).") from error
 
 
 def over_time_table(folders: list[Path], picture: Path) -> str:
     """A table of top-1 over time, of finished runs of one teacher. The figure is written to `picture`.png and .svg.
 
-    Raises UserError if no run has accuracies.
+    Raises UserError if no run has accuracies, or if the teachers have different accuracies.
     """
     from hast_jax.paper import figures
 
-    results = {folder: read_json(folder / "result.json") for folder in folders if (folder / "result.json").exists()}
-    teachers = {folder: found["teacher"] for folder, found in results.items() if found["teacher"] is not None}
-    if not teachers:
-        raise UserError("none of these run folders is finished and has accuracies: there is nothing to draw.")
-    unique = len({folder.name for folder in teachers}) == len(teachers)
-    curves = {folder.name if unique else str(folder): over_time(folder) for folder in teachers}
-    figures.over_time(curves, next(iter(teachers.values())), picture)
+    teachers, found, notes = {}, {}, []
+    for folder in folders:
+        try:
+            teachers[folder], found[folder] = result_of(folder)["teacher"], over_time(folder)
+        except UserError as error:
+            notes.append(str(error))
+    if not found:
+        raise UserError(f"there is nothing to draw: {' '.join(notes)}")
+    teacher = next(iter(teachers.values()))
+    other = next((folder for folder, top1 in teachers.items() if abs(top1 - teacher) > SAME_TEACHER), None)
+    if other is not None:
+        words = f"{next(iter(teachers))} has a teacher of {teacher:.2f} %, {other} one of {teachers[other]:.2f} %"
+        raise UserError(f"{words}: draw runs of one teacher.")
+    unique = len({folder.resolve().name for folder in found}) == len(found)
+    curves = {folder.resolve().name if unique else str(folder): curve for folder, curve in found.items()}
+    figures.over_time(curves, teacher, picture)
     rows = [f"| {name} | {format_seconds(seconds)} | {top1:.2f} |" for name, curve in curves.items() for seconds, top1 in curve]
     lines = ["| run | time of the whole job | top-1 |", "|---|---|---|", *rows]
-    left_out = [folder for folder in folders if folder not in teachers]
-    notes = [f"{folder} is left out, because its run has not finished or has no accuracies." for folder in left_out]
     return "\n".join([*lines, "", *notes] if notes else lines)
 
 

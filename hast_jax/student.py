@@ -117,7 +117,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
     path = paths.local(folder)
     try:
         said = json.loads((path / DESCRIPTION).read_text())
-        flat = safetensors.numpy.load_file(path / WEIGHTS)
+        flat = safetensors.numpy.load((path / WEIGHTS).read_bytes())
         image, record, call = tuple(said["image"]), dict(said["record"]), dict(said["call"])
         mean, std = tuple(said["mean"]), tuple(said["std"])
         program, version = said.get("program", (None, None))  # version 0.2.0 had no program

@@ -52,6 +52,21 @@ def test_what_works_in_one_process_refuses_several(command: list[str]) -> None:
     assert done.returncode == 1 and "leave out --processes" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["main", DIGITS, "--workdir=a", "config.seed=7"], "does not take the word 'config.seed=7': write --config.seed=7."),
+        (["evaluate", "--workdir=a", "best"], "does not take the word 'best': write its flag before it"),
+        (["main", DIGITS, "--workdir="], "--workdir is empty: name a folder"),
+        (["report", "--workdir=a", "--average_bits=nan"], "--average_bits=nan: give a number from 2 to 8"),
+    ],
+)
+def test_words_without_a_flag_and_flags_without_a_value_are_refused(command: list[str], words: str, tmp_path) -> None:
+    done = tiny.call([*tiny.module(command[0]), *command[1:]], tmp_path)
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_pretrained_teacher_is_a_weight_file_with_its_metadata(tmp_path) -> None:
     path = tmp_path / "teacher.safetensors"
     done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={path}", "--config.pretrain.epochs=3"])
@@ -59,6 +74,8 @@ def test_a_pretrained_teacher_is_a_weight_file_with_its_metadata(tmp_path) -> No
     state, metadata = weights.read(path)
     assert metadata.dataset == "digits" and metadata.top1 > 80 and len(state) == 47
     assert f"top-1 {metadata.top1:.2f} %" in done.stdout
+    again = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={path}"])
+    assert again.returncode == 1 and "exists already: choose another name" in again.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny
 from flax.traverse_util import flatten_dict
 from hypothesis import given as with_values
@@ -182,16 +184,55 @@ class Assorted(nn.Module):
         x = jnp.where(x > 0.1, x, jnp.clip(x, -1, 0.05)) * gate[:, None, None] ** 0.5
         x = nn.avg_pool(x, (3, 3), (1, 2), "SAME", count_include_pad=False) - x.mean((1, 2), keepdims=True)
         x = x + 2 / (3 + x[:, :, ::2].max(2, keepdims=True) ** 2)
-        return nn.log_softmax(nn.Dense(self.classes)(nn.selu(x).reshape((len(x), -1))))
+        return nn.log_softmax(nn.Dense(self.classes)(nn.selu(x[:, ::-1]).reshape((len(x), -1))))
 
 
-def test_operations_of_all_kinds_are_written(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_operations_of_all_kinds_are_written(weights: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(NETWORKS, "assorted", (Assorted(), (16, 16, 3)))
     its = student("assorted", "w8a8")
-    found = hast_jax.export(its, tmp_path / "student.onnx")
+    found = hast_jax.export(its, tmp_path / "student.onnx", weights=weights)
     assert found.comparisons[0].different == 0 and found.comparisons[0].largest_difference < 0.1
     images = random_images(its, 5)
     np.testing.assert_allclose(onnx_logits(tmp_path / "student.onnx", images), its(images), atol=0.1)
+
+
+def test_variables_of_other_collections_are_written_under_the_collections_name() -> None:
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3))(x))
+            x = x * self.variable("masks", "alpha", lambda: jnp.asarray(0.5)).value
+            return nn.Dense(10)(x.mean((1, 2))) * self.param("alpha", lambda key: jnp.asarray(2.0))
+
+    module = Masked()
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    network = networks.create(module, (8, 8, 3), rules=rules_lib.normalise("w4a4"))
+    ranges = networks.observe(network, variables, {}, jnp.ones((2, 8, 8, 3)))
+    rest = (rules_lib.normalise("w4a4"), (8, 8, 3), (0.5,) * 3, (0.25,) * 3, {})
+    arrays = safetensors.numpy.load(integers.build(Student(network, {**variables, "ranges": ranges}, *rest)))
+    assert arrays["alpha"] == 2 and arrays["masks/alpha"] == 0.5
+
+
+@pytest.mark.parametrize("operators", ["float", "integer"])
+def test_a_kernel_whose_integers_need_32_bits_is_written_as_floats(operators: str, tmp_path: Path, monkeypatch) -> None:
+    """A box filter, or any channel of nearly equal weights, with fixed ranges."""
+
+    class Box(nn.Module):
+        @nn.compact
+        def __call__(self, x, train: bool = False):
+            x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x)))
+            x = nn.Conv(4, (3, 3), feature_group_count=4, use_bias=False, name="box")(x)
+            return nn.Dense(10)(nn.relu(nn.Conv(4, (1, 1), name="next")(x)).mean((1, 2)))
+
+    monkeypatch.setitem(NETWORKS, "box", (Box(), (8, 8, 3)))
+    its = student("box", "w8a8", learned=False)
+    params = {**its.variables["params"], "box": {"kernel": jnp.full((3, 3, 1, 4), 1 / 9)}}
+    its = dataclasses.replace(its, variables={**its.variables, "params": params})
+    found = hast_jax.export(its, tmp_path / "student.onnx", operators=operators)
+    assert found.comparisons[0].different <= 1
+    with pytest.raises(UserError, match="the integers of box/kernel do not fit into 32 bits"):
+        hast_jax.export(its, tmp_path / "student.safetensors", "safetensors")
 
 
 @pytest.mark.parametrize(
@@ -385,6 +426,13 @@ def test_the_command_exports_the_student_of_a_run_and_tells_what_it_found(run: P
     np.testing.assert_allclose(onnx_logits(run / "student.onnx", images), its(images), atol=1e-3)
 
 
+def test_the_students_own_files_are_not_overwritten(run: Path) -> None:
+    its = hast_jax.load(run / "student")
+    with pytest.raises(InputError, match="is a file of the saved student itself: choose another name"):
+        hast_jax.export(its, run / "student" / "student.safetensors", "safetensors")
+    assert hast_jax.load(run / "student").record == its.record
+
+
 def test_files_with_different_options_do_not_overwrite_one_another(run: Path) -> None:
     command = importlib.import_module("hast_jax.export")
     files = [command.run(run, "safetensors", **options).path for options in ({}, {"weights": "packed"})]
@@ -418,8 +466,14 @@ def test_a_hostile_run_folder_gets_nothing_written_but_the_file_and_none_of_its_
     assert files() == before
 
 
-def test_a_program_of_numpy_alone_runs_the_network_from_its_integers(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [None, {"default": "w3a3", "init_block|output": "w8a8", "stage1_unit1/conv1": "full"}])
+def test_a_program_of_numpy_alone_runs_the_network_from_its_integers(bits: Any, run: Path, tmp_path: Path) -> None:
     its = hast_jax.load(run / "student")
+    if bits is not None:
+        network = networks.create(its.network.module, its.image, rules=rules_lib.normalise(bits), learned_ranges=True)
+        noise = jax.random.normal(jax.random.key(0), (32, *its.image))
+        ranges = networks.observe(network, its.variables, {}, noise)
+        its = dataclasses.replace(its, network=network, variables={**its.variables, "ranges": ranges})
     hast_jax.export(its, tmp_path / "student.safetensors", "safetensors", weights="packed")
     images = random_images(its, 6)
     np.save(tmp_path / "images.npy", images)

@@ -1,6 +1,8 @@
 """The results table is made from result.json files."""
 
 import json
+import re
+import shutil
 
 import pytest
 
@@ -47,8 +49,38 @@ def test_a_folder_without_a_result_is_named_and_does_not_hide_the_others(tmp_pat
 
 def test_a_damaged_result_is_named(tmp_path) -> None:
     (tmp_path / "result.json").write_text('{"half": ')
-    with pytest.raises(UserError, match=r"result\.json is damaged"):
+    with pytest.raises(UserError, match=r"result\.json is left out, because it is damaged"):
         results.table([tmp_path])
+
+
+@pytest.mark.parametrize("content", ['{"half": ', "[]", json.dumps({**RESULT, "hardware": None, "seconds": None}), "{}"])
+def test_a_damaged_result_does_not_hide_the_others(content: str, tmp_path) -> None:
+    for name, text in (("good", json.dumps(RESULT)), ("bad", content)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(text)
+    text = results.table([tmp_path / "bad", tmp_path / "good", tmp_path / "typo"])
+    assert text.count("| 50.00 |") == 1 and f"{tmp_path}/typo is no folder." in text
+    assert f"{tmp_path}/bad/result.json is left out, because it is damaged" in text
+
+
+def test_a_rule_with_a_bar_does_not_break_the_table(tmp_path) -> None:
+    bits = {"weights": 3, "activations": 3, "rules": "init_block|output=w8a8"}
+    (tmp_path / "result.json").write_text(json.dumps({**RESULT, "bits": bits}))
+    header, _, line, *_ = results.table([tmp_path]).split("\n")
+    assert line.replace("\\|", "").count("|") == header.count("|") and "init_block\\|output" in line
+
+
+def test_runs_of_two_teachers_are_not_drawn_together_and_an_incomplete_log_is_named(finished, tmp_path) -> None:
+    for name in ("other", "cut"):
+        shutil.copytree(finished, tmp_path / name)
+    result = json.loads((finished / "result.json").read_text())
+    (tmp_path / "other" / "result.json").write_text(json.dumps({**result, "teacher": result["teacher"] - 40}))
+    (tmp_path / "cut" / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="draw runs of one teacher"):
+        results.over_time_table([finished, tmp_path / "other"], tmp_path / "picture")
+    text = results.over_time_table([finished, tmp_path / "cut"], tmp_path / "picture")
+    assert re.search(r"cut is left out, because its log is not complete \(KeyError: \d+\)\.$", text)
+    assert (tmp_path / "picture.png").exists()
 
 
 def test_top1_is_shown_over_the_time_of_the_whole_job(finished, tmp_path) -> None:
@@ -70,6 +102,6 @@ def test_top1_is_shown_over_the_time_of_the_whole_job(finished, tmp_path) -> Non
     (untested / "result.json").write_text(json.dumps(result | {"teacher": None}))
     text = results.over_time_table([untested, finished, other], tmp_path / "curve.png")
     assert text.count(f"\n| {finished} |") == text.count(f"\n| {other} |") == len(points)
-    assert f"{untested} is left out" in text and not (tmp_path / "curve.png.png").exists()
+    assert f"{untested} was run without evaluation data" in text and not (tmp_path / "curve.png.png").exists()
     with pytest.raises(UserError, match="nothing to draw"):
         results.over_time_table([tmp_path], tmp_path / "curve")

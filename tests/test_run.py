@@ -1,6 +1,7 @@
 """A whole run: what it leaves behind, that it goes on where it was killed, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 import hast_jax
 from hast_jax import from_config, networks, pipeline
 from hast_jax.errors import UserError
+from hast_jax.runs.files import crc32
 
 
 def test_the_folder_holds_what_the_readme_says(finished: Path) -> None:
@@ -66,6 +68,34 @@ def test_a_finished_run_started_again_only_prints_its_table(copy: Path) -> None:
     done = tiny.call(tiny.command(copy, "--config.devices=1"))
     assert done.returncode == 0 and "last epoch" in done.stdout
     assert tiny.outcome(copy) == before and (copy / "result.json").read_bytes() == result
+
+
+@pytest.mark.parametrize("lost", [("synthetic", "checkpoints"), ("student",)])
+def test_of_a_finished_run_nothing_is_done_again_and_a_lost_student_comes_back(copy: Path, lost: tuple[str, ...]) -> None:
+    files = [copy / name for name in ("result.json", "student/student.safetensors", "metrics.jsonl")]
+    before = [file.read_bytes() for file in files]
+    for name in lost:
+        shutil.rmtree(copy / name)
+    again = tiny.call(tiny.command(copy))
+    assert again.returncode == 0 and "full precision (teacher)" in again.stdout, again.stderr
+    kept = 3 if "student" not in lost else 2  # a run that goes on logs that its stages have ended
+    assert [file.read_bytes() for file in files][:kept] == before[:kept]
+    assert not (copy / "synthetic").exists() or "synthetic" not in lost
+
+
+def test_held_out_images_may_be_named_after_the_run(copy: Path, tmp_path: Path) -> None:
+    made = np.load(copy / "synthetic" / "images.npy")
+    held_out = Path(shutil.copytree(copy / "synthetic", tmp_path / "held_out"))
+    labels = np.load(held_out / "labels.npy")
+    np.save(held_out / "images.npy", made + 1)
+    index = json.loads((held_out / "index.json").read_text())
+    batch = index["batch"]
+    crcs = {b: crc32((made[int(b) * batch :][:batch] + 1, labels[int(b) * batch :][:batch])) for b in index["done"]}
+    (held_out / "index.json").write_text(json.dumps({**index, "done": crcs}))
+    done = tiny.call([*tiny.command(copy), f"--config.eval.held_out={held_out}"])
+    assert done.returncode == 0, done.stderr
+    found = json.loads((copy / "result.json").read_text())["held_out"]
+    assert found["images"] == len(made) and 0 <= found["agreement"] <= 100
 
 
 def test_the_teachers_accuracy_is_told_before_any_image_is_made_and_measured_once(copy: Path, tmp_path: Path) -> None:

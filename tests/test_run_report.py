@@ -50,7 +50,8 @@ def test_multiplications_and_bit_operations_are_those_counted_by_hand() -> None:
 def test_a_layer_that_is_called_again_counts_again_and_a_depthwise_one_counts_its_groups() -> None:
     shared = student("shared")
     once, twice = (measure.costs(shared.network, shared.variables, shared.image)[i] for i in (0, 1))
-    assert once.products == 16 * 16 * 9 * 3 * 6 and twice.products == 2 * 16 * 16 * 9 * 6 * 6
+    height, width, channels = shared.image
+    assert once.products == height * width * 9 * channels * 6 and twice.products == 2 * height * width * 9 * 6 * 6
     mobile = student("mobilenetv2")
     depthwise = next(each for each in measure.costs(mobile.network, mobile.variables, mobile.image) if "depthwise" in each.name)
     assert depthwise.parameters == 9 * 8 and depthwise.products % depthwise.parameters == 0
@@ -79,12 +80,13 @@ def test_weights_that_learning_moved_onto_their_grid_have_no_values_in_full_prec
 
 
 def test_suggested_bits_are_those_of_the_layer_and_not_of_one_whose_path_ends_alike() -> None:
-    its = student("vgg", "w4a4")
-    suggested = {"Block_1/Conv_0": 3, "Conv_0": 5}
+    its = student("remat", "w4a4")
+    suggested = {"block1/Conv_0": 3, "Conv_0": 5}
     line = report._suggestion(its, suggested, {"bits": {"weights": 4, "activations": 4}, "network": "own.py:Net"})
     patterns = {"default": "w4a4"} | dict(each.split("=") for each in re.search('"(.*)"', line)[1].split("; "))
-    for name, bits in suggested.items():
-        assert rules.bits_of(rules.normalise(patterns), tuple(name.split("/")))[0] == bits
+    for layer in its.network.kernels:
+        wanted = suggested.get("/".join(layer.path), 4)
+        assert rules.bits_of(rules.normalise(patterns), layer.path)[0] == wanted
 
 
 def test_histograms_count_every_value_and_say_how_much_of_a_grid_is_used() -> None:
@@ -187,6 +189,21 @@ def test_what_the_report_suggests_can_be_run(learned_run: Path, tmp_path: Path) 
     sizes = [each.parameters for each in costs]
     assert 4.5 < np.average([each.weights for each in costs], weights=sizes) <= 5
     assert str(folder) == str(run)
+
+
+def test_what_the_report_suggests_keeps_the_rules_of_the_run() -> None:
+    """Layers in full precision, and the bits of activations."""
+    bits = {"default": "w3a3", "Conv_0": "w8a8", "Conv_2": "full", "Conv_3": "w3"}
+    its = student("vgg", bits)
+    record = {"network": "own.py:Net", "bits": {"weights": 3, "activations": 3, "rules": "given"}}
+    suggested = {layer.path[0]: 3 for layer in its.network.kernels} | {"Conv_1": 5}
+    line = report._suggestion(its, suggested, record)
+    found = {"default": "w3a3"} | rules.parse_rules(re.search('"(.*)"', line)[1])
+    wanted = networks.create(its.network.module, its.image, rules=rules.normalise(bits | {"Conv_0": "w3a8", "Conv_1": "w5a3"}))
+    again = networks.create(its.network.module, its.image, rules=rules.normalise(found))
+    assert again.kernels == wanted.kernels and again.sites == wanted.sites
+    plain = student("vgg", "w3a3")
+    assert report._suggestion(plain, {"Conv_1": 3}, record) == '--config.bits.rules=""'
 
 
 def test_of_a_call_in_python_the_report_suggests_an_argument_for_python() -> None:

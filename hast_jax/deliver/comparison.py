@@ -65,11 +65,12 @@ def refuse_difference(comparisons: Sequence[Comparison], layers: Mapping[str, fl
     """Raise UserError if the file gives another class than the student for too many images.
 
     A good file differs from the student on a few images: it adds up its sums in another order, and rounding decides the class.
-    The share `MOST_DIFFERENT` of the images may differ, and `ROUNDED_MORE` * (`rounded` + 1) more. layers: as in `Exported`.
-    The error message names the first layer that differs.
+    The share `MOST_DIFFERENT` of the images may differ, and `ROUNDED_MORE` * (`rounded` + 1) more, but at most half of all.
+    layers: as in `Exported`. The error message names the first layer that differs.
     """
     for each in comparisons:
-        if each.rounded is not None and each.different > _few(each.images) + ROUNDED_MORE * (each.rounded + 1):
+        allowed = _few(each.images) + ROUNDED_MORE * ((each.rounded or 0) + 1)
+        if each.rounded is not None and each.different > min(allowed, each.images / 2):
             first = next((f"; the first layer that differs is {name}" for name, share in layers.items() if share > 0), "")
             share = f"{each.different} of {each.images} {each.name}"
             raise UserError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -114,7 +115,7 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
     """Print the table at the end of a run. result: as in `result.json`."""
     title = f"{result['network']} on {result['dataset']}, {format_bits(result['bits'])}, seed {result['seed']}"
     if result["teacher"] is not None:
-        table = Table("", "top-1 %", "drop", title=title)
+        table = Table("", "top-1 %", "drop", title=escape(title))
         rows = {
             "full precision (teacher)": result["teacher"],
             "quantized, no fine-tuning": result["no_finetuning"],
@@ -125,7 +126,7 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
             table.add_row(name, f"{value:.2f}", "" if name.startswith("full") else f"{result['teacher'] - value:.2f}")
         console.print(table)
     else:
-        console.print(f"{title}: no evaluation data (config.eval.dataset is none)")
+        console.print(f"{escape(title)}: no evaluation data (config.eval.dataset is none)")
     times = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in result["seconds"].items())
     console.print(f"{format_images(result)}, {result['steps']} steps of {result['batch']}")
     console.print(f"{times}; {result['hardware']}")

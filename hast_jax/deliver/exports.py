@@ -19,7 +19,7 @@ from hast_jax.deliver.comparison import Comparison, Judged
 from hast_jax.errors import InputError, UserError
 from hast_jax.networks.marks import activation_grid
 from hast_jax.runs.files import write_bytes
-from hast_jax.student import Student
+from hast_jax.student import DESCRIPTION, WEIGHTS, Student
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -102,11 +102,13 @@ def export(
     for name, each in FORMATS.items():
         if name != format and str(path).endswith(each.suffix):
             raise InputError(f"{path} has the ending of the format {name}: give format={name!r}, or another ending.")
+    path = paths.local(path)
+    if path.name in (WEIGHTS, DESCRIPTION) and (path.parent / DESCRIPTION).exists():
+        raise InputError(f"{path} is a file of the saved student itself: choose another name.")
     chosen = _options(format, options)
     sets = [comparison.judged(student, images), *_test_set(student, test)]
     content, found = FORMATS[format].write(student, chosen, sets)
     comparison.refuse_difference(found.get("comparisons", ()), found.get("layers", {}))
-    path = paths.local(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content)
@@ -248,7 +250,10 @@ def _safetensors(student: Student, options: Options, _: Sequence[Judged]) -> tup
     params = flatten_dict(student.params, sep="/")
     for name in student.codes():
         if not np.allclose(integers.kernel(content, name), params[name], rtol=1e-6, atol=0):
-            raise UserError(f"the integers of {name} differ from the student's: the file is not written.")
+            raise UserError(
+                f"the integers of {name} do not fit into 32 bits, because an output channel has nearly equal weights: leave "
+                "this layer in full precision, by a rule."
+            )
     sizes = [leaf.size for leaf in jax.tree.leaves({**student.variables, "ranges": {}})]
     return content, {"float_bytes": 4 * sum(sizes)}
 

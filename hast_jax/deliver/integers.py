@@ -8,6 +8,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from hast_jax import __version__
+from hast_jax.networks.flax_trees import COLLECTIONS
 from hast_jax.networks.marks import activation_grid
 from hast_jax.student import Student
 
@@ -36,10 +37,13 @@ def build(student: Student, *, packed: bool = False) -> bytes:
             fits = np.abs(integers).max() <= 127
             arrays[path] = integers.astype(np.int8 if fits else np.int32)
     others = {name: tree for name, tree in student.variables.items() if name != "ranges"}
-    for (_, *path), leaf in flatten_dict(others).items():
+    for (collection, *path), leaf in flatten_dict(others).items():
         name = "/".join(path)
-        if name not in codes:
-            arrays[name] = np.asarray(leaf)
+        if collection == "params" and name in codes:
+            continue
+        if collection not in COLLECTIONS or name in arrays:
+            name = f"{collection}/{name}"
+        arrays[name] = np.asarray(leaf)
     header = {
         "format": FORMAT,
         "hast_jax": __version__,

@@ -174,7 +174,7 @@ def _kernel(graph: Graph, kernel: Value, axes: tuple[int, ...]) -> str:
             if zero_point.any():
                 names.append(graph.constant(zero_point.ravel().astype(np.int8), kind))
             return graph.node("DequantizeLinear", *names, axis=axis)
-    return graph.node("DequantizeLinear", graph.constant(integers.astype(np.int32)), step, axis=axis)
+    return graph.constant(as_stored(kernel.array, axes))  # these integers need 32 bits, of which onnxruntime takes no products
 
 
 def quantized(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:

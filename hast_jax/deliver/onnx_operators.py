@@ -174,7 +174,7 @@ def _reduce(operator: str) -> Operator:
             raise cannot_write("it mixes the images of a batch")
         axes = [x.order.index(axis) for axis in given["axes"]]
         kept = [axis for axis in x.order if axis not in given["axes"]]
-        if operator == "ReduceSum":
+        if operator == "ReduceSum" or graph.int4:  # opsets from 13, and from 18, read the axes as an input
             name = graph.node(operator, x.name, graph.constant(np.asarray(sorted(axes), np.int64)), keepdims=0)
         else:
             name = graph.node(operator, x.name, axes=sorted(axes), keepdims=0)
@@ -202,6 +202,15 @@ def _slice(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tu
     columns += [[x.order.index(a) for a in cut], [strides[a] for a in cut]]
     if not cut:
         return x
+    return Value(shape, graph.node("Slice", x.name, *(graph.constant(np.asarray(c, np.int64)) for c in columns)), x.order)
+
+
+def _reverse(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
+    x = graph.plain(operands[0])
+    if any(not isinstance(x.shape[axis], int) for axis in given["dimensions"]):
+        raise cannot_write("it reverses the order of a batch")
+    axes = [x.order.index(axis) for axis in given["dimensions"]]
+    columns = ([-1] * len(axes), [np.iinfo(np.int64).min] * len(axes), axes, [-1] * len(axes))  # from the last to the first
     return Value(shape, graph.node("Slice", x.name, *(graph.constant(np.asarray(c, np.int64)) for c in columns)), x.order)
 
 
@@ -271,6 +280,7 @@ OPERATORS: dict[str, Operator] = {
     "reduce_window_sum": pool("AveragePool"),
     "pad": _pad,
     "slice": _slice,
+    "rev": _reverse,
     "concatenate": _concatenate,
 }
 
@@ -290,6 +300,7 @@ ELEMENTWISE = frozenset(OPERATORS) - {
     "reduce_window_sum",
     "pad",
     "slice",
+    "rev",
     "concatenate",
     MARK,
 }

@@ -22,6 +22,8 @@ from hast_jax.deliver.pictures import grid
 from hast_jax.fields import FULL_PRECISION, GIVEN
 from hast_jax.kinds import shown
 from hast_jax.networks import Network
+from hast_jax.networks.rules import ALL, form
+from hast_jax.networks.sites import sites
 from hast_jax.runs.files import write_text
 from hast_jax.runs.progress import read_metrics
 from hast_jax.runs.run_folder import RunFolder
@@ -249,18 +251,26 @@ def _divergence(value: float) -> str:
 
 
 def _suggestion(student: Student, bits: Mapping[str, int], record: Mapping[str, Any]) -> str:
-    """Suggested bits, as a user gives them: for the layers whose bits differ from the default. "" if none differs."""
-    inputs = {"/".join(call.path): site.bits for call, site in student.network.sites.items()}
-    default, rules = record["bits"]["weights"], {}
-    for name, each in bits.items():
-        if each != default:
-            pattern = "^" + re.escape(name).replace("\\-", "-")
-            rules[pattern] = f"w{each}a{inputs[name]}" if name in inputs else f"w{each}"
-    if not rules:
+    """Suggested bits of weights, as a user gives them: one rule for each layer or activation that differs from the default.
+
+    Layers in full precision and the bits of all activations stay as they are. "" if the run has no rules and needs none.
+    """
+    network, given = student.network, record["bits"]
+    first, second = (None if each == FULL_PRECISION else each for each in (given["weights"], given["activations"]))
+    default = first, second
+    usual = {call.path: site.bits for call, site in sites(network.structure, ((ALL, default),)).items()}
+    inputs = {call.path: site.bits for call, site in network.sites.items()}
+    weights = {layer.path: bits.get("/".join(layer.path), network.kernels.get(layer)) for layer in network.structure.layers}
+    rules = {}
+    for path in dict.fromkeys((*weights, *inputs, *usual)):
+        pair = weights.get(path, default[0]), inputs.get(path)
+        if pair != (default[0], usual.get(path)):
+            kept = pair if path in weights else (None, pair[1])
+            rules["^" + re.escape("/".join(path)).replace("\\-", "-")] = form(kept)
+    if not rules and not given.get("rules"):
         return ""
     if record["network"].endswith(GIVEN):
-        pair = tuple(None if each == FULL_PRECISION else each for each in (default, record["bits"]["activations"]))
-        return f"bits={ {'default': pair} | rules }"
+        return f"bits={ {'default': default} | rules }"
     words = "; ".join(f"{pattern}={each}" for pattern, each in rules.items())
     return f'--config.bits.rules="{words}"'
 

@@ -39,12 +39,13 @@ def parse_rules(text: str) -> dict[str, Bits]:
     return rules
 
 
+def form(bits: Bits) -> str:
+    """Bits as a rule gives them: w8a8, w8, a8 or full."""
+    return "".join(f"{letter}{each}" for letter, each in zip("wa", bits) if each is not None) or "full"
+
+
 def text_of(rules: Rules) -> str:
     """The text from which `parse_rules` reads these rules. The default must not be among them."""
-
-    def form(bits):
-        return "".join(f"{letter}{each}" for letter, each in zip("wa", bits) if each is not None) or "full"
-
     return "; ".join(f"{pattern}={form(bits)}" for pattern, bits in rules)
 
 

@@ -1,0 +1,46 @@
+"""Synthetic images on which a student is not trained, and how often it agrees with its teacher on them: `eval.held_out`."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from hast_jax import networks, paths
+from hast_jax.errors import UserError
+from hast_jax.networks.weights import Variables
+from hast_jax.runs import synthetic_set
+from hast_jax.stages.evaluate import agreement
+from hast_jax.stages.job import Job
+
+
+def images_of(config: ConfigDict) -> np.ndarray | None:
+    """The images of `config.eval.held_out`, memory-mapped; None if the field is empty. Raises UserError for a missing set."""
+    if not config.eval.held_out:
+        return None
+    return synthetic_set.load(paths.local(config.eval.held_out), tuple(config.teacher.image), config.teacher.classes)[0]
+
+
+def measure(job: Job, variables: Variables) -> dict[str, Any] | None:
+    """How often the student agrees with its teacher on the held-out images; None without such images."""
+    images = images_of(job.config)
+    if images is None:
+        return None
+
+    def logits(network):
+        return lambda v, x: networks.apply(network, v, x)[0]
+
+    teacher, student = logits(job.teacher), logits(job.student)
+    found = agreement(teacher, student, (job.variables, variables), images, job.config.eval.batch)
+    return {"images": len(images), "agreement": found.top1, "kl": found.kl}
+
+
+def refuse_common(config: ConfigDict, images: np.ndarray) -> None:
+    """Raise UserError if `images`, from which the student learns, are among those of `config.eval.held_out`."""
+    held_out = images_of(config)
+    if held_out is not None and not _distinct(images).isdisjoint(_distinct(held_out)):
+        raise UserError("config.eval.held_out holds images that the student is trained on: give images of another seed.")
+
+
+def _distinct(images: np.ndarray) -> set[bytes]:
+    return {hashlib.sha256(np.asarray(each).tobytes()).digest() for each in images}
