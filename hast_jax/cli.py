@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 
 import jax
 from absl import app, flags
@@ -56,6 +56,7 @@ def run(command: ModuleType, arguments: list[str] | None = None) -> None:
     warnings.formatwarning = lambda message, category, *rest: (
         f"hast_jax: {message}\n" if issubclass(category, Notice) else plain(message, category, *rest)
     )
+    sys.excepthook = _print_uncaught
     sys.modules["__main__"].__doc__ = command.__doc__  # --help begins with it
     with user_errors():
         others = set(flags.FLAGS)
@@ -188,6 +189,12 @@ def _with_shipped_config(before: str, argument: str) -> str:
         return shipped_config(argument)
     flag, equals, path = argument.partition("=")
     return f"{flag}={shipped_config(path)}" if equals and flag in ("--config", "-config") else argument
+
+
+def _print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python, but not what Orbax's readers say when one of them met a damaged file and the others are no longer waited for."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _last_line(error: Exception) -> str:

@@ -62,8 +62,8 @@ class Checkpoints:
             try:
                 return self._restore(step, like, rows)
             except Exception as error:  # Orbax and TensorStore raise many kinds of errors on damaged files
-                words = _first_line(error)
-                if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_DAMAGED:
+                words, cause = _first_line(error), _cause(error)
+                if isinstance(cause, MemoryError) or getattr(cause, "errno", None) in NOT_DAMAGED:
                     raise UserError(
                         f"checkpoint {self._folder}/{step} cannot be read now ({words}): run the same command again later."
                     ) from error
@@ -116,5 +116,13 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+def _first_line(error: BaseException) -> str:
+    cause = _cause(error)
+    return (str(cause).strip() or type(cause).__name__).split("\n")[0][:200]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first error of those that led to `error`. Orbax hides the reader's own error behind one about its handlers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
