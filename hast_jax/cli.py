@@ -192,7 +192,7 @@ def _with_shipped_config(before: str, argument: str) -> str:
 
 
 def _print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As Python, but not what Orbax's readers say when one of them met a damaged file and the others are no longer waited for."""
+    """As Python, but without what Orbax's readers say after one of them has met a damaged file and ended their loop."""
     if str(error) != "Event loop is closed":
         sys.__excepthook__(kind, error, trace)
 

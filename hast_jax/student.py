@@ -117,7 +117,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
     path = paths.local(folder)
     try:
         said = json.loads((path / DESCRIPTION).read_text())
-        flat = safetensors.numpy.load((path / WEIGHTS).read_bytes())
+        (path / WEIGHTS).open("rb").close()  # safetensors calls a file that may not be read one that is missing
+        flat = safetensors.numpy.load_file(path / WEIGHTS)
         image, record, call = tuple(said["image"]), dict(said["record"]), dict(said["call"])
         mean, std = tuple(said["mean"]), tuple(said["std"])
         program, version = said.get("program", (None, None))  # version 0.2.0 had no program

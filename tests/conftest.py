@@ -79,6 +79,13 @@ def copy(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
+@pytest.fixture
+def unfinished(copy: Path) -> Path:
+    """A copy that was killed after all stages, just before its result was written: a finished run reads nothing but that."""
+    (copy / "result.json").unlink()
+    return copy
+
+
 @pytest.fixture(scope="module")
 def little_optimization():
     """XLA compiles in half the time, into slower programs: for tests that run many programs once each."""

@@ -18,18 +18,18 @@ from hast_jax.runs import synthetic_set
 from hast_jax.runs.checkpoint import Checkpoints
 
 
-def test_a_corrupt_synthetic_set_is_noticed(copy: Path) -> None:
-    with open(copy / "synthetic" / "images.npy", "r+b") as file:
+def test_a_corrupt_synthetic_set_is_noticed(unfinished: Path) -> None:
+    with open(unfinished / "synthetic" / "images.npy", "r+b") as file:
         file.seek(5000)
         file.write(b"spoilt")
     with pytest.raises(UserError, match=r"is damaged: batch"):
-        tiny.run(copy)
+        tiny.run(unfinished)
 
 
-def test_a_truncated_synthetic_set_is_noticed(copy: Path) -> None:
-    os.truncate(copy / "synthetic" / "images.npy", 5000)
+def test_a_truncated_synthetic_set_is_noticed(unfinished: Path) -> None:
+    os.truncate(unfinished / "synthetic" / "images.npy", 5000)
     with pytest.raises(UserError, match=r"is damaged"):
-        tiny.run(copy)
+        tiny.run(unfinished)
 
 
 def test_a_teacher_of_other_weights_under_the_same_name_is_refused(copy: Path) -> None:
@@ -41,18 +41,18 @@ def test_a_teacher_of_other_weights_under_the_same_name_is_refused(copy: Path) -
 
 
 @pytest.mark.parametrize("name", ["config.json", "images.json", "teacher.json", "evaluations.json"])
-def test_a_damaged_small_file_is_named(copy: Path, name: str) -> None:
+def test_a_damaged_small_file_is_named(unfinished: Path, name: str) -> None:
     for content in ('{"half": ', "[1]"):
-        (copy / name).write_text(content)
+        (unfinished / name).write_text(content)
         with pytest.raises(UserError, match=rf"{name} is damaged|began with"):
-            tiny.run(copy)
+            tiny.run(unfinished)
 
 
 @pytest.mark.parametrize("content", ['{"half": ', "[1]", "{}", '{"activ/low": NaN}'])
-def test_damaged_ranges_are_named(copy: Path, content: str) -> None:
-    (copy / "ranges.json").write_text(content)
+def test_damaged_ranges_are_named(unfinished: Path, content: str) -> None:
+    (unfinished / "ranges.json").write_text(content)
     with pytest.raises(UserError, match=r"ranges.json is damaged \(.*\): delete it to calibrate again"):
-        tiny.run(copy)
+        tiny.run(unfinished)
 
 
 @pytest.mark.parametrize("name", ["README.md", "report.html"])
@@ -154,19 +154,18 @@ def newest(folder: Path) -> Path:
 
 @pytest.mark.parametrize("damage", [truncate_checkpoint, flip_a_bit])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
-    copy: Path, finished: Path, damage: Callable[[Path], None]
+    unfinished: Path, finished: Path, damage: Callable[[Path], None]
 ) -> None:
-    damage(newest(copy / "checkpoints" / "latest"))
-    (copy / "result.json").unlink()
-    tiny.run(copy)
-    assert tiny.outcome(copy)["accuracies"] == tiny.outcome(finished)["accuracies"]
+    damage(newest(unfinished / "checkpoints" / "latest"))
+    tiny.run(unfinished)
+    assert tiny.outcome(unfinished)["accuracies"] == tiny.outcome(finished)["accuracies"]
 
 
-def test_when_every_checkpoint_is_damaged_the_run_says_what_to_delete(copy: Path) -> None:
-    for path in (copy / "checkpoints" / "latest").iterdir():
+def test_when_every_checkpoint_is_damaged_the_run_says_what_to_delete(unfinished: Path) -> None:
+    for path in (unfinished / "checkpoints" / "latest").iterdir():
         truncate_checkpoint(path)
     with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(.*\): if"):
-        tiny.run(copy)
+        tiny.run(unfinished)
 
 
 def test_a_diverging_run_stops_with_a_sentence(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_variables_of_other_collections_are_written_under_the_collections_name()
         @nn.compact
         def __call__(self, x):
             x = nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3))(x))
-            x = x * self.variable("masks", "alpha", lambda: jnp.asarray(0.5)).value
+            x = x * self.variable("masks", "alpha", lambda: jnp.asarray(0.5, jnp.bfloat16)).value
             return nn.Dense(10)(x.mean((1, 2))) * self.param("alpha", lambda key: jnp.asarray(2.0))
 
     module = Masked()

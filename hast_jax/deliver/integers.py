@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
@@ -43,7 +44,8 @@ def build(student: Student, *, packed: bool = False) -> bytes:
             continue
         if collection not in COLLECTIONS or name in arrays:
             name = f"{collection}/{name}"
-        arrays[name] = np.asarray(leaf)
+        narrow = leaf.dtype == jnp.bfloat16  # a type that numpy alone does not have
+        arrays[name] = np.asarray(leaf, np.float32) if narrow else np.asarray(leaf)
     header = {
         "format": FORMAT,
         "hast_jax": __version__,
