@@ -1,6 +1,7 @@
 """What users do with a network in Python: they redefine it, feed it pixels, give its arguments, save it, load it."""
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,12 @@ def test_the_size_of_a_promotion_follows_the_units_of_the_network() -> None:
 def test_names_of_modules_may_hold_a_slash(tmp_path: Path) -> None:
     module = Net(name_of_layer="block1/conv")
     student = quantize(module, workdir=tmp_path / "run")
+    assert "block1/conv" in (tmp_path / "run" / "report.html").read_text()
     student.save(tmp_path / "student")
     images = np.random.default_rng(0).integers(0, 256, (3, *IMAGE), np.uint8)
     np.testing.assert_array_equal(hast_jax.load(tmp_path / "student", module)(images), student(images))
+    for format, package in (("onnx", "onnxruntime"), ("litert", "litert_converter"), ("safetensors", "safetensors")):
+        assert not find_spec(package) or hast_jax.export(student, tmp_path / format, format).bytes > 0
 
 
 def test_counters_and_variables_in_bfloat16_stay_as_they_are(tmp_path: Path) -> None:

@@ -78,11 +78,12 @@ def _logits(student: Student, kernels: Mapping[str, networks.Codes], images: Arr
 
     network = dataclasses.replace(student.network, kernels={}, fast_convolution=False, quantize_activation=quantize)
     params = flatten_dict(student.variables["params"])
+    paths = {"/".join(path): path for path in params}
     for path, codes in kernels.items():
         values = jnp.asarray(codes.integers.astype(np.float32) * codes.spread("step"))
         channel = next(axis for axis in range(values.ndim) if axis not in codes["axes"])
         fits = np.abs(codes.integers).max() <= HIGH
-        params[tuple(path.split("/"))] = _marked(values, codes.step, 0, channel) if fits else values
+        params[paths[path]] = _marked(values, codes.step, 0, channel) if fits else values
     images = images if normalised else normalise(images, student.mean, student.std)
     return networks.apply(network, {**student.variables, "params": unflatten_dict(params)}, images)[0]
 

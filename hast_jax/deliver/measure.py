@@ -122,12 +122,12 @@ def histograms(network: Network, variables: Variables, images: np.ndarray) -> di
     variables: the student's. images: normalised.
     """
     found = {}
-    flat = flatten_dict(variables["params"])
+    flat = flatten_dict(variables["params"], sep="/")
     for path, codes in networks.kernel_codes(network, variables["params"], variables["ranges"]).items():
         integers, channel = codes.integers, next(a for a in range(codes["codes"].ndim) if a not in codes["axes"])
         lowest = codes.spread("zero_point") - 2 ** (codes["bits"] - 1)
         # Each channel has a grid of its own: integers are counted from its lowest.
-        values = np.asarray(flat[tuple(path.split("/"))], np.float64) / codes.spread("step") - lowest
+        values = np.asarray(flat[path], np.float64) / codes.spread("step") - lowest
         channels = np.moveaxis(integers - lowest, channel, 0).reshape(integers.shape[channel], -1)
         used = np.mean([len(np.unique(each)) for each in channels]) / 2 ** codes["bits"]
         found[path.removesuffix("/kernel"), "weights"] = _histogram(values, 0, 2 ** codes["bits"] - 1, float(used))
