@@ -43,7 +43,8 @@ BEST: dict[str, Any] = {
     "finetune.epochs": 20,
 }
 
-# Variants of the CIFAR configs. `small` is a budget for two cores; `best,small` is that budget for the recipe `best`.
+# Variants of the CIFAR configs. `small` is a budget for two cores; `best,small` is that budget for the recipe `best`. `best,w2`
+# is the recipe for weights of two bits, which have further to go (docs/recipe.md).
 VARIANTS: dict[str, dict[str, Any]] = {
     "best": BEST,
     "small": {
@@ -58,6 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "synthesis.iterations": 200,
         "finetune.epochs": 12,
     },
+    "best,w2": {"finetune.lr": 1e-3},
 }
 
 # Section -> the names of its fields.
@@ -144,7 +146,8 @@ def variant(config: ConfigDict, argument: str, variants: dict[str, Any] = VARIAN
     """Apply the argument of a config file, such as "w4a4,best,small": bits and names in `variants`, in any order.
 
     variants: name -> fields to change, as a flat {"finetune.lr": value}. The fields of "best,small" are changed if both names
-    are given. If two variants change a field, the later one wins. Raises UserError for an unknown word or two bit widths.
+    are given, and those of "best,w2" if `best` is given and weights have two bits. If two variants change a field, the later
+    one wins. Raises UserError for an unknown word or two bit widths.
     """
     chosen, names = None, set()
     for word in filter(None, argument.split(",")):
@@ -158,6 +161,7 @@ def variant(config: ConfigDict, argument: str, variants: dict[str, Any] = VARIAN
         else:
             known = ", ".join(["w4a4 (any bits)", *(name for name in variants if "," not in name)])
             raise InputError(f"the config has no variant {word!r}: choose from {known}.")
+    names.add(f"w{config.bits.weights}")
     for name, fields in variants.items():
         if names.issuperset(name.split(",")):
             config.update_from_flattened_dict(fields)

@@ -127,6 +127,13 @@ def test_the_order_of_variants_does_not_matter_and_best_has_a_small_budget_of_it
     assert paper.finetune.optimizer == "sgd" and paper.finetune.ranges == "fixed"
 
 
+@pytest.mark.parametrize(
+    ("argument", "lr"), [("w2a4,best", 1e-3), ("best,small,w2a2", 1e-3), ("w3a2,best", 3e-4), ("w2a2", 1e-5)]
+)
+def test_best_trains_weights_of_two_bits_faster(argument: str, lr: float) -> None:
+    assert config_lib.variant(config_lib.default(), argument).finetune.lr == lr
+
+
 def test_two_numbers_of_bits_are_refused() -> None:
     with pytest.raises(UserError, match="not w3a3 and w4a4: choose one"):
         get_config(CONFIGS[0], "w3a3,w4a4")
