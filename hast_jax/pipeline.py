@@ -93,9 +93,10 @@ def _finished(job: Job, given: Given | None) -> Student | None:
     if given is not None:
         images = given[0]
         processes.on_main(lambda: job.storage.check_images(*given))
-    elif job.storage.synthetic.is_dir():
+    else:
         shape, classes = tuple(job.config.teacher.image), job.teacher.classes
-        images = synthetic_set.load(job.storage.synthetic, shape, classes)[0]
+        with contextlib.suppress(UserError):  # gone, or damaged since
+            images = synthetic_set.load(job.storage.synthetic, shape, classes)[0]
     if result.get("held_out") is None and job.config.eval.held_out:
         if images is not None:
             held_out.refuse_common(job.config, images)

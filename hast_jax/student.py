@@ -1,6 +1,7 @@
 """The quantized network, the result of a run: it computes logits, and can be saved to a folder and loaded again."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hast_jax import networks, paths
 from hast_jax.data.datasets import normalise
-from hast_jax.errors import InputError, UserError
+from hast_jax.errors import InputError, Notice, UserError
 from hast_jax.method.quantizer import RANGE_RULES
 from hast_jax.networks import Codes, Network, structure, weights
 from hast_jax.networks import rules as rules_lib
@@ -112,7 +113,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
     """The student that `Student.save` wrote to a folder.
 
     model: the module that was quantized; for a built-in network it may be left out. Raises UserError if the folder holds no
-    student, a damaged student, or a student of another network.
+    student, a damaged student, or a student of another network. Warns if the module computes something else than when the student
+    was saved (compared within one version of JAX).
     """
     path = paths.local(folder)
     try:
@@ -154,8 +156,10 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
             f"{path} holds a student of another network than {type(model).__name__}: its ranges are of other layers."
         )
     if network.structure.program != program and version == jax.__version__:
-        raise UserError(
-            f"{path} holds a student of a network that computes something else than this {type(model).__name__}: its code was "
-            "changed since; load it with the code of that time."
+        warnings.warn(
+            f"{path} holds a student of a network that computed something else than this {type(model).__name__}: its code, or "
+            "JAX's precision, was changed since.",
+            Notice,
+            stacklevel=2,
         )
     return Student(network, {**variables, **checked}, rules, image, mean, std, record)

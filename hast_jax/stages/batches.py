@@ -49,7 +49,7 @@ class FixedInputs(NamedTuple):
 def fixed_inputs(teacher: Variables, ranges: Variables, images: Images, labels: Images, config: ConfigDict) -> FixedInputs:
     """`FixedInputs` with the seed and the strengths of `config`, the whole config.
 
-    eps is a distance in normalised images. If the network takes others, it is enlarged with them.
+    eps is a distance between normalised images. For a network that takes others, it is scaled to their unit.
     """
     strengths = Strengths(*(jnp.asarray(config.finetune[name]) for name in Strengths._fields))
     unit = pyramid.unit_of(config.teacher.mean, config.teacher.std)
