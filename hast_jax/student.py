@@ -113,8 +113,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
     """The student that `Student.save` wrote to a folder.
 
     model: the module that was quantized; for a built-in network it may be left out. Raises UserError if the folder holds no
-    student, a damaged student, or a student of another network. Warns if the module computes something else than when the student
-    was saved (compared within one version of JAX).
+    student, a damaged student, or a student of another network. Warns if the module computes something else than when the
+    student was saved (compared within one version of JAX).
     """
     path = paths.local(folder)
     try:
