@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -202,7 +203,13 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().split("\n")[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
 
 
+def _say_nothing(_: object) -> None:
+    """In place of a hook that prints an error."""
+
+
 def _fail(message: str) -> None:
     processes.tell_failure(message)
     print(f"hast_jax: {message}", file=sys.stderr)
+    # What libraries say of the same fault while the process ends, such as TensorBoard's writers on a full disk, would hide it.
+    sys.unraisablehook, threading.excepthook = _say_nothing, _say_nothing
     sys.exit(1)
