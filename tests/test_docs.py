@@ -64,6 +64,14 @@ def test_the_recipes_table_of_resolutions_is_that_of_its_file() -> None:
     assert shown == form
 
 
+def test_the_recipes_table_of_two_bits_is_that_of_its_file() -> None:
+    folder = tiny.ROOT / "docs"
+    known = json.loads((folder / "recipe" / "two_bits.json").read_text())["rows"]
+    shown = rows((folder / "recipe.md").read_text(), 4)
+    for r in known:
+        assert [r["name"], f"{r['top1']:.2f}", f"{r['agreement']:.1f}", f"{r['kl']:.3f}"] in shown
+
+
 def test_every_command_that_a_page_names_exists() -> None:
     known = {f"hast_jax.{module}" for module in cli.COMMANDS.values()} | {"hast_jax.fields"}
     named = {name for page in PAGES for name in re.findall(r"python -m (hast_jax\.\w+)", page.read_text())}
