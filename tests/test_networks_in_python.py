@@ -38,8 +38,10 @@ CALL = {"temperature": 2.0}
 
 
 def quantize(module: nn.Module, **changes: Any) -> hast_jax.Student:
+    """The student of a network with random weights, from random images."""
+    images = np.asarray(jax.random.normal(jax.random.key(2), (32, *IMAGE))), np.arange(32) % 5
     variables = changes.pop("variables", None) or random_variables(module, IMAGE, {**CALL, "train": False})
-    settings = {"image": IMAGE, "bits": "w4a4", "budget": "trial", "call": CALL, "fields": FIELDS} | changes
+    settings = {"image": IMAGE, "bits": "w4a4", "budget": "trial", "call": CALL, "images": images, "fields": FIELDS} | changes
     return hast_jax.quantize(module, variables, **settings)
 
 
