@@ -129,8 +129,7 @@ def main(_: list[str]) -> None:
         try:  # an output that cannot be written is refused before the training
             output.parent.mkdir(parents=True, exist_ok=True)
             output.touch()
-            if output.stat().st_size == 0:
-                output.unlink()
+            output.unlink()
         except OSError as error:
             raise UserError(f"--output={output} cannot be written ({error.strerror}): choose another place.") from error
         variables = train(network, train_set, config, console.print)

@@ -20,8 +20,6 @@ HEADER = (
     "| network, data | bits | settings | teacher | no fine-tuning | HAST, last epoch | drop | best epoch* "
     "| seed | synthesis | steps x batch | time, hardware |"
 )
-
-
 TAKES_WORDS = True
 SAME_TEACHER = 0.05  # points of top-1 by which devices may differ
 
@@ -69,7 +67,7 @@ def result_of(folder: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text())
         if result["teacher"] is not None:
-            row("", result)
+            row("", result)  # raises if a field is missing
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is left out, because it is damaged ({type(error).__name__}: {error}).") from error
     if result["teacher"] is None:

@@ -153,7 +153,7 @@ def test_of_several_arrays_it_is_said_which_are_the_logits() -> None:
         @nn.compact
         def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
             x = nn.BatchNorm(True)(nn.Conv(7, (3, 3))(x)).mean((1, 2))
-            return x, nn.Dense(5)(x)
+            return x, nn.Dense(5)(x), 0.5, "a text"
 
     with pytest.warns(Notice, match="Two gives several arrays; the logits are taken to be 7 numbers for each image"):
         networks.create(Two(), IMAGE)

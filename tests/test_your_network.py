@@ -139,13 +139,19 @@ def test_a_file_that_holds_no_network_is_refused(tmp_path: Path, name: str, cont
         networks.module(f"{tmp_path}/{name}", 10)
 
 
-def test_a_network_may_be_a_class_a_partial_a_function_or_itself_in_a_file_that_imports_its_neighbour(tmp_path: Path) -> None:
+def test_a_network_may_be_a_class_a_partial_a_function_or_itself_in_a_file_that_imports_its_neighbour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "hast_jax_test_neighbour.py").write_text(OWN)
-    text = "from functools import partial\nfrom hast_jax_test_neighbour import Net\n"
+    text = (
+        "import sys\nfrom functools import partial\nsys.path.insert(0, '/nowhere')\nfrom hast_jax_test_neighbour import Net\n"
+    )
     text += "Half = partial(Net, classes=7)\nready = Net(classes=6)\ndef make(num_classes): return Net(classes=num_classes)\n"
     (tmp_path / "nets.py").write_text(text)
     found = {name: networks.module(f"{tmp_path}/nets.py:{name}", 5).classes for name in ("Net", "Half", "make", "ready")}
-    assert found == {"Net": 5, "Half": 5, "make": 5, "ready": 6} and str(tmp_path) not in sys.path
+    assert found == {"Net": 5, "Half": 5, "make": 5, "ready": 6}
+    assert str(tmp_path) not in sys.path and "/nowhere" in sys.path  # the file's own change of the path stays
     with pytest.raises(UserError, match=r"is a finished network, which takes no config\.teacher\.arguments"):
         networks.module(f"{tmp_path}/nets.py:ready", 5, width=3)
 

@@ -69,8 +69,9 @@ def refuse_difference(comparisons: Sequence[Comparison], layers: Mapping[str, fl
     layers: as in `Exported`. The error message names the first layer that differs.
     """
     for each in comparisons:
-        allowed = _few(each.images) + ROUNDED_MORE * ((each.rounded or 0) + 1)
-        if each.rounded is not None and each.different > min(allowed, each.images / 2):
+        if each.rounded is None:
+            continue
+        if each.different > min(_few(each.images) + ROUNDED_MORE * (each.rounded + 1), each.images / 2):
             first = next((f"; the first layer that differs is {name}" for name, share in layers.items() if share > 0), "")
             share = f"{each.different} of {each.images} {each.name}"
             raise UserError(

@@ -220,7 +220,8 @@ class _Seen:
                 f"{name_of(self.module)} gives one logit, whose softmax is always 1, so nothing can be learned: let it return "
                 "two, as (0, logit)."
             )
-        if len({each.shape for each in jax.tree.leaves(output) if each.ndim == 2}) > 1:
+        shapes = {getattr(each, "shape", ()) for each in jax.tree.leaves(output)}  # a network may return numbers and texts too
+        if sum(len(shape) == 2 for shape in shapes) > 1:
             warnings.warn(
                 f"{name_of(self.module)} gives several arrays; the logits are taken to be {shape[1]} numbers for each image.",
                 Notice,

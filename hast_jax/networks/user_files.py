@@ -31,13 +31,14 @@ def load(name: str) -> Any:
     spec: Any = importlib.util.spec_from_file_location(f"{path.stem} of hast_jax", path)  # no import can have this name
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look annotations up there
-    sys.path.insert(0, str(path.resolve().parent))  # the file may import its neighbours, as if it was run
+    neighbours = str(path.resolve().parent)
+    sys.path.insert(0, neighbours)  # the file may import them, as if it was run
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the file does wrong
         raise InputError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
     finally:
-        sys.path.pop(0)
+        sys.path.remove(neighbours)  # by name, because the file may have put other folders before it
     found = getattr(module, attribute, None)
     if found is None:
         raise InputError(f"{path} has no {attribute!r}.")
