@@ -364,6 +364,23 @@ def test_a_network_with_a_compiled_part_is_not_mistaken_for_its_student() -> Non
     assert np.abs(full - logits).max() > 0.01
 
 
+class Infers(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        return nn.Dense(10)(nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("transform", [nn.jit, nn.remat])
+def test_a_network_that_is_transformed_as_a_whole_is_quantized_like_the_network_itself(transform: Any) -> None:
+    image, given = (8, 8, 3), random_variables(Infers(), (8, 8, 3), {})
+    images, logits = jax.random.normal(jax.random.key(0), (4, *image)), []
+    for module in (Infers(), transform(Infers)()):
+        student = networks.create(module, image, rules=rules.normalise("w3a3"))
+        ranges = networks.observe(student, given, {}, images)
+        logits.append(networks.apply(student, {**given, "ranges": ranges}, images)[0])
+    close(logits[0], logits[1], 1e-6)
+
+
 class Small(nn.Module):
     """What learns the digits in seconds."""
 

@@ -219,6 +219,12 @@ class Fails(Base):
         return x @ jnp.zeros((7, 7))
 
 
+class Trains(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = True):
+        return nn.Dense(10)(nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x)).mean((1, 2)))
+
+
 class Maps(Base):
     def logits(self, x):
         return x[:, None]
@@ -296,6 +302,7 @@ def refused(module: Any, words: str, bits: Any = "w4a4", **arguments: Any) -> st
         (OwnCall(), "double is a OwnDense with a call of its own"),
         (Embedded(), "has table, a Embed: an embedding is not quantized"),
         (Fails(), r"Fails fails on images \(2, 8, 8, 3\): TypeError: "),
+        (nn.jit(Trains)(), r"JitTrains fails on .*: Tracer.*; give the network itself, without nn.jit or nn.remat around it"),
         (Maps(), r"Maps gives \(2, 1, 10\) for two images, not logits \(2, n\)"),
         (OfTheBatch(), r"OfTheBatch gives \(10,\) for two images"),
         (Needs(), r"the call of Needs needs 'temperature': give it, as call={'temperature': ...}"),

@@ -78,12 +78,14 @@ class Structure(NamedTuple):
 def inference_arguments(module: nn.Module, given: Mapping[str, Any] = {}) -> dict[str, Any]:
     """The keyword arguments of a call: those that are given, and those of usual names that make `module` infer (`TRAINING`).
 
+    An argument that has this value by default is left out, because `nn.jit` would trace its value.
     Raises UserError if the call needs another argument besides the images.
     """
     if not isinstance(module, nn.Module):
         raise InputError(refusals.no_linen_module(module))
     parameters = list(python_inspect.signature(type(module).__call__).parameters.values())[2:]
-    arguments = {each.name: TRAINING[each.name] for each in parameters if each.name in TRAINING} | dict(given)
+    usual = (each for each in parameters if each.name in TRAINING and each.default is not TRAINING[each.name])
+    arguments = {each.name: TRAINING[each.name] for each in usual} | dict(given)
     named = (each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD))
     needed = [each.name for each in named if each.default is each.empty and each.name not in arguments]
     if needed:
@@ -130,8 +132,12 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
     except UserError:
         raise
     except Exception as error:  # whatever the network does wrong
-        words = str(error).strip().split("\n")[0]
-        raise InputError(f"{name_of(module)} fails on images {images.shape}: {type(error).__name__}: {words}.") from error
+        words = str(error).strip().split("\n")[0].rstrip(".")
+        transformed = type(module).__module__ == nn.jit.__module__  # its arguments besides the images may be traced
+        advice = "; give the network itself, without nn.jit or nn.remat around it" if transformed else ""
+        raise InputError(
+            f"{name_of(module)} fails on images {images.shape}: {type(error).__name__}: {words}{advice}."
+        ) from error
     if not seen.layers:
         raise InputError(f"{name_of(module)} has no nn.Conv or nn.Dense: there is nothing to quantize.")
     refusals.refuse_collections(module, variables)
