@@ -95,7 +95,7 @@ def main() -> None:
             print(row(workdir.name, "onnx", export_run(workdir, "onnx", path)), flush=True)
             synthetic = workdir / "synthetic" / "images.npy"
             images = np.load(synthetic)[:512] if synthetic.exists() else None
-            print_others(workdir.name, hast_jax.load(workdir / "student"), images, path)
+            print_others(workdir.name, hast_jax.load(workdir), images, path)
         for name, (module, size) in MADE_UP.items():
             student = made_up(module, size)
             images = patches(64, size)

@@ -23,6 +23,7 @@ from hast_jax.networks import Codes, Network, structure, weights
 from hast_jax.networks import rules as rules_lib
 from hast_jax.networks.rules import Rules
 from hast_jax.runs.files import crc32, write_bytes, write_json
+from hast_jax.runs.run_folder import RunFolder
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "student.safetensors", "student.json"
@@ -110,32 +111,17 @@ class Student:
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> Student:
-    """The student that `Student.save` wrote to a folder.
+    """The student that `Student.save` wrote to a folder, or that of a run folder.
 
     model: the module that was quantized; for a built-in network it may be left out. Raises UserError if the folder holds no
     student, a damaged student, or a student of another network. Warns if the module computes something else than when the
     student was saved (compared within one version of JAX).
     """
     path = paths.local(folder)
-    try:
-        said = json.loads((path / DESCRIPTION).read_text())
-        (path / WEIGHTS).open("rb").close()  # safetensors calls a file that may not be read one that is missing
-        flat = safetensors.numpy.load_file(path / WEIGHTS)
-        image, record, call = tuple(said["image"]), dict(said["record"]), dict(said["call"])
-        mean, std = tuple(said["mean"]), tuple(said["std"])
-        program, version = said.get("program", (None, None))  # version 0.2.0 had no program
-        (_, default), *others = said["rules"]
-        rules = rules_lib.normalise({"default": tuple(default), **{pattern: tuple(bits) for pattern, bits in others}})
-        settings = {name: said[name] for name in ("straight_through", "fast_convolution")}
-        settings["learned_ranges"] = said.get("learned_ranges", False)  # version 0.2.0 had no learned ranges
-        calibration = record.get("config", {}).get("calibration", {})
-        settings["kernel_range_rule"] = RANGE_RULES[calibration.get("kernel_range", "minmax")]  # for the report
-        if said["format"] != FORMAT or crc32(flat) != said["crc32"]:
-            raise ValueError("its arrays are not those that were saved")
-    except OSError as error:
-        raise UserError(f"{path} holds no student ({error}): give a folder that Student.save wrote.") from error
-    except Exception as error:  # the readers raise many kinds of errors on damaged files
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): save the student again.") from error
+    if not (path / DESCRIPTION).exists() and (RunFolder(path).student / DESCRIPTION).exists():
+        path = RunFolder(path).student
+    said, arrays = _read(path)
+    image, call, rules, record, settings = (said[name] for name in ("image", "call", "rules", "record", "settings"))
     if model is None:
         name = record.get("network")
         if name not in networks.ARCHITECTURES:
@@ -147,7 +133,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
     structure.forget()
     network = networks.create(model, image, call=call, rules=rules, **settings)
     ranges = {f"ranges/{name}": ("ranges", *each) for name, each in network.range_names.items()}
-    variables = unflatten_dict({ranges.get(name, tuple(name.split("/"))): jnp.asarray(array) for name, array in flat.items()})
+    variables = unflatten_dict({ranges.get(name, tuple(name.split("/"))): jnp.asarray(each) for name, each in arrays.items()})
     variables.setdefault("ranges", {})
     checked = weights.from_variables(model, variables, image, call=call)
     found = {"/".join(name) for name in flatten_dict(variables["ranges"])}
@@ -155,6 +141,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
         raise UserError(
             f"{path} holds a student of another network than {type(model).__name__}: its ranges are of other layers."
         )
+    program, version = said["program"]
     if network.structure.program != program and version == jax.__version__:
         warnings.warn(
             f"{path} holds a student of a network that computed something else than this {type(model).__name__}: its code, or "
@@ -162,4 +149,35 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
             Notice,
             stacklevel=2,
         )
-    return Student(network, {**variables, **checked}, rules, image, mean, std, record)
+    return Student(network, {**variables, **checked}, rules, image, said["mean"], said["std"], record)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The description and the arrays of a student. Raises UserError if they are missing or damaged."""
+    try:
+        said = json.loads((path / DESCRIPTION).read_text())
+        (path / WEIGHTS).open("rb").close()  # safetensors calls a file that may not be read one that is missing
+        arrays = safetensors.numpy.load_file(path / WEIGHTS)
+        if said["format"] != FORMAT or crc32(arrays) != said["crc32"]:
+            raise ValueError("its arrays are not those that were saved")
+        (_, default), *others = said["rules"]
+        record = dict(said["record"])
+        calibration = record.get("config", {}).get("calibration", {})
+        said |= {
+            "record": record,
+            "call": dict(said["call"]),
+            "rules": rules_lib.normalise({"default": tuple(default), **{pattern: tuple(bits) for pattern, bits in others}}),
+            "program": said.get("program", (None, None)),  # version 0.2.0 had no program
+            "settings": {
+                "straight_through": said["straight_through"],
+                "fast_convolution": said["fast_convolution"],
+                "learned_ranges": said.get("learned_ranges", False),  # version 0.2.0 had no learned ranges
+                "kernel_range_rule": RANGE_RULES[calibration.get("kernel_range", "minmax")],  # for the report
+            },
+            **{name: tuple(said[name]) for name in ("image", "mean", "std")},
+        }
+    except OSError as error:
+        raise UserError(f"{path} holds no student ({error}): give what Student.save wrote, or a run folder.") from error
+    except Exception as error:  # the readers raise many kinds of errors on damaged files
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): save the student again.") from error
+    return said, arrays

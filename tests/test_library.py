@@ -91,8 +91,9 @@ def test_a_student_takes_uint8_images_and_normalised_ones(student: hast_jax.Stud
 
 def test_a_saved_student_gives_the_same_logits(student: hast_jax.Student, digits: datasets.Arrays, tmp_path: Path) -> None:
     student.save(tmp_path / "student")
-    again = hast_jax.load(tmp_path / "student", student.network.module)
-    np.testing.assert_array_equal(again(digits.images), student(digits.images))
+    for folder in (tmp_path / "student", tmp_path):  # as in a run folder
+        again = hast_jax.load(folder, student.network.module)
+        np.testing.assert_array_equal(again(digits.images), student(digits.images))
     assert again.record == json.loads(json.dumps(student.record))
     with pytest.raises(hast_jax.UserError, match="do not fit the network"):
         hast_jax.load(tmp_path / "student", networks.module("resnet20", 10))
@@ -100,7 +101,7 @@ def test_a_saved_student_gives_the_same_logits(student: hast_jax.Student, digits
     with pytest.raises(hast_jax.UserError, match="is damaged"):
         hast_jax.load(tmp_path / "student", student.network.module)
     with pytest.raises(hast_jax.UserError, match="holds no student"):
-        hast_jax.load(tmp_path)
+        hast_jax.load(tmp_path / "other")
 
 
 def test_the_codes_of_a_student_are_whole_numbers_of_its_bits_and_give_its_weights(student: hast_jax.Student) -> None:
