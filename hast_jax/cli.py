@@ -27,8 +27,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from hast_jax import config as config_lib
 from hast_jax import fields
-from hast_jax.config import check_name
 from hast_jax.errors import InputError, Notice, Stopped, UserError, refused_by_disk
 from hast_jax.runs import processes
 
@@ -43,6 +43,7 @@ COMMANDS = {
     "pretrain": "pretrain",
 }
 STOPPED = 75  # exit status of a run that saved and stopped on SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
+UNAVAILABLE = "Configuration is not available because of an earlier failure to load: "  # ml_collections' words
 OUT_OF_MEMORY = (
     "the memory of a device is too small ({words}): set --config.synthesis.stack=1, --config.synthesis.remat=True with a small "
     "synthesis.micro_batch, --config.finetune.stream=True or a smaller finetune.batch or eval.batch."
@@ -148,20 +149,22 @@ def user_errors(resumes: bool = False) -> Iterator[None]:
 
 
 def shipped_config(path: str) -> str:
-    """`path` if it is a file; otherwise the path of the package's config of this name, if there is one.
+    """`path` if it is a file; otherwise the path of the package's config of this name.
 
-    path: may have a variant after a colon, which is kept.
+    path: may have a variant after a colon, which is kept. Raises UserError if there is no such file.
     """
     name, colon, variant = path.partition(":")
     given = Path(name).expanduser()
     if given.is_file():
         return f"{given}{colon}{variant}"
     here = Path(__file__).parent
-    for folder in (here / "configs", here.parent / "configs"):  # in an installed package, in a checkout
-        found = folder / f"{given.stem}.py"
-        if found.is_file() and str(given) in (given.stem, f"configs/{given.stem}.py"):
-            return f"{found}{colon}{variant}"
-    return path
+    packaged = here / "configs"
+    configs = packaged if packaged.is_dir() else here.parent / "configs"  # of a checkout
+    found = configs / f"{given.stem}.py"
+    if found.is_file() and str(given) in (given.stem, f"configs/{given.stem}.py"):
+        return f"{found}{colon}{variant}"
+    known = ", ".join(sorted(each.stem for each in configs.glob("*.py")))
+    raise UserError(f"there is no config file {name!r}: give the path of one, or the name of a shipped config ({known}).")
 
 
 def _parse(arguments: list[str], words: bool) -> list[str]:
@@ -169,19 +172,46 @@ def _parse(arguments: list[str], words: bool) -> list[str]:
     for argument in arguments:
         named = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if named:
-            check_name(named[1])
+            config_lib.check_name(named[1])
     try:
         left = flags.FLAGS(arguments)
+        hasattr(getattr(flags.FLAGS, "config", None), "lock")  # raises the error of a config that could not be read
     except flags.Error as error:
-        raise UserError(_last_line(error)) from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the config cannot be built: {_last_line(error)}") from error
+        raise _wrong_flag(_last_line(error)) from error
+    except BrokenPipeError:  # who reads the help has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
-        raise UserError(f"the config file cannot be read: {error}") from error
+        raise UserError(f"the config file cannot be read: {_last_line(error)}") from error
+    except InputError as error:
+        raise UserError(f"the config cannot be built: {_last_line(error)}") from error
+    except Exception as error:  # whatever a config file does wrong
+        line = _last_line(error)
+        raise _unbuilt(line if re.match(r"\w+Error: ", line) else f"{type(error).__name__}: {line}") from error
     if len(left) > 1 and not words:
         advice = f"write --{left[1]}" if "=" in left[1] else "write its flag before it, as --FLAG=VALUE; --help shows the flags"
         raise UserError(f"the command does not take the word {left[1]!r}: {advice}.")
     return left
+
+
+def _wrong_flag(words: str) -> UserError:
+    """The error of a flag. words: absl's, which take the place of ours where absl knows more."""
+    if missing := re.match(r"flag --(\w+)=None: ", words):
+        nothing = ", or its get_config returns nothing" if missing[1] == "config" else ""
+        return UserError(f"--{missing[1]} is missing{nothing}: --help says what it takes.")
+    if field := re.match(r"flag --config\.([\w.]+)=(.*?): ", words):
+        if field[1] not in fields.FIELDS:
+            inner = next(path for path in fields.FIELDS if path.startswith(f"{field[1]}."))
+            return UserError(f"config.{field[1]} is a group of fields: set one of these, such as --config.{inner}.")
+        return config_lib.refusal(field[1], field[2], fields.FIELDS[field[1]].kind())
+    if "is defined twice" in words:
+        return UserError("--config is given twice: give one config.")
+    return _unbuilt(words) if re.match(r"\w+Error: ", words) else UserError(words)
+
+
+def _unbuilt(words: str) -> UserError:
+    """The error of a config file whose code fails. words: the name and the message of its exception."""
+    return UserError(f"the config cannot be built: {words}; HAST_JAX_DEBUG=1 shows the traceback.")
 
 
 def _with_shipped_config(before: str, argument: str) -> str:
@@ -199,8 +229,11 @@ def _print_uncaught(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def _last_line(error: Exception) -> str:
-    """The last line of an error message, into which ml_collections puts a traceback, without the name of `InputError`."""
-    return str(error).strip().split("\n")[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
+    """The last line of an error message, into which ml_collections puts more than our reader needs."""
+    line = str(error).strip().split("\n")[-1].strip()
+    for more in (f"{InputError.__module__}.{InputError.__name__}: ", UNAVAILABLE):
+        line = line.removeprefix(more)
+    return line
 
 
 def _say_nothing(_: object) -> None:

@@ -117,10 +117,11 @@ def _of_its_kind(path: str, value: Any) -> Any:
     try:
         return FIELDS[path].convert(value)
     except TypeError as error:
-        raise _refusal(path, value, FIELDS[path].kind()) from error
+        raise refusal(path, value, FIELDS[path].kind()) from error
 
 
-def _refusal(path: str, value: Any, wanted: str) -> UserError:
+def refusal(path: str, value: Any, wanted: str) -> UserError:
+    """The error of a field with a wrong value. wanted: what the value must be, in words."""
     return InputError(f"config.{path} is {shown(value)}: it must be {wanted}.")
 
 
@@ -180,10 +181,10 @@ def validate(config: ConfigDict) -> None:
             raise InputError(f"config.{path} is missing: begin with hast_jax.config.default().")
         wanted = described.fault(values[path])
         if wanted:
-            raise _refusal(path, values[path], wanted)
+            raise refusal(path, values[path], wanted)
     for check in CROSS_CHECKS:
         for path, wanted in check(config):
-            raise _refusal(path, values[path], wanted)
+            raise refusal(path, values[path], wanted)
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:

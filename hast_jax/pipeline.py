@@ -179,7 +179,7 @@ def _prepare(
             }
         )
         processes.on_main(lambda: storage.check_teacher(variables, teacher.structure.program))
-        processes.on_main(lambda: storage.check_test(_checksum(dataset)))
+        processes.on_main(lambda: storage.check_test(checksum(dataset)))
     except BaseException:
         run_folder.release(workdir)
         raise
@@ -202,7 +202,7 @@ def _refuse_overflow(teacher: networks.Network, variables: weights.Variables, im
         )
 
 
-def _checksum(dataset: datasets.Dataset | None) -> int | None:
+def checksum(dataset: datasets.Dataset | None) -> int | None:
     """The checksum by which a run recognises its real images. For image files it covers only their labels."""
     if dataset is None:
         return None

@@ -19,7 +19,6 @@ from rich.console import Console
 
 from hast_jax import cli, paths
 from hast_jax import config as config_lib
-from hast_jax.data import datasets
 from hast_jax.deliver.console import Bar
 from hast_jax.errors import UserError, sentence
 from hast_jax.paper import figure2, tables
@@ -57,18 +56,17 @@ def table(name: str, sweep: Sweep, skip: Collection[str]) -> Section:
 def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
     """Run these experiments, except cells whose label is in `skip`; write and return the Markdown.
 
-    Raises UserError if there are no real images to measure accuracies on, or if a label belongs to no cell.
+    Raises UserError if a label belongs to no cell. SIGTERM ends the process between two experiments, cells or steps.
     """
     known = {cell.label for name in names if name in EXPERIMENTS for cell in EXPERIMENTS[name](sweep.config).cells}
     if unknown := set(skip) - known:
-        raise UserError(f"--skip={min(unknown)}: no cell has this label; there are: {'; '.join(sorted(known))}.")
+        there = "; ".join(sorted(known)) or "none, because figures have no cells"
+        raise UserError(f"--skip={min(unknown)}: no cell has this label; there are: {there}.")
     devices = parallel.choose(sweep.config.devices, sweep.config.finetune.batch)
-    dataset = datasets.load(sweep.config, sweep.config.eval.split)
-    if dataset is None:
-        raise UserError("a table needs accuracies: set config.eval.dataset to the data set of the teacher.")
-    context = tables.context(sweep, len(dataset.labels), devices)
+    context = tables.context(sweep, devices)
     sections = {}
     for each in names:
+        preemption.check()
         traceback_file = sweep.workdir / f"{each}.error.txt"
         try:
             section = FIGURES[each](sweep) if each in FIGURES else table(each, sweep, skip)
@@ -84,7 +82,7 @@ def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
         write_json(sweep.workdir / f"{each}.json", {"title": section.title, "context": context, **section.data})
         write_text(sweep.workdir / f"{each}.md", f"# {section.title}\n\n{context}\n\n{section.body}\n")
     if len(names) > 1:
-        page = tables.page(sections, sweep, context, len(dataset.labels))
+        page = tables.page(sections, sweep, context)
         write_text(sweep.workdir / "reproduction.md", page)
         return page
     return (sweep.workdir / f"{names[0]}.md").read_text()

@@ -298,7 +298,9 @@ def get_config():
         ("config.finetune.eps = 'much'", "config.finetune.eps is 'much': it must be a number."),
         ("config.finetune.eps = float('nan')", "config.finetune.eps is nan: it must be finite"),
         ("config = 3", "the config is 3: get_config must return"),
-        ("config = None", "--config must have a value"),
+        ("config = None", "--config is missing, or its get_config returns nothing"),
+        ("1 / 0", "the config cannot be built: ZeroDivisionError: division by zero; HAST_JAX_DEBUG=1 shows the traceback."),
+        ("open('/missing.json')", "the config file cannot be read: [Errno 2] No such file or directory: '/missing.json'"),
     ],
 )
 def test_a_mistake_in_a_config_file_ends_in_one_sentence(tmp_path: Path, line: str, words: str) -> None:
@@ -307,6 +309,27 @@ def test_a_mistake_in_a_config_file_ends_in_one_sentence(tmp_path: Path, line: s
     assert done.returncode == 1, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_file_that_is_not_there_is_told_with_the_shipped_ones(tmp_path: Path) -> None:
+    done = tiny.call([*tiny.module("main"), "--config=configs/digit.py:w3a3", f"--workdir={tmp_path}/run"])
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "there is no config file 'configs/digit.py': give the path of one, or the name of a shipped config" in done.stderr
+    assert "cifar10, cifar100, digits, imagenet" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.finetune.epochs=three", "config.finetune.epochs is 'three': it must be a whole number."),
+        ("--config.finetune.augment=maybe", "config.finetune.augment is 'maybe': it must be True or False."),
+        ("--config.bits=w4a4", "config.bits is a group of fields: set one of these, such as --config.bits.weights."),
+        ("--config=digits", "--config is given twice: give one config."),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_in_the_words_of_the_field(tmp_path: Path, flag: str, words: str) -> None:
+    done = tiny.call([*tiny.command(tmp_path / "run"), flag])
+    assert done.returncode == 1 and done.stderr == f"hast_jax: {words}\n"
 
 
 @pytest.mark.parametrize("flag", ["--config.finetune.epss=1", "--config.finetunee.eps=1", "--noconfig.finetune.epss"])

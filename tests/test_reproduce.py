@@ -12,7 +12,7 @@ import tiny
 from PIL import Image
 
 from hast_jax import config as config_lib
-from hast_jax import pipeline, reproduce
+from hast_jax import from_config, pipeline, reproduce
 from hast_jax.data import datasets
 from hast_jax.errors import UserError
 from hast_jax.paper import figure2, landscape, tables
@@ -115,18 +115,33 @@ def test_cells_share_images_equal_cells_are_one_run_and_seeds_differ(tmp_path: P
     assert ranges("eps=0-seed0") == ranges("base-seed0")
 
 
-def test_a_finished_cell_is_only_read_wherever_its_folder_has_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_cell_is_only_read_wherever_its_folder_has_moved(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = sweep(tmp_path / "here", finetune__epochs=1).run(Cell("base", {}))
     (tmp_path / "here").rename(tmp_path / "there")
     shutil.rmtree(tmp_path / "there" / "images")  # a table can be drawn again without them
     for stage in ("run", "run_synthesis"):
         monkeypatch.setattr(pipeline, stage, lambda *_: pytest.fail("it was finished"))
     assert sweep(tmp_path / "there", finetune__epochs=1).run(Cell("base", {})) == first
-    monkeypatch.setattr(Sweep, "teacher", {"kernel": np.ones(3)})
-    other = sweep(tmp_path / "there", finetune__epochs=1).run(Cell("base", {}))
-    assert "began with a teacher of other weights" in other[0]["failed"]
     with pytest.raises(UserError, match=r"finetune.epochs: 1 -> 2"):
         sweep(tmp_path / "there", finetune__epochs=2)
+    with pytest.raises(UserError, match=r"began without config.synthesis.source: go on in the same way"):
+        sweep(tmp_path / "there", finetune__epochs=1, synthesis__source=str(finished / "synthetic"))
+    network, _ = from_config.teacher(tiny.config())
+    monkeypatch.setattr(from_config, "teacher", lambda _: (network, {"kernel": np.ones(3)}))
+    with pytest.raises(UserError, match="began with a teacher of other weights"):
+        sweep(tmp_path / "there", finetune__epochs=1)
+
+
+def test_agreement_that_is_asked_for_later_is_measured_of_finished_cells_too(tmp_path: Path, finished: Path) -> None:
+    first = sweep(tmp_path, finetune__epochs=1).run_one(Cell("base", {}), 0)
+    again = sweep(tmp_path, finetune__epochs=1, eval__held_out=str(finished / "synthetic"), seed=0)
+    with pytest.raises(UserError, match="holds images that the student is trained on"):
+        again._result({}, 0, again.path(Cell("base", {}), 0))
+    held_out = again.images({"synthesis.iterations": 0}, 0)
+    found = sweep(tmp_path, finetune__epochs=1, eval__held_out=str(held_out)).run_one(Cell("base", {}), 0)
+    assert found["held_out"]["images"] == 96 and found | {"held_out": None} == first
 
 
 def test_images_that_are_there_already_must_be_those_of_the_config(tmp_path: Path, finished: Path) -> None:
@@ -139,7 +154,7 @@ def test_images_that_are_there_already_must_be_those_of_the_config(tmp_path: Pat
         sweep(tmp_path / "b", synthesis__source=source, synthesis__iterations=30)
     two = sweep(tmp_path / "c", seeds=2, synthesis__source=source)
     assert two.images({"synthesis.iterations": 0}, 1) == two.images({"synthesis.iterations": 0}, 0)
-    assert "seed 0, 1 on the images of seed 0, " in tables.context(two, images=719, devices=2)
+    assert "seed 0, 1 on the images of seed 0, " in tables.context(two, devices=2)
     given.teacher = {"kernel": np.ones(3)}
     with pytest.raises(UserError, match=r"began with a teacher of other weights"):
         given.images({}, 0)
@@ -169,8 +184,9 @@ def test_real_images_are_those_of_the_train_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_figure_2_comes_from_the_kept_checkpoints(tmp_path: Path) -> None:
-    small = sweep(tmp_path, finetune__epochs=4)
+@pytest.mark.parametrize("lam", [2000.0, 0.0])
+def test_figure_2_comes_from_the_kept_checkpoints(tmp_path: Path, lam: float) -> None:
+    small = sweep(tmp_path, finetune__epochs=4, finetune__lam=lam)
     reproduce.run(["figure2a"], small)
     reproduce.run(["figure2b"], small)
     angles = json.loads((tmp_path / "figure2a.json").read_text())
@@ -310,9 +326,14 @@ def test_an_unknown_experiment_is_refused_with_those_there_are(tmp_path: Path, a
     assert done.returncode == 1 and "table1, table2" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_without_evaluation_data_there_is_no_table(tmp_path: Path) -> None:
+def test_what_no_table_can_be_made_of_is_refused_before_the_folder_is_made(tmp_path: Path, finished: Path) -> None:
     with pytest.raises(UserError, match=r"set config.eval.dataset"):
-        reproduce.run(["table1"], sweep(tmp_path, eval__dataset="none"))
+        sweep(tmp_path / "run", eval__dataset="none")
+    with pytest.raises(UserError, match=r"config.seed is 4294967296"):
+        sweep(tmp_path / "run", seeds=2, seed=2**32 - 1)
+    with pytest.raises(UserError, match=r"takes the set of a run, FOLDER/synthetic"):
+        sweep(tmp_path / "run", synthesis__source=str(shutil.copytree(finished / "synthetic", tmp_path / "alone" / "set")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_cells_that_change_other_things_have_other_folders() -> None:

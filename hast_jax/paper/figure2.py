@@ -11,10 +11,10 @@ import numpy as np
 from hast_jax import from_config
 from hast_jax.errors import UserError
 from hast_jax.paper import figures, landscape
-from hast_jax.paper.experiments import Cell
+from hast_jax.paper.experiments import RECIPE_LAM, Cell
 from hast_jax.paper.sweep import Sweep
 from hast_jax.paper.tables import Section
-from hast_jax.runs import synthetic_set
+from hast_jax.runs import preemption, synthetic_set
 from hast_jax.runs.run_folder import RunFolder, open_for_reading
 from hast_jax.stages import finetune
 
@@ -44,9 +44,11 @@ def base(sweep: Sweep) -> Base:
     result = sweep.run_one(cell, seed)
     if "failed" in result:
         raise UserError(f"the base cell failed: {result['failed']}")
-    folder, config = open_for_reading(sweep.path(cell, seed))
-    teacher, variables = from_config.teacher(config)
-    student = from_config.student(config)
+    folder, made = open_for_reading(sweep.path(cell, seed))
+    config = sweep.config.copy_and_resolve_references()  # whose paths are those of today
+    config.seed, config.finetune.keep_every = seed, made.finetune.keep_every
+    config.finetune.lam = config.finetune.lam or RECIPE_LAM  # neither figure depends on its value
+    teacher, variables, student = from_config.bare_teacher(config), sweep.teacher, from_config.student(config)
     images, labels = synthetic_set.load(sweep.images({}, seed), tuple(config.teacher.image), config.teacher.classes)
     most = max(BATCHES * config.finetune.batch, HESSIAN_IMAGES)  # images that the figure needs
     count = min(most, config.synthesis.images)
@@ -78,6 +80,7 @@ def gradient_angles(sweep: Sweep) -> Section:
     cosines = jax.jit(partial(landscape.gradient_cosines, found.losses))
     values: dict[str, list[list[float]]] = {"fa": [], "ce": []}
     for _, trained in found.students:
+        preemption.check()
         rows = (slice(i * batch, (i + 1) * batch) for i in range(batches))
         each = [cosines(trained, found.fixed, images[r], labels[r]) for r in rows]
         for loss, by_epoch in values.items():

@@ -3,19 +3,19 @@
 Cells that change only fine-tuning share their calibrated ranges. A cell that fails does not stop the others.
 """
 
-import functools
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
 from hast_jax import from_config, paths, pipeline
+from hast_jax.data import datasets
 from hast_jax.errors import UserError, sentence
 from hast_jax.fields import FIELDS
-from hast_jax.networks.weights import Variables
 from hast_jax.paper.experiments import Cell, effective
 from hast_jax.runs import run_folder, synthetic_set
 from hast_jax.runs.files import read_json, write_text
@@ -33,7 +33,8 @@ class Sweep:
     """Cells of one config in a folder.
 
     workdir/images/NAME-seed0 and workdir/cells/NAME-seed0 are run folders. NAME lists the fields that a cell changes. A failed
-    cell leaves error.txt in its folder. `failed`: names of the cells that failed in this process.
+    cell leaves error.txt in its folder. `failed`: names of the cells that failed in this process. teacher: its variables, which
+    all cells share. test_images: the number of real images that accuracies are measured on.
     """
 
     def __init__(
@@ -41,18 +42,30 @@ class Sweep:
     ):
         """config: of the base cell. say: gets one line of text for each cell. This process locks `workdir` until it ends.
 
-        Raises UserError if the config or the folder cannot be used.
+        Raises UserError if the config or the folder cannot be used, or if the folder's cells had another teacher, other real
+        images or a given set of other images.
         """
         config_lib.validate(config)
         if config.synthesis.real_split:
             raise UserError("config.synthesis.real_split must be empty: a sweep has its own cells with real images.")
-        if config.synthesis.source:
-            _check_source(config)
-        config = config.copy_and_resolve_references()
-        config.report = False  # the table of all cells takes its place
-        run_folder.open_for_run(workdir, config)
-        self.config, self.workdir, self._progress, self._say = config, workdir, progress, say
         self.seeds = range(config.seed, config.seed + seeds)
+        self.config = config.copy_and_resolve_references()
+        self.config.report = False  # the table of all cells takes its place
+        config_lib.validate(self._changed({}, self.seeds[-1]))
+        dataset = datasets.load(config, config.eval.split)
+        if dataset is None:
+            raise UserError("a table needs accuracies: set config.eval.dataset to the data set of the teacher.")
+        self.test_images = len(dataset.labels)
+        source = _source(config) if config.synthesis.source else None
+        _check_origin(workdir, config)
+        teacher, variables = from_config.teacher(config)  # weights that cannot be read are refused before a folder is made
+        folder = run_folder.open_for_run(workdir, self.config)
+        folder.check_teacher(variables, teacher.structure.program)
+        folder.check_test(pipeline.checksum(dataset))
+        if source is not None:
+            folder.check_images(*source)
+        self.teacher = variables
+        self.workdir, self._progress, self._say = workdir, progress, say
         self.failed: list[str] = []
         self._sets: dict[Path, Path | Exception] = {}  # run folder -> its synthetic set, or the exception that ended it
         self._results: dict[Path, Result] = {}
@@ -71,11 +84,6 @@ class Sweep:
     def path(self, cell: Cell, seed: int) -> Path:
         """The run folder of a cell for one seed."""
         return self.workdir / "cells" / f"{_name(effective(cell.changes, self.config))}-seed{seed}"
-
-    @functools.cached_property
-    def teacher(self) -> Variables:
-        """Variables of the teacher, which all cells share."""
-        return from_config.teacher(self.config)[1]
 
     def images(self, changes: dict[str, Any], seed: int) -> Path:
         """The folder of the synthetic set for a cell with these changes. The set is made if it does not exist.
@@ -123,7 +131,9 @@ class Sweep:
         folder, config = RunFolder(path), self._changed(changes, seed)
         if folder.result.exists():
             folder.check_teacher(self.teacher, remember=False)
-            return read_json(folder.result)
+            result = read_json(folder.result)
+            if result.get("held_out") or not config.eval.held_out:
+                return result
         if not changes:
             config.finetune.keep_every = max(1, config.finetune.epochs // KEPT_CHECKPOINTS)
         config.synthesis.source = "" if config.synthesis.real_split else str(self.images(changes, seed))
@@ -143,10 +153,27 @@ class Sweep:
         return config
 
 
-def _check_source(config: ConfigDict) -> None:
-    """Raise UserError if the given set differs from the one that the base cell would make: cells would not be comparable."""
+def _check_origin(workdir: Path, config: ConfigDict) -> None:
+    """Raise UserError if the sweep in `workdir` made its images and now gets a set of images, or the other way round."""
+    if not RunFolder(workdir).config.exists():
+        return
+    before = run_folder.open_for_reading(workdir)[1].synthesis.source
+    if bool(before) != bool(config.synthesis.source):
+        how = f"with --config.synthesis.source={before}" if before else "without config.synthesis.source"
+        raise UserError(f"the sweep in {workdir} began {how}: go on in the same way, or use another --workdir.")
+
+
+def _source(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels of the given set.
+
+    Raises UserError if it differs from the set that the base cell would make: cells would not be comparable.
+    """
     source = paths.local(config.synthesis.source)
-    images, _ = synthetic_set.load(source, tuple(config.teacher.image), config.teacher.classes)
+    images, labels = synthetic_set.load(source, tuple(config.teacher.image), config.teacher.classes)
+    if not RunFolder(source.parent).config.exists():
+        raise UserError(
+            f"config.synthesis.source: a sweep takes the set of a run, FOLDER/synthetic, but {source} is in no run folder."
+        )
     _, made = run_folder.open_for_reading(source.parent)
     dicts = [config_lib.to_dict(c) for c in (made, config)]
     old, new = ({name: c[name] for name in ("seed", "teacher", "synthesis")} for c in dicts)
@@ -154,6 +181,7 @@ def _check_source(config: ConfigDict) -> None:
     if lines or len(images) != config.synthesis.images:
         found = "; ".join(lines) or f"{len(images)} images of {made.teacher.weights}"
         raise UserError(f"{source} differs from the images of this config ({found}): leave config.synthesis.source empty.")
+    return images, labels
 
 
 def _name(changes: dict[str, Any]) -> str:

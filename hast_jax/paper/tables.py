@@ -114,8 +114,8 @@ def draw_sensitivity(rows: list[Row], path: Path) -> bool:
     return bool(good)
 
 
-def context(sweep: Sweep, images: int, devices: int) -> str:
-    """A text with what all tables have in common: network, bits, budget, seeds. images: number of real images evaluated on."""
+def context(sweep: Sweep, devices: int) -> str:
+    """A text with what all tables have in common: network, bits, budget, seeds."""
     config = sweep.config
     made = f"{config.synthesis.images} images x {config.synthesis.iterations} iterations"
     steps = f"{config.finetune.epochs * config.finetune.steps_per_epoch} steps of {config.finetune.batch}"
@@ -126,14 +126,14 @@ def context(sweep: Sweep, images: int, devices: int) -> str:
     hardware = f"{devices} x {jax.devices()[0].device_kind}"
     return (
         f"{config.teacher.network} on {config.eval.dataset}, {bits}: {made}, {steps}, seed {seeds}, {hardware}. Top-1 in per "
-        f"cent on {images} real images at the last epoch. ± is the standard deviation over seeds. The drop is measured from "
-        f"the full-precision teacher. The paper: {experiments.PAPER_BUDGET}."
+        f"cent on {sweep.test_images} real images at the last epoch. ± is the standard deviation over seeds. The drop is "
+        f"measured from the full-precision teacher. The paper: {experiments.PAPER_BUDGET}."
     )
 
 
-def page(sections: dict[str, Section], sweep: Sweep, context: str, images: int) -> str:
-    """The page of all experiments: their context, the findings, and a section for each. images: real ones evaluated on."""
-    lines = [verdict(finding, sections, images) for finding in FINDINGS if finding.experiment in sections]
+def page(sections: dict[str, Section], sweep: Sweep, context: str) -> str:
+    """The page of all experiments: their context, the findings, and a section for each."""
+    lines = [verdict(finding, sections, sweep.test_images) for finding in FINDINGS if finding.experiment in sections]
     lines += [line for each in sections.values() for line in each.findings]
     config = sweep.config
     title = f"# The supplement's experiments: {config.teacher.network} on {config.eval.dataset}"

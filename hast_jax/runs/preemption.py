@@ -32,6 +32,12 @@ def agreed() -> bool:
     return bool(processes.total(np.asarray([_heard.is_set()])).any())
 
 
+def check() -> None:
+    """End the process if SIGTERM has come. Everything that is needed to resume must be saved already."""
+    if asked():
+        leave()
+
+
 def leave() -> NoReturn:
     """End the run, after all that is needed to resume was saved."""
     raise Stopped("stopped by SIGTERM: run the same command again to resume.")
