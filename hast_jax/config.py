@@ -148,7 +148,7 @@ def variant(config: ConfigDict, argument: str, variants: dict[str, Any] = VARIAN
 
     variants: name -> fields to change, as a flat {"finetune.lr": value}. The fields of "best,small" are changed if both names
     are given, and those of "best,w2" if `best` is given and weights have two bits. If two variants change a field, the later
-    one wins. Raises UserError for an unknown word or two bit widths.
+    one in `variants` wins. Raises UserError for an unknown word, two bit widths or two networks.
     """
     chosen, names = None, set()
     for word in filter(None, argument.split(",")):
@@ -162,6 +162,9 @@ def variant(config: ConfigDict, argument: str, variants: dict[str, Any] = VARIAN
         else:
             known = ", ".join(["w4a4 (any bits)", *(name for name in variants if "," not in name)])
             raise InputError(f"the config has no variant {word!r}: choose from {known}.")
+    networks = [name for name in sorted(names) if "teacher.network" in variants[name]]
+    if len(networks) > 1:
+        raise InputError(f"the config has one network, not {' and '.join(networks)}: choose one.")
     names.add(f"w{config.bits.weights}")
     for name, fields in variants.items():
         if names.issuperset(name.split(",")):

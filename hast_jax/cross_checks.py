@@ -20,14 +20,15 @@ def _something_is_learned(config: ConfigDict) -> Faults:
         yield "finetune.a", "positive if finetune.b is 0; otherwise nothing is learned"
 
 
+def bases(split: str) -> set[str]:
+    """The splits that a text such as "train[:50%]+test" takes images from."""
+    return {part.split("[")[0].strip() for part in split.split("+")}
+
+
 def _images_have_one_origin(config: ConfigDict) -> Faults:
     split = config.synthesis.real_split
     if config.synthesis.source and split:
         yield "synthesis.real_split", "empty if synthesis.source is set"
-
-    def bases(text):
-        return {part.split("[")[0].strip() for part in text.split("+")}
-
     learned, judged = bases(split) - {""}, bases(config.eval.split)
     if learned and (learned & judged or "all" in learned | judged):
         yield "synthesis.real_split", "of another split than eval.split, whose images are for evaluation"

@@ -7,6 +7,9 @@ CAUSES = {
     errno.EDQUOT: "the disk quota is used up: make room and run the same command again; a run then resumes",
     errno.EACCES: "no permission",
     errno.EROFS: "the file system is read-only",
+    errno.EEXIST: "a file is where a folder is needed: give another name",
+    errno.ENOTDIR: "a file is where a folder is needed: give another name",
+    errno.EISDIR: "a folder is where a file is needed: give another name",
 }
 
 

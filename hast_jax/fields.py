@@ -42,7 +42,7 @@ FIELDS: dict[str, Field] = {
         0,
         "Local devices that a process uses. 0: all accelerators. On a CPU, 0 means one device for each core, at most 8, "
         "reduced to a divisor of `finetune.batch`.",
-        count_or_zero,
+        between(0, 1024),
         free=True,
         own=True,
     ),
@@ -295,8 +295,8 @@ FIELDS: dict[str, Field] = {
     ),
     "eval.crop": Field(
         224 / 256,
-        "Share of an image file's shorter side that is kept. Torchvision's newer weights need 224 / 232.",
-        share,
+        "Share of an image file's shorter side that is kept. Torchvision's newer weights need 224 / 232. 1 keeps all.",
+        between(0.1, 1),
     ),
     "eval.batch": Field(500, "Images in a batch of the evaluation.", positive, free=True),  # its bound: cross_checks.py
     "eval.every": Field(10, "Epochs between two evaluations.", count),

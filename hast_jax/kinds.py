@@ -19,7 +19,7 @@ from hast_jax.errors import InputError, UserError
 Rule = Callable[[Any], str]
 
 MOST = 2**31 - 1  # the largest count, because counters have 32 bits
-MOST_FLOAT32 = float(np.finfo(np.float32).max)
+MOST_FLOAT32, LEAST_FLOAT32 = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 MOST_SHOWN = 200  # characters of a wrong value in an error message
 
 # Kind -> the types of its values (NumPy's numbers too), the words for one value, and the words for several values.
@@ -71,6 +71,8 @@ class Field:
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, float) and not abs(each) <= MOST_FLOAT32:
                 return "finite, also in float32"
+            if isinstance(each, float) and 0 < abs(each) < LEAST_FLOAT32:
+                return f"0 or at least {LEAST_FLOAT32:.2g}, because float32 has nothing between them"
             if isinstance(each, str) and "\0" in each:
                 return "a text without a zero character, which no path may have"
         rule = self.rule or (one_of(self.choices) if self.choices else None)
@@ -98,8 +100,9 @@ def shown(value: Any) -> str:
 
 def close(name: str, known: Iterable[str]) -> str:
     """The hint " (did you mean NAME?)" with the known name that is closest; "" if none is close."""
-    found = difflib.get_close_matches(name, list(known), 1)
-    return f" (did you mean {found[0]}?)" if found else ""
+    names = {each.lower(): each for each in known}
+    found = difflib.get_close_matches(name.lower(), names, 1)
+    return f" (did you mean {names[found[0]]}?)" if found else ""
 
 
 def one_of(choices: Iterable[str], also: Callable[[str], bool] = lambda value: False) -> Rule:
@@ -113,7 +116,7 @@ def holds(condition: Callable[[Any], bool], words: str) -> Rule:
     return lambda value: "" if condition(value) else words
 
 
-def between(low: int, high: int) -> Rule:
+def between(low: float, high: float) -> Rule:
     """The rule that a number is from `low` to `high`, both included."""
     return holds(lambda value: low <= value <= high, f"between {low} and {high}")
 

@@ -5,6 +5,7 @@ python -m hast_jax.pretrain --config=configs/digits.py        # writes teacher.s
 
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,14 +17,18 @@ from rich.console import Console
 
 from hast_jax import cli, from_config, networks, paths
 from hast_jax import config as config_lib
+from hast_jax.cross_checks import bases
 from hast_jax.data import datasets
 from hast_jax.errors import UserError
 from hast_jax.networks import Network, structure, weights
 from hast_jax.runs import parallel
+from hast_jax.runs.files import write_bytes
 from hast_jax.runs.progress import silent
 from hast_jax.stages.evaluate import evaluator
 
 Array = jax.Array
+
+IN_MEMORY = ("digits", "cifar10", "cifar100")
 
 
 def define_flags() -> None:
@@ -57,13 +62,15 @@ def shift(images: Array, key: Array, pixels: int) -> Array:
 def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: Callable[[str], None]) -> Mapping[str, Any]:
     """`params` and `batch_stats` after SGD with Nesterov momentum, a warm-up and a cosine schedule.
 
-    config: the whole config. say: called with lines of progress. Raises UserError if the batch norms keep no statistics.
+    config: the whole config. say: called with lines of progress. Raises UserError if the training diverges, or if the batch
+    norms keep no statistics.
     """
     model = network.module
     settings, teacher = config.pretrain, config.teacher
     images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
     steps = settings.epochs * (len(labels) // settings.batch)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, max(1, steps // 10), steps)
+    warm_up = min(max(1, steps // 10), steps - 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, warm_up, steps)
     transform = optax.chain(optax.add_decayed_weights(settings.weight_decay), optax.sgd(schedule, 0.9, nesterov=True))
     key, training = jax.random.key(config.seed), {**network.call, **structure.training_arguments(model)}
 
@@ -102,9 +109,22 @@ def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: C
                     f"the batch norms of {structure.name_of(model)} keep no statistics while it trains: "
                     f"its call needs an argument that makes it train, with one of these names: {names}."
                 )
+        if not jnp.isfinite(loss):
+            raise UserError("the training diverged, and nothing is written: lower config.pretrain.lr.")
         if (epoch + 1) % 10 == 0 or epoch + 1 == settings.epochs:
             say(f"epoch {epoch + 1}: loss {float(loss):.4f}")
     return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def _try_to_write(output: Path, network: Network, image: tuple[int, ...]) -> None:
+    """Write a file of the teacher's size, and delete it. Raises UserError, before the training, if this fails."""
+    shapes = jax.eval_shape(lambda key: network.module.init(key, jnp.zeros((1, *image)), **network.call), jax.random.key(0))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(output, bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))))
+        output.unlink()
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written ({error.strerror}): choose another place.") from error
 
 
 def main(_: list[str]) -> None:
@@ -118,23 +138,18 @@ def main(_: list[str]) -> None:
             raise UserError(f"--output={output}: the file must end in .safetensors.")
         if output.exists():
             raise UserError(f"--output={output} exists already: choose another name, or delete the file.")
+        if config.eval.dataset not in IN_MEMORY:
+            raise UserError(f"pretrain needs real images in memory: set config.eval.dataset to one of {', '.join(IN_MEMORY)}.")
+        if {"train", "all"} & bases(config.eval.split):
+            raise UserError("config.eval.split holds images of the train split, from which the teacher learns: choose another.")
         devices = parallel.setup(config.devices)
         network = from_config.bare_teacher(config)
-        train_set = datasets.load(config, "train")
-        test_set = datasets.load(config, config.eval.split)
-        if not isinstance(train_set, datasets.Arrays) or test_set is None:
-            raise UserError("a teacher needs real images in memory: set config.eval.dataset to digits, cifar10 or cifar100.")
+        train_set: Any = datasets.load(config, "train")
+        test_set: Any = datasets.load(config, config.eval.split)
         if config.pretrain.batch > len(train_set.labels):
             raise UserError(f"config.pretrain.batch is {config.pretrain.batch}, more than the {len(train_set.labels)} images.")
-        try:  # an output that cannot be written is refused before the training
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.touch()
-            output.unlink()
-        except OSError as error:
-            raise UserError(f"--output={output} cannot be written ({error.strerror}): choose another place.") from error
+        _try_to_write(output, network, tuple(config.teacher.image))
         variables = train(network, train_set, config, console.print)
-        if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)):
-            raise UserError("the training diverged, and nothing is written: lower config.pretrain.lr.")
         evaluate = evaluator(lambda v, x: networks.apply(network, v, x)[0], test_set, config, devices, silent)
         top1 = evaluate(variables).top1
         recipe = ", ".join(f"{name} {value}" for name, value in config.pretrain.items())

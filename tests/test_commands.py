@@ -109,9 +109,25 @@ def test_pretraining_that_keeps_no_statistics_of_batch_norms_is_refused(tmp_path
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_pretraining_without_real_images_is_refused(tmp_path) -> None:
-    done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={tmp_path}/a.safetensors", "--config.eval.dataset=none"])
-    assert done.returncode == 1 and "needs real images in memory" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config.eval.dataset=none"], "needs real images in memory"),
+        (["--config.eval.split=test+train[:50%]"], "config.eval.split holds images of the train split"),
+        (["--config.pretrain.lr=1e30", "--config.pretrain.batch=256"], "the training diverged, and nothing is written"),
+    ],
+)
+def test_pretraining_that_gives_no_teacher_is_refused_or_ends_early(tmp_path: Path, flags: list[str], words: str) -> None:
+    done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={tmp_path}/a.safetensors", *flags])
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1 and "epoch" not in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_that_would_not_fit_on_the_disk_is_not_trained(tmp_path: Path) -> None:
+    command = " ".join([*tiny.module("pretrain"), DIGITS, f"--output={tmp_path}/a.safetensors"])
+    done = tiny.call(["bash", "-c", f"ulimit -f 100; {command}"])
+    assert done.returncode == 1 and "cannot be written (File too large): choose another place" in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("form", [["--config", "configs/digits.py:w3a33"], ["-config=digits:w3a33"], ["--config=digits:w3a33"]])

@@ -185,7 +185,7 @@ def classes_of(path: Path, names: list[str], save=None) -> Path:
 def test_class_folders_that_are_numbers_are_refused_where_text_and_number_order_them_differently(tmp_path: Path) -> None:
     place = classes_of(tmp_path / "val", [str(i) for i in range(12)])
     with pytest.raises(UserError, match="as text 10 comes before 2") as refused:
-        image_files.folder(place, (32, 32, 3), CROP)
+        image_files.folder(place, (32, 32, 3), 1)
     assert "--config.eval.class_order=number" in str(refused.value)
 
     def first(order):
@@ -193,18 +193,18 @@ def test_class_folders_that_are_numbers_are_refused_where_text_and_number_order_
 
     assert first("number") == list(range(12)) and first("name") == [0, 1, 10, 11, *range(2, 10)]
     padded = classes_of(tmp_path / "padded", [f"{i:02d}" for i in range(12)])
-    assert image_files.folder(padded, (32, 32, 3), CROP).classes == 12
+    assert image_files.folder(padded, (32, 32, 3), 1).classes == 12
     with pytest.raises(UserError, match="not all folders"):
-        image_files.folder(classes_of(tmp_path / "words", ["cat", "dog"]), (32, 32, 3), CROP, "number")
+        image_files.folder(classes_of(tmp_path / "words", ["cat", "dog"]), (32, 32, 3), 1, "number")
 
 
 def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path: Path) -> None:
     place = classes_of(tmp_path / "val", ["a", "b", ".thumbnails"])
     (place / "a" / "._a.png").write_bytes(b"a resource fork")
     (place / "notes.png").write_bytes(b"not in a class")
-    dataset = image_files.folder(place, (32, 32, 3), CROP)
+    dataset = image_files.folder(place, (32, 32, 3), 1)
     assert (dataset.classes, len(dataset.labels)) == (2, 2)
-    config = tiny.config(eval__dataset="folder", eval__data_dir=str(tmp_path), eval__split="val")
+    config = tiny.config(eval__dataset="folder", eval__data_dir=str(tmp_path), eval__split="val", eval__crop=1.0)
     config.teacher.image, config.teacher.mean, config.teacher.std = (32, 32, 3), (0.5,) * 3, (0.2,) * 3
     with pytest.raises(UserError, match="holds 2 folders, but the network has 10 classes"):
         datasets.load(config, "val")
@@ -218,10 +218,22 @@ def test_a_network_of_one_channel_reads_folders_in_grey(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[..., 0], colours @ [0.299, 0.587, 0.114], atol=1)
 
 
+def test_images_that_have_the_networks_size_are_not_cropped_silently(tmp_path: Path) -> None:
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    place = classes_of(tmp_path / "val", ["a", "b"], lambda image, file: small.save(file))
+    with pytest.raises(UserError, match=r"have the network's size already, .*: set --config.eval.crop=1\."):
+        image_files.folder(place, (32, 32, 3), CROP)
+    (found, *_) = image_files.folder(place, (32, 32, 3), 1).read(np.arange(2))
+    np.testing.assert_array_equal(found, np.asarray(small))
+    small.resize((40, 32)).save(place / "b" / "wide.png")
+    assert len(image_files.folder(place, (32, 32, 3), CROP).labels) == 3  # as ImageNet, in which some images are small
+
+
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sixteen_bits_a_pixel_become_eight_and_keep_their_values(tmp_path: Path, channels: int) -> None:
+@pytest.mark.parametrize("suffix", [".png", ".pgm"])
+def test_sixteen_bits_a_pixel_become_eight_and_keep_their_values(tmp_path: Path, channels: int, suffix: str) -> None:
     values = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
-    place = classes_of(tmp_path / "val", ["a"], lambda image, file: Image.fromarray(values).save(file))
+    place = classes_of(tmp_path / "val", ["a"], lambda image, file: Image.fromarray(values).save(file.with_suffix(suffix)))
     (found,) = image_files.folder(place, (32, 32, channels), 1).read(np.arange(1))
     np.testing.assert_allclose(found, np.repeat((values / 257)[..., None], channels, -1), atol=1)
 
@@ -234,7 +246,7 @@ def test_an_image_whose_pixels_are_not_clear_is_refused_by_name(tmp_path: Path, 
     suffix = "tif" if mode == "F" else "png"
     place = classes_of(tmp_path / "val", ["a"], lambda _, file: image.save(file.with_suffix(f".{suffix}")))
     with pytest.raises(UserError, match=rf"a\.{suffix} .*{words}"):
-        image_files.folder(place, (32, 32, 3), CROP).read(np.arange(1))
+        image_files.folder(place, (32, 32, 3), 1).read(np.arange(1))
 
 
 def test_an_opaque_image_with_an_alpha_channel_is_read_as_it_is(tmp_path: Path) -> None:

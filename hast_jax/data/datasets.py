@@ -173,7 +173,10 @@ def _tfds(name: str, split: str, data_dir: str, **options: Any) -> Any:
     try:
         import tensorflow_datasets as tfds
 
-        return tfds.data_source(name, split=split, data_dir=os.path.expanduser(data_dir) or None, download=False, **options)
+        source = tfds.data_source(name, split=split, data_dir=os.path.expanduser(data_dir) or None, download=False, **options)
+        if len(source) == 0:
+            raise ValueError("this split is empty")
+        return source
     except ImportError as error:
         raise UserError(f"TFDS cannot be used because a package is missing ({error}): install that package.") from error
     except (AssertionError, FileNotFoundError, KeyError, NotImplementedError) as error:  # the data are not there

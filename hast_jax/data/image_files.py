@@ -13,6 +13,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 THREADS = 16
 LONGEST = 32  # times the shorter side: the longer side is cut to this length before the resize
 ORDERS = ("name", "number")  # of class folders
+LOOKED_AT = 16
 
 
 class ImageFiles:
@@ -64,7 +65,7 @@ class _UnclearError(Exception):
 
 def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
     """`image` with eight bits per channel, in grey if `channels` is 1, else in RGB. Raises _UnclearError."""
-    if image.mode.startswith("I;16"):  # Pillow itself would clip values above 255
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # Pillow itself would clip above 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise _UnclearError("has 32 bits per channel: save it with 8 or 16")
@@ -96,7 +97,8 @@ def folder(path: Path, image: tuple[int, ...], crop: float, order: str = "") -> 
     image: (height, width, channels). crop: see `centre_crop`. order: of the classes. "name" sorts their folders as text, like
     PyTorch's ImageFolder. "number" is for folders whose names are whole numbers. "" means "name" if both orders agree.
 
-    Raises UserError if there are no images, if the order of the classes is not clear, or unless images have 1 or 3 channels.
+    Raises UserError if there are no images, if the order of the classes is not clear, if `crop` would cut the borders of images
+    that have the network's size already, or unless images have 1 or 3 channels.
     """
     if image[2] not in (1, 3):
         raise UserError(
@@ -115,7 +117,24 @@ def folder(path: Path, image: tuple[int, ...], crop: float, order: str = "") -> 
             f"there are no images in {path}: it must hold one folder for each class, with {', '.join(EXTENSIONS)} files; "
             "set --config.eval.data_dir, or --config.eval.dataset=none to run without evaluation."
         )
+    if crop < 1 and _have_size(files, image):
+        raise UserError(
+            f"the images in {path} have the network's size already, and config.eval.crop={crop:g} would cut off their borders: "
+            "set --config.eval.crop=1."
+        )
     return ImageFiles(files, np.asarray(labels, np.int32), len(names), image, crop)
+
+
+def _have_size(files: list[Path], image: tuple[int, ...]) -> bool:
+    """Whether the images have this size: `LOOKED_AT` of them, spread over the folder, are looked at."""
+    try:
+        for file in files[:: -(-len(files) // LOOKED_AT)]:
+            with Image.open(file) as opened:
+                if opened.size != (image[1], image[0]):
+                    return False
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # told when this image is read
+        return False
+    return True
 
 
 def _is_image(file: Path) -> bool:

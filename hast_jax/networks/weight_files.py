@@ -61,8 +61,10 @@ def read(path: Path) -> tuple[StateDict, Metadata]:
 
 
 def write(path: Path, state: StateDict, metadata: Mapping[str, str]) -> None:
-    """Write a state dict as `.safetensors` with text metadata."""
-    safetensors.numpy.save_file(state, path, dict(metadata))
+    """Write a state dict as `.safetensors` with text metadata. Raises OSError; no half-written file has the name `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(safetensors.numpy.save(state, dict(metadata)))
+    temporary.replace(path)
 
 
 def _read_safetensors(path: Path) -> StateDict:

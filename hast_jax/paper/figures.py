@@ -69,7 +69,7 @@ def over_time(curves: dict[str, list[tuple[float, float]]], teacher: float, path
     axis = figure.subplots()
     for number, (label, points) in enumerate(curves.items()):
         seconds, top1 = zip(*points)
-        style, colour = STYLES[number % len(STYLES)], COLOURS[number % len(COLOURS)]
+        style, colour = STYLES[number % len(STYLES)], COLOURS[(number + number // len(STYLES)) % len(COLOURS)]
         axis.plot([each / 60 for each in seconds], top1, color=colour, label=label, **style)
     axis.axhline(teacher, color="grey", linewidth=0.8)
     axis.annotate("teacher", (0, teacher), textcoords="offset points", xytext=(2, -10), color="grey")
