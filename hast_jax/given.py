@@ -51,6 +51,8 @@ class Setting:
         _check_fields(fields)
         self.image = _numbers("image", image, 3)
         channels = self.image[-1]
+        if (mean is None) != (std is None):
+            raise InputError("mean and std belong together: give both, or neither.")
         self.mean = _numbers("mean", mean, channels) if mean is not None else unsaid[:1] * channels
         self.std = _numbers("std", std, channels) if std is not None else unsaid[1:] * channels
         self.rules = rules.normalise(bits)
@@ -118,12 +120,12 @@ def _check_fields(fields: Mapping[str, Any] | None) -> None:
 
 
 def _numbers(name: str, values: Any, count: int) -> tuple[Any, ...]:
-    try:
-        found = tuple(np.asarray(values).tolist())
-    except TypeError:
-        found = ()
+    array = np.asarray(values)
+    if array.ndim == 0 and name != "image":
+        array = np.repeat(array, count)
+    found = tuple(array.tolist()) if array.ndim == 1 else ()
     if len(found) != count or not all(isinstance(value, int | float) for value in found):
-        each = f"one number for each of the {count} channels: image is (height, width, channels)"
+        each = f"one number, or one for each channel ({count}): image is (height, width, channels)"
         wanted = "(height, width, channels)" if name == "image" else each
         raise InputError(f"{name} is {values!r}: it must be {wanted}.")
     if wanted := FIELDS[f"teacher.{name}"].fault(found):

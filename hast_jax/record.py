@@ -10,6 +10,7 @@ import jax
 
 from hast_jax import __version__
 from hast_jax import config as config_lib
+from hast_jax.fields import GIVEN
 from hast_jax.runs import processes
 from hast_jax.stages import finetune
 from hast_jax.stages.job import Job
@@ -61,7 +62,7 @@ def summary(job: Job, images: int, evaluations: dict[int, float]) -> dict[str, A
     return {
         "network": config.teacher.network,
         "weights": config.teacher.weights,
-        "dataset": config.eval.dataset,
+        "dataset": GIVEN if config.eval.dataset == "none" and teacher else config.eval.dataset,
         "bits": config.bits.to_dict(),
         "seed": config.seed,
         "teacher": teacher["top1"] if teacher else None,

@@ -17,7 +17,7 @@ from hast_jax.errors import UserError
 from hast_jax.runs.progress import read_metrics
 
 HEADER = (
-    "| network, data | bits | settings | teacher | no fine-tuning | HAST, last epoch | drop | best epoch* "
+    "| network, data | bits | settings | teacher | no fine-tuning | last epoch | drop | best epoch* "
     "| seed | synthesis | steps x batch | time, hardware |"
 )
 TAKES_WORDS = True

@@ -29,7 +29,7 @@ FORMAT = 1
 WEIGHTS, DESCRIPTION = "student.safetensors", "student.json"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Student:
     """A quantized network.
 
@@ -45,6 +45,12 @@ class Student:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     record: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        """One line, because the arrays would fill a screen."""
+        bits = ", ".join(f"{pattern}={rules_lib.form(each)}" for pattern, each in self.rules).removeprefix(f"{rules_lib.ALL}=")
+        shape = " x ".join(map(str, self.image))
+        return f"<Student of {type(self.network.module).__name__}, images {shape}, bits {bits}>"
 
     def __call__(self, images: Any) -> jax.Array:
         """Logits float32 [n, classes] of images [n, height, width, channels].

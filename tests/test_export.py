@@ -368,8 +368,12 @@ def flax_tree(flat: dict) -> dict:
 
 
 def test_the_ending_of_another_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has the ending of the format safetensors: give format='safetensors'"):
+    with pytest.raises(InputError, match=r"must end in .onnx, or give format='safetensors'\."):
         hast_jax.export(student("vgg"), tmp_path / "student.safetensors")
+    with pytest.raises(InputError, match=r"student.pth must end in .onnx\."):
+        hast_jax.export(student("vgg"), tmp_path / "student.pth")
+    with pytest.raises(InputError, match=r"the student is a dict: give what quantize or load returned"):
+        hast_jax.export({}, tmp_path / "student.onnx")
     assert not any(tmp_path.iterdir())
 
 
@@ -387,7 +391,7 @@ def test_the_ending_of_another_format_is_refused(tmp_path: Path) -> None:
 )
 def test_an_impossible_export_ends_in_one_sentence(format: str, options: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=words):
-        hast_jax.export(student("vgg"), tmp_path / "student", format, **options)
+        hast_jax.export(student("vgg"), tmp_path / f"student.{format}", format, **options)
     assert not any(tmp_path.iterdir())
 
 

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 import hast_jax
 from hast_jax import from_config, networks
 from hast_jax.data import datasets
+from hast_jax.given import Setting
 from hast_jax.networks import weights
 from hast_jax.runs import run_folder
 
@@ -68,8 +69,16 @@ def test_a_network_becomes_a_student_that_reports_its_accuracy(student: hast_jax
     assert record["teacher"] > 99 and record["last"] > 50 and record["bits"]["weights"] == 3
     found = hast_jax.evaluate(student, images=digits.images, labels=digits.labels)
     assert found.top1 == pytest.approx(record["last"], abs=0.2)
+    assert record["dataset"] == "(given in Python)"
+    assert repr(student) == "<Student of ResNet, images 8 x 8 x 1, bits w3a3>"
     right = np.argmax(student(digits.images), 1) == digits.labels
     assert 100 * right.mean() == pytest.approx(record["last"], abs=0.2)
+
+
+def test_one_number_stands_for_all_channels() -> None:
+    variables = networks.module("resnet20", 10).init(jax.random.key(0), np.zeros((1, 32, 32, 3)))
+    setting = Setting(networks.module("resnet20", 10), variables, (32, 32, 3), 0, 1 / 255, 3, 0, None, {}, None)
+    assert (setting.mean, setting.std, setting.rules[0][1]) == ((0, 0, 0), (1 / 255,) * 3, (3, 3))
 
 
 def test_only_images_of_the_students_shape_are_evaluated(student: hast_jax.Student, digits: datasets.Arrays) -> None:
@@ -188,15 +197,16 @@ def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
         ({"recipe": "bst"}, "recipe is 'bst': choose one of best, paper"),
         ({"image": (8, 8)}, r"image is \(8, 8\): it must be \(height, width, channels\)"),
         ({"image": (0, 8, 1)}, r"image is \(0, 8, 1\): it must be \(height, width, channels\), all positive"),
-        ({"image": (1, 8, 8)}, r"one number for each of the 8 channels: image is \(height, width, channels\)"),
+        ({"image": (1, 8, 8)}, r"one number, or one for each channel \(8\): image is \(height, width, channels\)"),
         ({"image": (8, 8, 2), "mean": None, "std": None}, r"do not fit the network on images of \(8, 8, 2\): params/"),
-        ({"mean": (0.5, 0.5)}, "one number for each of the 1 channels"),
+        ({"mean": (0.5, 0.5)}, r"one number, or one for each channel \(1\)"),
+        ({"std": None}, "mean and std belong together: give both, or neither"),
         ({"mean": (4.9,)}, r"^mean is \(4.9,\): it must be between 0 and 1 for each channel, as pixels are here: divide it"),
         ({"fields": {"finetune.epss": 1}}, "did you mean finetune.eps"),
         ({"fields": {"eval.dataset": "digits"}}, "use the arguments of the function"),
         ({"fields": 5}, "give a dict such as"),
         ({"image": 8}, r"must be \(height, width, channels\)"),
-        ({"std": 0.5}, "one number for each of the 1 channels"),
+        ({"std": "0.5"}, r"one number, or one for each channel \(1\)"),
         ({"std": (0.0,)}, "positive for each channel"),
         ({"call": {"train": np.False_}}, "must be numbers, texts"),
         ({"test": (np.zeros((3, 8, 8, 1)), np.zeros(3))}, "give uint8 images"),

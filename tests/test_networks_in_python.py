@@ -127,8 +127,12 @@ def test_names_of_modules_may_hold_a_slash(tmp_path: Path) -> None:
     student.save(tmp_path / "student")
     images = np.random.default_rng(0).integers(0, 256, (3, *IMAGE), np.uint8)
     np.testing.assert_array_equal(hast_jax.load(tmp_path / "student", module)(images), student(images))
-    for format, package in (("onnx", "onnxruntime"), ("litert", "litert_converter"), ("safetensors", "safetensors")):
-        assert not find_spec(package) or hast_jax.export(student, tmp_path / format, format).bytes > 0
+    for suffix, format, package in (
+        (".onnx", "onnx", "onnxruntime"),
+        (".tflite", "litert", "litert_converter"),
+        (".safetensors", "safetensors", "safetensors"),
+    ):
+        assert not find_spec(package) or hast_jax.export(student, tmp_path / f"a{suffix}", format).bytes > 0
 
 
 def test_counters_and_variables_in_bfloat16_stay_as_they_are(tmp_path: Path) -> None:

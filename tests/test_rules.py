@@ -92,8 +92,8 @@ def test_a_text_that_is_no_rule_is_refused(text: str, words: str) -> None:
     ("bits", "words"),
     [
         (None, "are None"),
-        (4, "are 4"),
-        (True, "are True"),
+        (4.0, "are 4.0"),
+        (True, "whole numbers"),
         ("", "write w8a8"),
         ("w4a9", "between 2 and 8"),
         ((4,), "no pair"),

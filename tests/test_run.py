@@ -126,7 +126,7 @@ def test_single_layers_have_other_bits(finished: Path, tmp_path: Path) -> None:
 
 
 def test_another_config_in_the_same_folder_is_refused_and_the_difference_shown(copy: Path) -> None:
-    with pytest.raises(UserError, match=r"finetune.eps: 0.02 -> 0.5; use another --workdir"):
+    with pytest.raises(UserError, match=r"finetune.eps: 0.02 -> 0.5; use another workdir"):
         tiny.run(copy, finetune__eps=0.5)
 
 

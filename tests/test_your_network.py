@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.flax import save_file
 
 from hast_jax import from_config, library, networks
 from hast_jax.errors import UserError
+from hast_jax.given import Setting
 from hast_jax.networks import rules, user_files, weights
 
 PAGE = (tiny.ROOT / "docs" / "your_network.md").read_text()
@@ -53,6 +55,33 @@ def test_the_pages_commands_train_quantize_and_evaluate_its_network(tmp_path: Pa
     assert result["teacher"] > 95 and result["last"] > result["teacher"] - 3
     ranges = json.loads((tmp_path / "runs" / "densenet" / "ranges.json").read_text())
     assert "Conv_0/input/low" in ranges and "output/input/low" in ranges
+
+
+def test_the_pages_lines_give_a_linen_network_the_variables_of_an_nnx_network() -> None:
+    class InNnx(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+            self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+            self.head = nnx.Linear(8, 10, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
+
+    class InLinen(nn.Module):
+        def setup(self):
+            self.conv, self.head = nn.Conv(8, (3, 3)), nn.Dense(10)
+            self.norm = nn.BatchNorm(use_running_average=True)
+
+        def __call__(self, x):
+            return self.head(nn.relu(self.norm(self.conv(x))).mean((1, 2)))
+
+    names = {"nnx": nnx, "model": InNnx(nnx.Rngs(0))}
+    exec(next(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "nnx" in block), names)
+    variables = weights.from_variables(InLinen(), names["variables"], (8, 8, 3))
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    np.testing.assert_allclose(InLinen().apply(variables, images), names["model"](images), atol=1e-6)
+    with pytest.raises(UserError, match=r"is a flax.nnx module, .*your_network.md shows how"):
+        Setting(names["model"], variables, (8, 8, 3), None, None, "w4a4", 0, None, {}, None)
 
 
 @pytest.mark.slow

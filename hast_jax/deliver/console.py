@@ -119,8 +119,8 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
         rows = {
             "full precision (teacher)": result["teacher"],
             "quantized, no fine-tuning": result["no_finetuning"],
-            "HAST, last epoch": result["last"],
-            f"HAST, best epoch ({result['best_epoch']}; selected on test data)": result["best"],
+            "quantized, last epoch": result["last"],
+            f"quantized, best epoch ({result['best_epoch']}; selected on test data)": result["best"],
         }
         for name, value in rows.items():
             table.add_row(name, f"{value:.2f}", "" if name.startswith("full") else f"{result['teacher'] - value:.2f}")

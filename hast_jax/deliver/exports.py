@@ -93,16 +93,18 @@ def export(
       test: real uint8 images [n, height, width, channels] and labels [n]. The accuracies are compared on them.
       options: the fields of `Options` that differ from their defaults.
 
-    Raises InputError for impossible arguments, and for a network that cannot be written as ONNX or StableHLO. Raises UserError
-    if LiteRT cannot convert or run the network, if a package is missing, if `path` cannot be written, or if the file gives
-    another class than the student for too many images (`comparison.refuse_difference`).
+    Raises InputError for impossible arguments, for a path without the format's ending, and for a network that cannot be written
+    as ONNX or StableHLO. Raises UserError if LiteRT cannot convert or run the network, if a package is missing, if `path`
+    cannot be written, or if the file gives another class than the student for too many images (`comparison.refuse_difference`).
     """
     if format not in FORMATS:
         raise InputError(f"the format {format!r} is unknown: choose from {', '.join(FORMATS)}.")
-    for name, each in FORMATS.items():
-        if name != format and str(path).endswith(each.suffix):
-            raise InputError(f"{path} has the ending of the format {name}: give format={name!r}, or another ending.")
-    path = paths.local(path)
+    if not isinstance(student, Student):
+        raise InputError(f"the student is a {type(student).__name__}: give what quantize or load returned.")
+    path, suffix = paths.local(path), FORMATS[format].suffix
+    if not path.name.endswith(suffix):
+        other = next((name for name, each in FORMATS.items() if path.name.endswith(each.suffix)), None)
+        raise InputError(f"{path} must end in {suffix}" + (f", or give format={other!r}." if other else "."))
     if path.name in (WEIGHTS, DESCRIPTION) and (path.parent / DESCRIPTION).exists():
         raise InputError(f"{path} is a file of the saved student itself: choose another name.")
     chosen = _options(format, options)

@@ -34,6 +34,7 @@ Teacher = tuple[Network, Mapping[str, Any]]
 IMAGES, FEW_IMAGES = 128, 16  # number of images to measure on; FEW_IMAGES if they are larger than SMALL
 SMALL = 64
 FULL = measure.FULL
+UNNAMED = ("none", GIVEN)  # in place of the name of a data set
 ESCAPES = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -67,7 +68,7 @@ def _facts(folder: RunFolder, student: Student, teacher: Teacher, images: np.nda
     parts = measure.sensitivities(*teacher, student.network, student.variables, few)
     agreed, divergence = measure.agreement(*teacher, student.network, student.variables, few)
     bits = format_bits(record["bits"])
-    where = "" if record["dataset"] == "none" else f" for {record['dataset']}"
+    where = "" if record["dataset"] in UNNAMED else f" for {record['dataset']}"
     weights = _average(costs)
     return {
         "title": f"{record['network']}{where}, quantized to {bits}",
@@ -150,7 +151,7 @@ def _large(number: float) -> str:
 def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few: int) -> list[str]:
     tested, notes = _tested(folder, record), []
     if tested:
-        given = record["dataset"] == "none"
+        given = record["dataset"] in UNNAMED
         source = "given in Python" if given else f"{record['dataset']}, {record['config']['eval']['split']}"
         notes.append(
             f"Accuracies are of {tested:,} real images ({source}). No choice here used them. In brackets: 95 % intervals, "

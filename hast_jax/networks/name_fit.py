@@ -41,9 +41,9 @@ def faults(fit: Fit) -> list[str]:
         if not fit.unknown:
             return [f"{len(fit.missing)} of its {wanted} tensors are missing, such as {fit.missing[0]}"]
         return [
-            f"{len(fit.missing)} of its {wanted} tensors are missing and {len(fit.unknown)} others are unknown, because its "
-            f"names are like {fit.missing[0]} and the file's like {fit.unknown[0]} "
-            "(teacher.names can translate them)"
+            f"{len(fit.missing)} of its {wanted} tensors are missing and {len(fit.unknown)} others are unknown, because the "
+            f"network's names are like {fit.missing[0]} and the given ones like {fit.unknown[0]} "
+            "(teacher.names can translate those of a file)"
         ]
     return [f"{name} is missing" for name in fit.missing] + [f"{name} is unknown" for name in fit.unknown]
 

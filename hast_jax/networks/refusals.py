@@ -90,6 +90,6 @@ def no_linen_module(module: Any) -> str:
     if any(base.__module__.startswith("flax.nnx") for base in type(module).__mro__):
         return (
             f"{name_of(module)} is a flax.nnx module, whose calls cannot be intercepted: write the same network as a "
-            "flax.linen.Module and give it the same variables, because kernels have the same layout there."
+            "flax.linen.Module; docs/your_network.md shows how its variables become those of flax.linen."
         )
     return f"the network is a {name_of(module)}: give an instance of a flax.linen.Module."

@@ -52,10 +52,10 @@ def text_of(rules: Rules) -> str:
 def normalise(bits: Any) -> Rules:
     """The rules for bits that a user wrote in Python. Raises UserError if the bits are malformed.
 
-    bits: "w4a4"; a pair such as (4, 4); or {"default": (3, 3), "init_block|output": (8, 8), "stem": None, "head": (8, None)}.
-    The values of the dict may also be texts such as "w4a4", or one number for both weights and activations.
+    bits: "w4a4"; a pair such as (4, 4); one number for both weights and activations; or a dict of patterns and these, such as
+    {"default": (3, 3), "init_block|output": 8, "stem": None, "head": (8, None)}.
     """
-    if isinstance(bits, str | tuple | list):
+    if isinstance(bits, str | tuple | list | numbers.Integral):
         return ((ALL, _bits(bits)),)
     if not isinstance(bits, Mapping):
         raise InputError(f'bits are {shown(bits)}: give "w4a4", a pair such as (4, 4), or a dict of patterns and bits.')

@@ -160,7 +160,7 @@ def _check_origin(workdir: Path, config: ConfigDict) -> None:
     before = run_folder.open_for_reading(workdir)[1].synthesis.source
     if bool(before) != bool(config.synthesis.source):
         how = f"with --config.synthesis.source={before}" if before else "without config.synthesis.source"
-        raise UserError(f"the sweep in {workdir} began {how}: go on in the same way, or use another --workdir.")
+        raise UserError(f"the sweep in {workdir} began {how}: go on in the same way, or use another workdir.")
 
 
 def _source(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:

@@ -46,7 +46,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): use another --workdir.") from error
+        raise UserError(f"{path} is damaged ({error}): use another workdir.") from error
 
 
 def crc32(tree: Any) -> int:

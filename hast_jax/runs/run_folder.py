@@ -75,7 +75,7 @@ class RunFolder:
         if not self.images.exists():
             write_json(self.images, found)
         elif read_json(self.images) != found:
-            raise UserError(f"{self} began with other images: use another --workdir, or the images it began with.")
+            raise UserError(f"{self} began with other images: use another workdir, or the images it began with.")
 
     def check_teacher(self, variables: Tree, program: int | None = None, remember: bool = True) -> None:
         """Record the teacher of this run. Raises UserError if it began with another teacher.
@@ -87,12 +87,12 @@ class RunFolder:
         if self.teacher.exists():
             known = read_json(self.teacher)
             if not isinstance(known, dict) or known.get("crc32") != found["crc32"]:
-                raise UserError(f"{self} began with a teacher of other weights: use another --workdir, or those weights.")
+                raise UserError(f"{self} began with a teacher of other weights: use another workdir, or those weights.")
             before = known.get("program")
             if None not in (before, program) and known["jax"] == found["jax"] and before != program:
                 raise UserError(
                     f"{self} began with a network that computes something else: its code was changed since; "
-                    "use another --workdir, or that code."
+                    "use another workdir, or that code."
                 )
         elif remember:
             write_json(self.teacher, found)
@@ -101,7 +101,7 @@ class RunFolder:
         """Record the real images that evaluate this run (None: none). Raises UserError if it began with others."""
         known = read_json(self.teacher)
         if known.setdefault("test", checksum) != checksum:
-            raise UserError(f"{self} began with other test images, or without any: use another --workdir, or the same ones.")
+            raise UserError(f"{self} began with other test images, or without any: use another workdir, or the same ones.")
         write_json(self.teacher, known)
 
     def teacher_accuracy(self) -> dict[str, float] | None:
@@ -140,7 +140,7 @@ class RunFolder:
         try:
             return {int(epoch): float(top1) for epoch, top1 in json.loads(self.evaluations.read_text()).items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.evaluations} is damaged ({error}): use another --workdir.") from error
+            raise UserError(f"{self.evaluations} is damaged ({error}): use another workdir.") from error
 
     def read_segments(self) -> list[dict[str, Any]]:
         """The records of the starts of this run, the oldest first."""
@@ -187,10 +187,10 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
             lines = config_lib.difference(config_lib.to_dict(_config_of(folder)), values)
             if lines:
                 raise UserError(
-                    f"{path} was made with another config: {'; '.join(lines)}; use another --workdir, or the old config."
+                    f"{path} was made with another config: {'; '.join(lines)}; use another workdir, or the old config."
                 )
         elif folder.card.exists() or folder.report.exists():
-            raise UserError(f"{path} is no run folder, and its README.md or report.html would be lost: use another --workdir.")
+            raise UserError(f"{path} is no run folder, and its README.md or report.html would be lost: use another workdir.")
         write_json(folder.config, values)
     except OSError as error:
         release(path)
@@ -213,13 +213,13 @@ def release(path: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"the run folder {path} cannot be written: {error.strerror}; choose another --workdir.")
+    return UserError(f"the run folder {path} cannot be written: {error.strerror}; choose another workdir.")
 
 
 def _refuse_links(paths: Iterable[Path]) -> None:
     for each in paths:
         if each.is_symlink():  # links in a stranger's folder could make a run write anywhere
-            raise UserError(f"{each} is a link: a run folder must hold its own files; use another --workdir.")
+            raise UserError(f"{each} is a link: a run folder must hold its own files; use another workdir.")
 
 
 def _hold(lock: Path) -> None:
@@ -232,9 +232,9 @@ def _hold(lock: Path) -> None:
         ours = _held.setdefault((status.st_dev, status.st_ino), FileLock(lock, fallback_to_soft=False))
         ours.acquire(blocking=False)
     except Timeout as error:
-        raise UserError(f"another run is using {path}: wait until it ends, or use another --workdir.") from error
+        raise UserError(f"another run is using {path}: wait until it ends, or use another workdir.") from error
     except OSError as error:
-        words = f"{path} cannot be locked ({error.strerror}): mount its file system with flock, or use another --workdir."
+        words = f"{path} cannot be locked ({error.strerror}): mount its file system with flock, or use another workdir."
         raise UserError(words) from error
 
 
@@ -253,5 +253,5 @@ def _config_of(folder: RunFolder) -> ConfigDict:
         config = config_lib.from_dict(values)
         config_lib.validate(config)  # the folder may be a stranger's
     except UserError as error:
-        raise UserError(f"{folder.config} is damaged or of another version ({error}): use another --workdir.") from error
+        raise UserError(f"{folder.config} is damaged or of another version ({error}): use another workdir.") from error
     return config
