@@ -133,7 +133,9 @@ def check_name(path: str) -> None:
 
 def _unknown(path: str) -> UserError:
     name = shown(path).strip("'\"")  # a name from a stranger's file may hold line breaks
-    return InputError(f"config.{name} is unknown{close(path, FIELDS) or ' (--helpfull lists all fields)'}.")
+    same = " or ".join(field for field in FIELDS if field.rpartition(".")[2] == name)
+    meant = f" (did you mean {same}?)" if same else close(path, FIELDS)
+    return InputError(f"config.{name} is unknown{meant or ' (docs/configuration.md lists all fields)'}.")
 
 
 def default() -> ConfigDict:

@@ -136,7 +136,7 @@ def _cost_rows(
         rows.append(("top-1 in per cent, last epoch", words(record["teacher"]), words(record["last"])))
         rows.append(("top-1 in per cent, without fine-tuning", "", f"{record['no_finetuning']:.2f}"))
     before, after = _sizes(costs, student)
-    rows.append(("parameters in memory", _bytes(before), _bytes(after)))
+    rows.append(("parameters, packed", _bytes(before), _bytes(after)))
     products = sum(each.products for each in costs)
     rows.append(("multiplications for one image", _large(products), "the same"))
     full, quantized = products * FULL * FULL, sum(each.bit_operations for each in costs)
@@ -160,12 +160,13 @@ def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few
         )
     held_out = record.get("held_out")
     if held_out:
-        words = f"On {held_out['images']:,} synthetic images outside its training, the student agrees with the teacher for "
-        notes.append(f"{words}{held_out['agreement']:.1f} % (KL divergence {held_out['kl']:.3f}).")
+        words = f"The student agrees with the teacher on {held_out['agreement']:.1f} % of {held_out['images']:,} synthetic"
+        notes.append(f"{words} images that it was not trained on (KL divergence {held_out['kl']:.3f}).")
     else:
-        notes.append(f"The student gives the teacher's class for {agreed:.1f} % of {few} images that it was trained on.")
+        words = f"The student agrees with the teacher on {agreed:.1f} % of {few} images that it was trained on"
+        notes.append(f"{words}. This is a weak sign, because it has seen these images.")
     notes.append(
-        "Memory: each quantized weight takes its own bits, and every other parameter takes 32. A file may take more: student/ "
+        "Packed: each quantized weight takes its own bits, and every other parameter takes 32. A file may take more: student/ "
         "keeps all parameters in 32 bits. An exported integer takes 8 bits, 4 in an int4 file if it needs no more, and its own "
         "bits in a packed file. Bit operations: each multiplication counts as the product of the bits of both factors. A "
         "factor that is not quantized has 32 bits."

@@ -55,7 +55,8 @@ def check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
     paths = [layer.path for layer in structure.layers] + [call.path for call in structure.marks]
     for pattern, _ in rules[1:]:
         if not any(compiled(pattern).search("/".join(path)) for path in [*paths, *structure.others]):
-            names = ", ".join("/".join(path) for path in paths[:12]) + (", ..." if len(paths) > 12 else "")
+            more = f" and {len(paths) - 12} more" if len(paths) > 12 else ""
+            names = ", ".join("/".join(path) for path in paths[:12]) + more
             raise InputError(f"the rule {pattern!r} names no layer of {name_of(module)}; there are: {names}.")
     for path in structure.others:
         exception = _exception(rules, path)
