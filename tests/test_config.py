@@ -297,7 +297,7 @@ def get_config():
     ("line", "words"),
     [
         ("config.finetune.epss = 1", "config.finetune.epss is unknown (did you mean finetune.eps?)"),
-        ("config.epochs = 1", "config.epochs is unknown (did you mean finetune.epochs or pretrain.epochs?)"),
+        ("config.epochs = 1", "config.epochs is unknown (did you mean pretrain.epochs or finetune.epochs?)"),
         ("config.finetune.eps = 'much'", "config.finetune.eps is 'much': it must be a number."),
         ("config.finetune.eps = float('nan')", "config.finetune.eps is nan: it must be finite"),
         ("config = 3", "the config is 3: get_config must return"),
