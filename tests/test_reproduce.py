@@ -144,7 +144,9 @@ def test_agreement_that_is_asked_for_later_is_measured_of_finished_cells_too(tmp
     assert found["held_out"]["images"] == 96 and found | {"held_out": None} == first
 
 
-def test_images_that_are_there_already_must_be_those_of_the_config(tmp_path: Path, finished: Path) -> None:
+def test_images_that_are_there_already_must_be_those_of_the_config(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = str(finished / "synthetic")
     config = tiny.config(synthesis__source=source, finetune__epochs=1, synthesis__save_every=7)
     config.lock()  # as a config from the command line is
@@ -155,9 +157,10 @@ def test_images_that_are_there_already_must_be_those_of_the_config(tmp_path: Pat
     two = sweep(tmp_path / "c", seeds=2, synthesis__source=source)
     assert two.images({"synthesis.iterations": 0}, 1) == two.images({"synthesis.iterations": 0}, 0)
     assert "seed 0, 1 on the images of seed 0, " in tables.context(two, devices=2)
-    given.teacher = {"kernel": np.ones(3)}
+    network, _ = from_config.teacher(config)
+    monkeypatch.setattr(from_config, "teacher", lambda _: (network, {"kernel": np.ones(3)}))
     with pytest.raises(UserError, match=r"began with a teacher of other weights"):
-        given.images({}, 0)
+        sweep(tmp_path / "d", synthesis__source=source)
 
 
 def test_the_teacher_of_a_sweep_is_judged_once(finished: Path, tmp_path: Path, monkeypatch) -> None:

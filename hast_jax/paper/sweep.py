@@ -16,6 +16,7 @@ from hast_jax import from_config, paths, pipeline
 from hast_jax.data import datasets
 from hast_jax.errors import UserError, sentence
 from hast_jax.fields import FIELDS
+from hast_jax.networks.weights import Variables
 from hast_jax.paper.experiments import Cell, effective
 from hast_jax.runs import run_folder, synthetic_set
 from hast_jax.runs.files import read_json, write_text
@@ -56,14 +57,18 @@ class Sweep:
         if dataset is None:
             raise UserError("a table needs accuracies: set config.eval.dataset to the data set of the teacher.")
         self.test_images = len(dataset.labels)
-        source = _source(config) if config.synthesis.source else None
-        _check_origin(workdir, config)
         teacher, variables = from_config.teacher(config)  # weights that cannot be read are refused before a folder is made
+        source = _source(config, variables) if config.synthesis.source else None
+        _check_origin(workdir, config)
         folder = run_folder.open_for_run(workdir, self.config)
-        folder.check_teacher(variables, teacher.structure.program)
-        folder.check_test(pipeline.checksum(dataset))
-        if source is not None:
-            folder.check_images(*source)
+        try:
+            folder.check_teacher(variables, teacher.structure.program)
+            folder.check_test(pipeline.checksum(dataset))
+            if source is not None:
+                folder.check_images(*source)
+        except UserError:
+            run_folder.release(workdir)
+            raise
         self.teacher = variables
         self.workdir, self._progress, self._say = workdir, progress, say
         self.failed: list[str] = []
@@ -95,9 +100,7 @@ class Sweep:
         if changes.get("synthesis.images", 0) > self.config.synthesis.images:
             own["synthesis.images"] = changes["synthesis.images"]
         if not own and self.config.synthesis.source:
-            source = paths.local(self.config.synthesis.source)
-            RunFolder(source.parent).check_teacher(self.teacher, remember=False)
-            return source
+            return paths.local(self.config.synthesis.source)
         if self.config.synthesis.source:
             seed = self.config.seed
         config = self._changed(own, seed)
@@ -163,10 +166,10 @@ def _check_origin(workdir: Path, config: ConfigDict) -> None:
         raise UserError(f"the sweep in {workdir} began {how}: go on in the same way, or use another workdir.")
 
 
-def _source(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+def _source(config: ConfigDict, teacher: Variables) -> tuple[np.ndarray, np.ndarray]:
     """The images and labels of the given set.
 
-    Raises UserError if it differs from the set that the base cell would make: cells would not be comparable.
+    Raises UserError if the set differs from the one that the base cell would make: cells would not be comparable.
     """
     source = paths.local(config.synthesis.source)
     images, labels = synthetic_set.load(source, tuple(config.teacher.image), config.teacher.classes)
@@ -178,6 +181,7 @@ def _source(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
     dicts = [config_lib.to_dict(c) for c in (made, config)]
     old, new = ({name: c[name] for name in ("seed", "teacher", "synthesis")} for c in dicts)
     lines = config_lib.difference(old, new)
+    RunFolder(source.parent).check_teacher(teacher, remember=False)
     if lines or len(images) != config.synthesis.images:
         found = "; ".join(lines) or f"{len(images)} images of {made.teacher.weights}"
         raise UserError(f"{source} differs from the images of this config ({found}): leave config.synthesis.source empty.")
