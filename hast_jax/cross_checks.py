@@ -72,7 +72,9 @@ def _steps_can_be_counted(config: ConfigDict) -> Faults:
         yield "finetune.lr_drops", f"epochs of at most {most}; the counter of steps has 32 bits"
 
 
-def _losses_can_be_compared(config: ConfigDict) -> Faults:
+def _best_images_can_be_told(config: ConfigDict) -> Faults:
+    if config.synthesis.return_to_best and config.synthesis.schedule == "cosine":
+        yield "synthesis.return_to_best", "False if synthesis.schedule is cosine; only a plateau's rate falls in steps"
     if config.synthesis.return_to_best and config.synthesis.crop_probability > 0:
         yield (
             "synthesis.return_to_best",
@@ -91,7 +93,7 @@ CROSS_CHECKS: tuple[Callable[[ConfigDict], Faults], ...] = (
     _images_have_one_origin,
     _images_have_a_size,
     _batches_divide_images,
-    _losses_can_be_compared,
+    _best_images_can_be_told,
     _promotion_has_a_direction,
     _steps_can_be_counted,
 )

@@ -5,8 +5,8 @@ import errno
 CAUSES = {
     errno.ENOSPC: "the disk is full: make room and run the same command again; a run then resumes",
     errno.EDQUOT: "the disk quota is used up: make room and run the same command again; a run then resumes",
-    errno.EACCES: "no permission",
-    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission: change the permissions, or give another place",
+    errno.EROFS: "the file system is read-only: give another place",
     errno.EEXIST: "a file is where a folder is needed: give another name",
     errno.ENOTDIR: "a file is where a folder is needed: give another name",
     errno.EISDIR: "a folder is where a file is needed: give another name",
@@ -30,7 +30,7 @@ class AccuracyWarning(Notice):
 
 
 class CheckpointWarning(Notice):
-    """A checkpoint cannot be read; the one before it is tried."""
+    """A checkpoint cannot be read and is passed over."""
 
 
 class Stopped(BaseException):

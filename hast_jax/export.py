@@ -88,7 +88,13 @@ def _name(format: str, options: Mapping[str, Any]) -> str:
 
 
 def _synthetic(folder: run_folder.RunFolder, config: ConfigDict) -> np.ndarray | None:
-    """Some of the images that the student learned from; None, with a warning, if they are gone."""
+    """Some of the synthetic images that the student learned from; None, with a warning, if there are none."""
+    if config.synthesis.real_split:
+        words = (
+            "the file is checked on random images, because the run folder does not hold the real images that it learned from"
+        )
+        warnings.warn(words, Notice, stacklevel=1)
+        return None
     source = paths.local(config.synthesis.source) if config.synthesis.source else folder.synthetic
     try:
         return np.asarray(synthetic_set.load(source, tuple(config.teacher.image), config.teacher.classes)[0][:MOST_SYNTHETIC])

@@ -59,7 +59,7 @@ def bare_teacher(config: ConfigDict, own: nn.Module | None = None) -> Network:
 
 
 def student(config: ConfigDict, own: nn.Module | None = None) -> Network:
-    """The same network with quantized weights and activations. own: see `bare_teacher`."""
+    """The network with quantized weights and activations, without its variables. own: see `bare_teacher`."""
     return _network(
         config,
         own,
@@ -136,7 +136,10 @@ def _network(config: ConfigDict, own: nn.Module | None, **settings: Any) -> Netw
     )
     if network.classes != config.teacher.classes:
         name = type(network.module).__name__
-        raise UserError(f"{name} gives {network.classes} logits, not config.teacher.classes {config.teacher.classes}.")
+        wanted = config.teacher.classes
+        raise UserError(
+            f"{name} gives {network.classes} logits, not {wanted}: set config.teacher.classes to {network.classes}."
+        )
     return network
 
 

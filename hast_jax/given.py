@@ -23,7 +23,7 @@ from hast_jax.stages.job import Job
 Variables = Mapping[str, Any]
 
 
-# The mean and the standard deviation of each channel, of a network that takes pixels of 0 ... 1, and normalised images.
+# (mean, standard deviation) of each channel. PIXELS: the network takes pixels of 0 ... 1. NORMALISED: normalised images.
 PIXELS, NORMALISED = (0.0, 1.0), (PIXEL_MEAN, PIXEL_STD)
 
 
@@ -125,7 +125,7 @@ def _numbers(name: str, values: Any, count: int) -> tuple[Any, ...]:
         array = np.repeat(array, count)
     found = tuple(array.tolist()) if array.ndim == 1 else ()
     if len(found) != count or not all(isinstance(value, int | float) for value in found):
-        each = f"one number, or one for each channel ({count}): image is (height, width, channels)"
+        each = "one number" if count == 1 else f"one number, or {count} numbers, one for each channel of the image"
         wanted = "(height, width, channels)" if name == "image" else each
         raise InputError(f"{name} is {values!r}: it must be {wanted}.")
     if wanted := FIELDS[f"teacher.{name}"].fault(found):
@@ -149,7 +149,7 @@ def normalised_images(images: Any) -> np.ndarray:
         )
     bad = np.flatnonzero(~np.isfinite(array).all((1, 2, 3)))
     if len(bad):
-        raise InputError(f"image {bad[0]} holds values that are not finite.")
+        raise InputError(f"image {bad[0]} holds values that are not finite: leave it out, or make it again.")
     return array.astype(np.float32, copy=False)
 
 
@@ -157,7 +157,7 @@ def given_images(given: tuple[Any, Any], image: tuple[int, ...], classes: int) -
     """Normalised images float32 [n, *image] and labels int32 [n] to learn from. Raises InputError if they are anything else."""
     images, labels = normalised_images(given[0]), np.asarray(given[1])
     if images.shape[1:] != tuple(image):
-        raise InputError(f"the images have the shape {images.shape[1:]}, not {tuple(image)}.")
+        raise InputError(f"the images have the shape {images.shape[1:]}: the network takes {tuple(image)}.")
     check_labels(labels, len(images), classes)
     return images, labels.astype(np.int32)
 

@@ -73,8 +73,10 @@ def quantize(
       model: a `flax.linen.Module`, unchanged: convolutions, linear layers, batch norms and any functions between them.
       variables: its trained `params` and `batch_stats`, as a tree or a TrainState.
       image: (height, width, channels) of the images that the model takes.
-      mean, std: one number for each channel. The model takes (x - mean) / std for images x in [0, 1]; None: it takes x.
-      bits: "w4a4"; a pair (weights, activations); or a dict from patterns of layer paths to such values, with a "default".
+      mean, std: one number for each channel, or one for all. The model takes (x - mean) / std for images x in [0, 1]; None: it
+        takes x.
+      bits: "w4a4"; a pair (weights, activations); one number for both; or a dict from patterns of layer paths to such values,
+        with a "default".
       budget: "trial", "small" (for two cores) or "full" (the paper's images, for an accelerator).
       recipe: "best", the settings that lose the least accuracy; or "paper", the paper's settings.
       workdir: the folder of the run. The same call with the same folder resumes an interrupted run. None: nothing is written.
@@ -122,8 +124,8 @@ def synthesize(
     """Stage 1: `count` images float32 [count, *image] in the network's normalised space, and their labels int32 [count].
 
     The images are optimised to match the statistics of the network's batch norms, and to be classified as their labels.
-    mean, std: as in `quantize`, from which the spread of the inputs is known. None: the network takes normalised images. For
-    the other arguments and the errors see `quantize`.
+    mean, std: as in `quantize`, but None means that the network takes normalised images. Both set the spread of the noise from
+    which the images start. For the other arguments and the errors see `quantize`.
     """
     if count < 1:
         raise InputError(f"count is {count}: it must be positive.")
@@ -183,8 +185,9 @@ def finetune(
     ranges: the result of `calibrate` for the same bits. images, labels: the result of `synthesize`, whose `mean` and `std` must
     be given here too. For the other arguments and the errors see `quantize`.
     """
+    images = normalised_images(images)
     sizes = {**_best("finetune"), "finetune.epochs": epochs, "finetune.batch": min(64, len(images)), "synthesis.source": GIVEN}
-    shape = tuple(np.shape(images)[1:])
+    shape = images.shape[1:]
     setting = Setting(model, variables, shape, mean, std, bits, seed, call, sizes, fields, NORMALISED)
     images, labels = given_images((images, labels), setting.image, setting.classes)
     check_batch("finetune.batch", setting.config.finetune.batch, len(images))

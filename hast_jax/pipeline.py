@@ -197,8 +197,8 @@ def _refuse_overflow(teacher: networks.Network, variables: weights.Variables, im
     found = look(variables, jax.random.normal(jax.random.key(0), (2, *image)))
     if not all(np.isfinite(each).all() for each in jax.device_get(found)):
         raise UserError(
-            "the teacher's logits or the inputs of its batch norms are not finite on images of noise: its weights are damaged, "
-            "or too large for float32."
+            "the teacher's logits or the inputs of its batch norms are not finite on images of noise: give other weights, "
+            "because these are damaged or too large for float32."
         )
 
 
@@ -224,11 +224,13 @@ def _given_images(config: ConfigDict) -> Given | None:
 
 
 def _check_enough(config: ConfigDict, images: int) -> None:
-    most = max(config.finetune.batch, config.calibration.batch)
-    if images < most:
+    stage = max(("finetune", "calibration"), key=lambda name: config[name].batch)
+    if images < config[stage].batch:
         settings = config.synthesis
         place = settings.source or (f"the {settings.real_split} split" if settings.real_split else "the given set")
-        raise UserError(f"{place} holds {images} images, fewer than the batch of {most}: lower the batch.")
+        raise UserError(
+            f"{place} holds {images} images, fewer than a batch: lower config.{stage}.batch ({config[stage].batch})."
+        )
 
 
 def _teacher_accuracy(job: Job, dataset: datasets.Dataset | None) -> Callable[[Any], float] | None:

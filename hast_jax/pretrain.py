@@ -106,8 +106,8 @@ def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: C
             if epoch == number == 0 and unchanged(state.batch_stats):
                 names = ", ".join(structure.TRAINING)
                 raise UserError(
-                    f"the batch norms of {structure.name_of(model)} keep no statistics while it trains: "
-                    f"its call needs an argument that makes it train, with one of these names: {names}."
+                    f"the batch norms of {structure.name_of(model)} keep no statistics in training: "
+                    f"give its call an argument for training, with one of these names: {names}."
                 )
         if not jnp.isfinite(loss):
             raise UserError("the training diverged, and nothing is written: lower config.pretrain.lr.")

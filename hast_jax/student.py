@@ -134,8 +134,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
             raise UserError(
                 f"{path} holds a student of your own network {said['module']}: give its module, as in load(folder, model)."
             )
-        teacher = record["config"]["teacher"]
-        model = networks.module(name, teacher["classes"], **json.loads(teacher["arguments"] or "{}"))
+        model = networks.module(name, said["classes"], **said["arguments"])
     structure.forget()
     network = networks.create(model, image, call=call, rules=rules, **settings)
     ranges = {f"ranges/{name}": ("ranges", *each) for name, each in network.range_names.items()}
@@ -169,6 +168,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         (_, default), *others = said["rules"]
         record = dict(said["record"])
         calibration = record.get("config", {}).get("calibration", {})
+        if record.get("network") in networks.ARCHITECTURES:
+            teacher = record["config"]["teacher"]
+            said |= {"classes": teacher["classes"], "arguments": json.loads(teacher["arguments"] or "{}")}
         said |= {
             "record": record,
             "call": dict(said["call"]),

@@ -75,7 +75,7 @@ def learned_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it that may be spoilt."""
+    """A copy of the finished run, which a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 

@@ -65,7 +65,7 @@ def test_a_folder_with_a_page_of_the_users_own_is_no_run_folder(name: str, tmp_p
 
 def test_given_images_that_are_too_few_are_refused_before_the_folder_is_made(finished: Path, tmp_path: Path) -> None:
     source = str(finished / "synthetic")
-    with pytest.raises(UserError, match="holds 96 images, fewer than the batch of 128"):
+    with pytest.raises(UserError, match=r"holds 96 images, fewer than a batch: lower config.finetune.batch"):
         tiny.run(tmp_path / "run", synthesis__source=source, synthesis__images=1024, finetune__batch=128)
     assert not (tmp_path / "run").exists()
 
@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(
 def test_when_every_checkpoint_is_damaged_the_run_says_what_to_delete(unfinished: Path) -> None:
     for path in (unfinished / "checkpoints" / "latest").iterdir():
         truncate_checkpoint(path)
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(.*\): if"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(.*\): delete this folder"):
         tiny.run(unfinished)
 
 

@@ -403,6 +403,7 @@ def test_each_field_with_each_odd_value_is_valid_or_refused_in_one_line(path: st
         ({"synthesis.real_split": "train", "eval.split": "all"}, "config.synthesis.real_split is 'train'"),
         ({"synthesis.real_split": "all[:10]", "eval.split": "validation"}, "config.synthesis.real_split is"),
         ({"finetune.direction": "fa", "finetune.lam": 0.0}, "otherwise no image is promoted"),
+        ({"synthesis.return_to_best": True, "synthesis.schedule": "cosine"}, "only a plateau's rate falls in steps"),
         ({"synthesis.return_to_best": True, "synthesis.crop_probability": 0.5}, "losses of different crops cannot be compared"),
     ],
 )

@@ -65,7 +65,7 @@ def test_behind_a_prefix_a_fault_has_the_files_name() -> None:
 def test_names_that_are_all_others_are_counted_and_one_of_each_kind_shown() -> None:
     state = {f"layer{i}.w": array for i, array in enumerate(torch_names(values(), "").values())}
     words = "9 of its 9 tensors are missing and 9 others are unknown, because the network's names are like "
-    with pytest.raises(UserError, match=f"{words}batch_stats/block/bn/mean and the given ones like layer0.w "):
+    with pytest.raises(UserError, match=f"{words}batch_stats/block/bn/mean and the names in the weights like layer0.w "):
         take(state)
     with pytest.raises(UserError, match=r"9 of its 9 tensors are missing, such as batch_stats/block/bn/mean\.$"):
         take({})

@@ -155,9 +155,7 @@ def _cifar(name: str, split: str, data_dir: str) -> Arrays:
 
 
 def _imagenet(split: str, data_dir: str, image: tuple[int, ...], crop: float) -> ImageFiles:
-    import tensorflow_datasets as tfds
-
-    source = _tfds("imagenet2012", split, data_dir, decoders={"image": tfds.decode.SkipDecoding()})
+    source = _tfds("imagenet2012", split, data_dir, decode=False)
     # Reading the labels also reads the images, which are gigabytes. Records that are asked for together are read in parallel.
     chunks = (range(i, min(i + RECORDS_AT_ONCE, len(source))) for i in range(0, len(source), RECORDS_AT_ONCE))
     labels = np.asarray([record["label"] for chunk in chunks for record in source.__getitems__(chunk)], np.int32)
@@ -168,12 +166,15 @@ def _encoded(source: Any, row: int) -> bytes:
     return source[row]["image"]
 
 
-def _tfds(name: str, split: str, data_dir: str, **options: Any) -> Any:
+def _tfds(name: str, split: str, data_dir: str, decode: bool = True) -> Any:
+    """A split of a TFDS data set. decode: whether images are arrays; otherwise they are the bytes of their files."""
     folder = os.path.expanduser(data_dir) or "the default folder of TFDS"
     try:
         import tensorflow_datasets as tfds
 
-        source = tfds.data_source(name, split=split, data_dir=os.path.expanduser(data_dir) or None, download=False, **options)
+        decoders = None if decode else {"image": tfds.decode.SkipDecoding()}
+        place = os.path.expanduser(data_dir) or None
+        source = tfds.data_source(name, split=split, data_dir=place, download=False, decoders=decoders)
         if len(source) == 0:
             raise ValueError("this split is empty")
         return source

@@ -1,5 +1,6 @@
 """Small charts as inline SVG. The page around a chart sets its colours and size, by the charts' CSS classes."""
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 
@@ -47,10 +48,10 @@ def curves(series: Mapping[str, Points], x: str, y: str) -> str:
     for i, (name, each) in enumerate(series.items()):
         thin = [each[j] for j in np.unique(np.linspace(0, len(each) - 1, min(len(each), MOST_POINTS)).astype(int))]
         path = " ".join(f"{place_x(a):.1f},{place_y(b):.1f}" for a, b in thin if math.isfinite(b))
-        parts.append(f'<polyline class="line line{i}" points="{path}"><title>{_escaped(name)}</title></polyline>')
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 2}" text-anchor="middle">{_escaped(x)}</text>')
+        parts.append(f'<polyline class="line line{i}" points="{path}"><title>{html.escape(name)}</title></polyline>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 2}" text-anchor="middle">{html.escape(x)}</text>')
     label = f"{y} over {x}: {', '.join(series)}"
-    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_escaped(label)}">'
+    head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">'
     return head + "".join(parts) + "</svg>"
 
 
@@ -99,7 +100,3 @@ def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")

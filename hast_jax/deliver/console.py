@@ -1,8 +1,8 @@
 """What the commands show: a progress bar, and the table at the end of a run."""
 
-import io
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hast_jax.runs.progress import Update
+from hast_jax.runs.progress import Update, silent
 
 SHOWN = ("loss", "kl", "fa", "hard", "lr")  # metrics beside the progress bar
 TEACHER, EVALUATION = "teacher", "evaluate"  # stages: the teacher's accuracy is known; a network is evaluated
@@ -88,11 +88,11 @@ class Bar:
         self._stop()
 
 
-def library_bar(visible: bool | None) -> Bar:
+def library_bar(visible: bool | None) -> contextlib.AbstractContextManager[Callable[[Update], None]]:
     """The progress bar of a library call. visible: None means only in a notebook."""
     if visible is None:
         visible = "ipykernel" in sys.modules
-    return Bar(Console() if visible else Console(file=io.StringIO()))
+    return Bar(Console()) if visible else contextlib.nullcontext(silent)
 
 
 def format_seconds(seconds: float) -> str:

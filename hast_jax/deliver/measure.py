@@ -153,17 +153,15 @@ def sensitivities(
         return losses.distillation(target, networks.apply(network, {**variables, "ranges": ranges}, batch)[0], 1.0, 1.0)
 
     target = jax.jit(lambda v, x: networks.apply(teacher, v, x)[0])(teacher_variables, batch)
-    ranges = student_variables["ranges"]
+    ranges, params = student_variables["ranges"], teacher_variables["params"]
     names = {"/".join(site.name): site.bits for site in student.sites.values()}
 
     def switches(on, *other):
         return {name: jnp.asarray(on != (name in other)) for name in names}
 
     rest = {name: tree for name, tree in teacher_variables.items() if name not in ("params", "ranges")}
-    start = flatten_dict(teacher_variables["params"])
-    rounded = flatten_dict(
-        networks.quantized_params(student, unflatten_dict(start), {**ranges, **_kernel_ranges(student, teacher_variables)})
-    )
+    start = flatten_dict(params)
+    rounded = flatten_dict(networks.quantized_params(student, params, networks.kernel_ranges(student, params)))
     trained = flatten_dict(student_variables["params"])
     codes = flatten_dict(networks.quantized_params(student, student_variables["params"], ranges))
 
@@ -225,11 +223,6 @@ def fake_quantized(network: Network, x: Array, low: Array, high: Array, bits: in
     if network.learned_ranges:
         return learned.fake_quantize_activation(x, low, high, bits)
     return quantizer.fake_quantize(x, low, high, bits)
-
-
-def _kernel_ranges(student: Network, teacher_variables: Variables) -> dict[str, Any]:
-    """The ranges of the teacher's kernels, at which learned ranges start."""
-    return dict(networks.kernel_ranges(student, teacher_variables["params"]))
 
 
 def _activations(network: Network, variables: Variables, images: np.ndarray) -> dict[str, tuple[Any, float, int, int]]:

@@ -31,7 +31,7 @@ from hast_jax.student import Student
 
 Teacher = tuple[Network, Mapping[str, Any]]
 
-IMAGES, FEW_IMAGES = 128, 16  # number of images to measure on; FEW_IMAGES if they are larger than SMALL
+IMAGES, FEW_IMAGES = 128, 16  # images to measure on; FEW_IMAGES if the longer side of an image is over SMALL
 SMALL = 64
 FULL = measure.FULL
 UNNAMED = ("none", GIVEN)  # in place of the name of a data set

@@ -6,8 +6,9 @@
 Rounding is half to even. Because Z is itself rounded, the grid may be shifted by up to half a step:
 three bits on [-1, 1] give the levels -4/3.5 ... 3/3.5.
 
-Invariants: `codes` are whole numbers in [-2^(k-1), 2^(k-1) - 1]. `dequantize(codes)` has at most 2^k values. The
-straight-through gradient of `fake_quantize` is the identity for each `x`, even outside the range. It never reaches the range.
+Invariants: `codes` are whole numbers in [-2^(k-1), 2^(k-1) - 1]. `dequantize(codes)` has at most 2^k values. The derivative of
+`fake_quantize` with respect to `x` is one for each `x`, even outside the range (straight-through estimator). Its derivatives
+with respect to `low` and `high` are zero.
 """
 
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def limits(low: Array, high: Array, bits: int) -> tuple[Array, Array]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def fake_quantize(x: Array, low: Array, high: Array, bits: int) -> Array:
-    """`x` moved onto the grid of [low, high]. The derivative is the identity, in forward and reverse mode and for any order.
+    """`x` moved onto the grid of [low, high]. It is differentiated as if it were `x`, in forward and reverse mode.
 
     `low` and `high` broadcast against `x` (scalars, or size one on every axis but the channel axis).
     """

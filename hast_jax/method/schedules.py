@@ -11,7 +11,7 @@ Array = jax.Array
 
 
 class Plateau(NamedTuple):
-    """PyTorch's ReduceLROnPlateau, as scalars: learning rate, best loss, and number of iterations since without improvement."""
+    """PyTorch's ReduceLROnPlateau, as scalars: learning rate, lowest loss, iterations without improvement in a row."""
 
     lr: Array
     best: Array

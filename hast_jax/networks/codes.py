@@ -15,7 +15,8 @@ from hast_jax.networks.network import ENDS, Network, Variables
 class Codes(dict[str, Any]):
     """The integer form of one kernel: `codes` (int8), with the `scale` S and the `zero_point` Z of each output channel.
 
-    The weights are (codes + Z) / S. `axes` are those axes of the kernel that one output channel sums over.
+    The weights are (codes + Z) / S. `bits`: the number k of bits. `axes`: those axes of the kernel that one output channel sums
+    over.
     """
 
     @property

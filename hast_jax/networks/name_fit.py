@@ -1,4 +1,4 @@
-"""Pair the tensors of a state dict with a network's variables. The best name map decides, behind any prefix of most names."""
+"""Pair the tensors of a state dict with a network's variables, by the name map that pairs most. A common prefix is ignored."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -42,8 +42,8 @@ def faults(fit: Fit) -> list[str]:
             return [f"{len(fit.missing)} of its {wanted} tensors are missing, such as {fit.missing[0]}"]
         return [
             f"{len(fit.missing)} of its {wanted} tensors are missing and {len(fit.unknown)} others are unknown, because the "
-            f"network's names are like {fit.missing[0]} and the given ones like {fit.unknown[0]} "
-            "(teacher.names can translate those of a file)"
+            f"network's names are like {fit.missing[0]} and the names in the weights like {fit.unknown[0]} "
+            "(a function in teacher.names can translate the names in a file)"
         ]
     return [f"{name} is missing" for name in fit.missing] + [f"{name} is unknown" for name in fit.unknown]
 

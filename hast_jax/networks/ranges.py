@@ -63,7 +63,7 @@ def quantized_params(network: Network, params: Variables, ranges: Variables) -> 
 
 
 def collection(limits: Mapping[Path, tuple[Array, Array]]) -> Variables:
-    """The collection of the two ends in `limits`, by the name of their range."""
+    """The collection `ranges`. limits: path of each range -> (low, high)."""
     return unflatten_dict({(*name, end): limits[name][i] for name in limits for i, end in enumerate(ENDS)})
 
 

@@ -26,9 +26,10 @@ UNCHANGED = ("convert_element_type", "reshape", "transpose", "broadcast_in_dim",
 
 
 class Kernel(NamedTuple):
-    """A kernel of a layer. layer: the layer's path. axes: see `Layer`. calls: of the layer.
+    """A kernel of a layer. layer: the layer's path. axes: as in `Layer`. calls: how often the layer is called.
 
-    leaf: its shape and dtype. number: that of its value in the trace. Both are None if `params` do not have the kernel.
+    leaf: the kernel's shape and dtype. number: the number of the kernel's value in the trace. Both are None if `params` lack
+    the kernel.
     """
 
     layer: Path
@@ -41,7 +42,9 @@ class Kernel(NamedTuple):
 def refuse_collections(module: nn.Module, collections: Mapping[str, Any]) -> None:
     """Refuse a network with a collection of a name that a student needs."""
     if "ranges" in collections:
-        raise InputError(f"{name_of(module)} has a collection named ranges, as each student: give it another name.")
+        raise InputError(
+            f"{name_of(module)} has a collection named ranges, which a student needs for its own: rename the collection."
+        )
 
 
 def refuse_kernel(module: nn.Module, traced: Graph, kernel: Kernel) -> None:

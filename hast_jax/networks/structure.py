@@ -48,7 +48,7 @@ class Layer(NamedTuple):
 
 
 class Input(NamedTuple):
-    """What one call of a layer reads. value: the same number for the same value. image: whether no layer comes before it."""
+    """What one call of a layer reads. value: the number of the value in the trace. image: whether no layer comes before."""
 
     call: Call
     value: int
@@ -78,7 +78,7 @@ class Structure(NamedTuple):
 def inference_arguments(module: nn.Module, given: Mapping[str, Any] = {}) -> dict[str, Any]:
     """The keyword arguments of a call: those that are given, and those of usual names that make `module` infer (`TRAINING`).
 
-    An argument that has this value by default is left out, because `nn.jit` would trace its value.
+    An argument whose default is already its value in inference is left out, because `nn.jit` would trace its value.
     Raises UserError if the call needs another argument besides the images.
     """
     if not isinstance(module, nn.Module):
@@ -94,7 +94,7 @@ def inference_arguments(module: nn.Module, given: Mapping[str, Any] = {}) -> dic
 
 
 def training_arguments(module: nn.Module) -> dict[str, Any]:
-    """The keyword arguments of the same names, with the values that make `module` train."""
+    """The keyword arguments of a call that make `module` train: its arguments among `TRAINING`, with the opposite values."""
     parameters = python_inspect.signature(type(module).__call__).parameters
     return {name: not inferring for name, inferring in TRAINING.items() if name in parameters}
 
@@ -219,7 +219,8 @@ class _Seen:
         shape = getattr(logits, "shape", None)
         if shape is None or len(shape) != 2 or shape[0] != len(images):
             raise InputError(
-                f"{name_of(self.module)} gives {shape or type(output).__name__} for two images, not logits (2, n)."
+                f"{name_of(self.module)} gives {shape or type(output).__name__} for two images, not logits (2, n): let it "
+                'return the logits alone, first in a tuple, or as "logits" of a dict.'
             )
         if shape[1] < 2:
             raise InputError(

@@ -1,5 +1,6 @@
 """Classes and functions in a user's files, named FILE.py:NAME."""
 
+import contextlib
 import functools
 import importlib.util
 import inspect as python_inspect
@@ -38,10 +39,11 @@ def load(name: str) -> Any:
     except Exception as error:  # whatever the file does wrong
         raise InputError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
     finally:
-        sys.path.remove(neighbours)  # by name, because the file may have put other folders before it
+        with contextlib.suppress(ValueError):  # the file may have removed the folder itself, or put others before it
+            sys.path.remove(neighbours)
     found = getattr(module, attribute, None)
     if found is None:
-        raise InputError(f"{path} has no {attribute!r}.")
+        raise InputError(f"{path} has no {attribute!r}: give the name of a class or function in it, as FILE.py:NAME.")
     return found
 
 

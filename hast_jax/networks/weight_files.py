@@ -43,8 +43,8 @@ def read(path: Path) -> tuple[StateDict, Metadata]:
     if kind is None:
         ending = f"ends in {path.suffix!r}" if path.suffix else "has no ending that says what it is"
         raise UserError(
-            f"{path} {ending}: weights are read from folders of Orbax and files that end in {', '.join(READERS)}. If "
-            "flax.serialization wrote the file, rename it to .msgpack."
+            f"{path} {ending}: give a folder of Orbax, or a file that ends in {', '.join(READERS)}; rename a file of "
+            "flax.serialization to .msgpack."
         )
     try:
         if path.is_dir():

@@ -218,7 +218,7 @@ def check_collections(model: nn.Module, variables: Variables, image: Shape, call
         words = str(error).split(". ")[0]
         raise InputError(
             f"{type(model).__name__} has variables besides params and batch_stats, which are not given ({words}): give all of "
-            "its variables, in Python. Weight files hold none but these two collections."
+            "its variables in Python, because weight files hold only these two collections."
         ) from error
 
 

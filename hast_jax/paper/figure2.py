@@ -45,7 +45,7 @@ def base(sweep: Sweep) -> Base:
     if "failed" in result:
         raise UserError(f"the base cell failed: {result['failed']}")
     folder, made = open_for_reading(sweep.path(cell, seed))
-    config = sweep.config.copy_and_resolve_references()  # whose paths are those of today
+    config = sweep.config.copy_and_resolve_references()  # the paths in the cell's own config may have moved since
     config.seed, config.finetune.keep_every = seed, made.finetune.keep_every
     config.finetune.lam = config.finetune.lam or RECIPE_LAM  # neither figure depends on its value
     teacher, variables, student = from_config.bare_teacher(config), sweep.teacher, from_config.student(config)

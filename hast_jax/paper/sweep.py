@@ -34,7 +34,7 @@ class Sweep:
     """Cells of one config in a folder.
 
     workdir/images/NAME-seed0 and workdir/cells/NAME-seed0 are run folders. NAME lists the fields that a cell changes. A failed
-    cell leaves error.txt in its folder. `failed`: names of the cells that failed in this process. teacher: its variables, which
+    cell leaves error.txt in its folder. `failed`: names of the cells and experiments that failed. teacher: its variables, which
     all cells share. test_images: the number of real images that accuracies are measured on.
     """
 
@@ -80,7 +80,7 @@ class Sweep:
         return [self.run_one(cell, seed) for seed in self.seeds]
 
     def run_one(self, cell: Cell, seed: int) -> Result:
-        """The result of a cell for one seed. The cell is run or resumed if it has not finished. A failed cell is tried once."""
+        """The result of a cell for one seed. A cell that has not finished is run or resumed, once in a process."""
         path = self.path(cell, seed)
         if path not in self._results:
             self._results[path] = self._attempt(cell, seed, path)

@@ -54,7 +54,7 @@ class Checkpoints:
         """The newest undamaged tree with the structure and shapes of `like`, as NumPy arrays; None if there are no checkpoints.
 
         rows: if given, the arrays' leading axis may have any length up to `rows`, instead of that of `like`.
-        A checkpoint that cannot be read, or differs from what was saved, gives a warning, and the one before it is tried.
+        A checkpoint that cannot be read, or differs from what was saved, gives a warning and is passed over.
         Raises UserError if all checkpoints are damaged, or if the file system fails for now.
         """
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
@@ -68,14 +68,13 @@ class Checkpoints:
                         f"checkpoint {self._folder}/{step} cannot be read now ({words}): run the same command again later."
                     ) from error
                 warnings.warn(
-                    f"checkpoint {self._folder}/{step} cannot be read, and the one before it is tried: {words}.",
+                    f"checkpoint {self._folder}/{step} is passed over, because it cannot be read: {words}.",
                     CheckpointWarning,
                     stacklevel=2,
                 )
         if steps:
             raise UserError(
-                f"no checkpoint in {self._folder} can be read ({words}): if that cannot be mended, delete that folder to "
-                "start this stage anew."
+                f"no checkpoint in {self._folder} can be read ({words}): delete this folder to start this stage anew."
             )
         return None
 

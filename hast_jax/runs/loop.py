@@ -40,7 +40,8 @@ def drive(
     """Call `step(state, *next(inputs))` from `start` to `stop`, and yield snapshots.
 
     A snapshot is due at `stop`, and after each call that reaches a multiple of any number in `every`. After SIGTERM the last
-    snapshot has `preempted` true. A single process yields it after the running call, several processes when the next is due.
+    snapshot has `preempted` true. A single process yields this snapshot after the running call. Several processes
+    yield it when the next snapshot is due.
 
     The metrics are those of the step just done, averaged over this process's devices. Only fetching them waits for the device.
     `steps_per_call` must divide `start`, `stop` and every step that must be met exactly (`call_length`). The yielded state is

@@ -35,9 +35,6 @@ class MemoryRun:
     def check_images(self, images: np.ndarray, labels: np.ndarray) -> None:
         """Does nothing: a run in memory has only one set of images."""
 
-    def check_teacher(self, variables: Tree, program: int | None = None, remember: bool = True) -> None:
-        """Does nothing: a run in memory has only one teacher."""
-
     def teacher_accuracy(self) -> dict[str, float] | None:
         """The teacher's accuracy; None if it was not measured."""
         return self._accuracy

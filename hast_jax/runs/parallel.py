@@ -68,7 +68,8 @@ def choose(devices: int, batch: int | None = None) -> int:
         raise UserError(f"{devices} devices were asked for, but there are {found} local devices: ask for fewer.")
     if batch is not None and batch % device_total(used):
         raise UserError(
-            f"config.finetune.batch {batch} is not divisible by the {device_total(used)} devices: change one of them."
+            f"config.finetune.batch {batch} is not divisible by the {device_total(used)} devices: change this batch or "
+            "config.devices."
         )
     return used
 

@@ -41,7 +41,9 @@ def join(processes: str) -> None:
         jax.distributed.initialize(**options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=60)
     except (RuntimeError, ValueError) as error:
         words = str(error).split("\n")[0]
-        raise UserError(f"the processes of --processes={processes} did not come together: {words}") from error
+        raise UserError(
+            f"the processes of --processes={processes} did not come together ({words}): check the address, and start all."
+        ) from error
 
 
 def is_main() -> bool:

@@ -103,7 +103,7 @@ class Recorder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`. A last line that a killed run has cut short is left out."""
+    """The lines of a `metrics.jsonl` before the first damaged one, such as a last line that a killed run cut short."""
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:

@@ -105,7 +105,7 @@ class RunFolder:
         write_json(self.teacher, known)
 
     def teacher_accuracy(self) -> dict[str, float] | None:
-        """The accuracy that `remember_teacher_accuracy` kept; None if it was not called yet."""
+        """The teacher's accuracy; None if it has not been measured yet."""
         return read_json(self.teacher).get("accuracy") if self.teacher.exists() else None
 
     def remember_teacher_accuracy(self, accuracy: dict[str, float]) -> None:

@@ -32,7 +32,7 @@ class SyntheticSet:
         self._index_path = folder / "index.json"
         new = not self._index_path.exists()
         if new and not create:
-            raise UserError(f"{folder} is not there: do all processes use the same file system?")
+            raise UserError(f"{folder} is not there, but process 0 made it: give all processes a workdir on one file system.")
         folder.mkdir(parents=True, exist_ok=True)
         made, self._done = (batch, {}) if new else _read_index(self._index_path)
         if made != batch:
@@ -110,7 +110,9 @@ def _refuse_values(folder: Path, images: np.ndarray, labels: np.ndarray, classes
     for start in range(0, len(images), AT_ONCE):
         finite = np.isfinite(images[start : start + AT_ONCE]).all((1, 2, 3))
         if not finite.all():
-            raise UserError(f"image {start + int(np.argmin(finite))} of {folder} holds values that are not finite.")
+            raise UserError(
+                f"image {start + int(np.argmin(finite))} of {folder} holds values that are not finite: make it again."
+            )
 
 
 def _first_damaged(images: np.ndarray, labels: np.ndarray, batch: int, done: dict[int, int]) -> int | None:

@@ -63,5 +63,7 @@ def run(job: Job, images: np.ndarray) -> State:
             if done % job.config.log_every == 0:
                 stage.update(done)
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(ranges))):
-        raise UserError("calibration found activations that are not finite: the images or the weights are not usable.")
+        raise UserError(
+            "calibration found activations that are not finite: check the weights, and that the images are normalised."
+        )
     return ranges
