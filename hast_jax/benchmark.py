@@ -44,7 +44,7 @@ def define_flags() -> None:
     """Define the flags of this command."""
     cli.define_config()
     flags.DEFINE_enum("part", "all", ["all", "synthesize", "finetune"], "The step to time.")
-    flags.DEFINE_integer("steps", 10, "Timed calls of each part.", lower_bound=1)
+    flags.DEFINE_integer("steps", 10, "Timed calls of each part. A call takes config.steps_per_call steps.", lower_bound=1)
     flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Print a table for this kind of device.")
     flags.DEFINE_bool("compile_only", False, "Print the compiler's analysis of a step, without running the step.")
 
@@ -118,10 +118,10 @@ def fine_tuning(config: ConfigDict, devices: int) -> Part:
 PARTS: dict[str, Callable[[ConfigDict, int], Part]] = {"synthesize": synthesis, "finetune": fine_tuning}
 
 
-def measure(part: Part, devices: int, calls: int, repeats: int, arithmetic: str) -> dict[str, Any]:
-    """The JSON line of a part. calls: steps in one call. repeats: timed calls; 0: the step is only compiled."""
-    step = parallel.pmap_steps(part.step, devices, calls, all_processes=True)
-    if repeats:
+def measure(part: Part, devices: int, steps_per_call: int, calls: int, arithmetic: str) -> dict[str, Any]:
+    """The JSON line of a part. calls: timed calls; 0: the step is only compiled."""
+    step = parallel.pmap_steps(part.step, devices, steps_per_call, all_processes=True)
+    if calls:
         box, constants = parallel.replicate(jax.jit(part.build)(), devices)
         lowered = step.lower(box, constants)
     else:
@@ -138,14 +138,14 @@ def measure(part: Part, devices: int, calls: int, repeats: int, arithmetic: str)
 
     line["flops"] = flops * processes.count()
     line["arguments_gib"], line["intermediate_gib"] = gib(memory.argument_size_in_bytes), gib(memory.temp_size_in_bytes)
-    if repeats:
+    if calls:
 
         def call() -> Any:
             nonlocal box
             box, metrics = step(box, constants)
             return metrics
 
-        seconds = time_calls(call, repeats) / calls
+        seconds = time_calls(call, calls) / steps_per_call
         line |= {
             "per_second": round(part.images / seconds, 1),
             "step_seconds": round(seconds, 4),
@@ -196,7 +196,8 @@ def main(_: list[str]) -> None:
         if given.device not in (None, jax.default_backend()):
             raise UserError(f"there is no {given.device} here that JAX can use: it found only the {jax.default_backend()}.")
         jax.config.update("jax_enable_compilation_cache", False)  # because compile times are measured too
-        calls, repeats = parallel.steps_per_call(config.steps_per_call), 0 if given.compile_only else given.steps
+        steps_per_call = parallel.steps_per_call(config.steps_per_call)
+        calls = 0 if given.compile_only else given.steps
         show: Callable[[str], None] = partial(print, flush=True) if processes.is_main() else lambda _: None
         if given.device:
             show(head(devices))
@@ -204,7 +205,7 @@ def main(_: list[str]) -> None:
             config.teacher.arithmetic = arithmetic
             for name in PARTS if given.part == "all" else [given.part]:
                 try:
-                    line = measure(PARTS[name](config, devices), devices, calls, repeats, arithmetic)
+                    line = measure(PARTS[name](config, devices), devices, steps_per_call, calls, arithmetic)
                 except jax.errors.JaxRuntimeError as error:  # if memory is too small for one row, the others are still measured
                     if not given.device:
                         raise

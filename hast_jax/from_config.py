@@ -32,25 +32,25 @@ def own_code(config: ConfigDict) -> dict[str, str]:
 
 
 def trust(
-    config: ConfigDict, workdir: Path, network: str | None = None, names: str | None = None, moved: str | None = None
+    config: ConfigDict, workdir: Path, network: str | None = None, names: str | None = None, weights_path: str | None = None
 ) -> None:
     """Put the code and the weights that the user names into the config of a run folder.
 
-    network, names, moved: new values of `teacher.network`, `teacher.names` and `teacher.weights`. `teacher.check` is emptied.
-    Raises UserError if the weights are missing, or if the folder names code that the user does not name. This code may be a
-    stranger's.
+    network, names, weights_path: new values of `teacher.network`, `teacher.names` and `teacher.weights`. `teacher.check` is
+    emptied. Raises UserError if the weights are missing, or if the folder names code that the user does not name. This code may
+    be a stranger's.
     """
-    if moved is not None:
-        config.teacher.weights = moved
+    if weights_path is not None:
+        config.teacher.weights = weights_path
     given = {field: value for field, value in {"network": network, "names": names}.items() if value is not None}
     for field, named in own_code(config).items():
         if field not in given:
             raise UserError(f"{workdir} names {named}, which is not built in: if you trust its code, add --{field}={named}.")
     config.teacher.update(given)
     config.teacher.check = ""  # it served the run's start, and its file may be gone
-    weights_path = config.teacher.weights
-    if moved is None and weights_path not in weights.BUILT_IN and not paths.local(weights_path).exists():
-        raise UserError(f"{workdir} was made with the weights {weights_path}, which are not there: name them with --weights.")
+    known = config.teacher.weights
+    if weights_path is None and known not in weights.BUILT_IN and not paths.local(known).exists():
+        raise UserError(f"{workdir} was made with the weights {known}, which are not there: name them with --weights.")
 
 
 def bare_teacher(config: ConfigDict, own: nn.Module | None = None) -> Network:

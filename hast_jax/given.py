@@ -42,19 +42,19 @@ class Setting:
         call: Mapping[str, Any] | None,
         sizes: Mapping[str, Any],
         fields: Mapping[str, Any] | None,
-        unsaid: tuple[float, float] = PIXELS,
+        defaults: tuple[float, float] = PIXELS,
     ):
         """sizes: config fields that the calling function sets. fields: config fields that the user sets, which win.
 
-        unsaid: the mean and the standard deviation of each channel for which `mean` and `std` are None.
+        defaults: the mean and the standard deviation of each channel if `mean` and `std` are None.
         """
         _check_fields(fields)
         self.image = _numbers("image", image, 3)
         channels = self.image[-1]
         if (mean is None) != (std is None):
             raise InputError("mean and std belong together: give both, or neither.")
-        self.mean = _numbers("mean", mean, channels) if mean is not None else unsaid[:1] * channels
-        self.std = _numbers("std", std, channels) if std is not None else unsaid[1:] * channels
+        self.mean = _numbers("mean", mean, channels) if mean is not None else defaults[:1] * channels
+        self.std = _numbers("std", std, channels) if std is not None else defaults[1:] * channels
         self.rules = rules.normalise(bits)
         structure.forget()
         self.call = structure.inference_arguments(model, call or {})

@@ -199,7 +199,7 @@ def quantized(name: str, bits: Any, patch: pytest.MonkeyPatch, fast: bool) -> tu
 
 @pytest.mark.parametrize("fast", [False, True])
 @NETWORK
-def test_layers_get_few_values(name: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_layer_gets_at_most_2_to_the_k_values(name: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the first, which gets the image as it is."""
     student, products = quantized(name, f"w{BITS}a{BITS}", monkeypatch, fast)
     its = given(name)
@@ -270,7 +270,7 @@ def quantize(its: SimpleNamespace, fields: dict, **arguments: Any) -> hast_jax.S
     )
 
 
-def test_a_workdir_is_free_again_afterwards(tmp_path: Path) -> None:
+def test_a_workdir_is_unlocked_after_the_call(tmp_path: Path) -> None:
     """For another process, which goes on with the run, and for this one."""
     its = given("frozen")
     images = np.asarray(jax.random.normal(jax.random.key(2), (32, *its.image))), np.arange(32) % 10
@@ -289,7 +289,7 @@ def test_a_workdir_is_free_again_afterwards(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again(its.images), student(its.images))
 
 
-def test_branches_are_found() -> None:
+def test_residual_branches_end_at_their_last_batch_norm() -> None:
     def paths(name):
         return ["/".join(call.path) for call in networks.create(*NETWORKS[name]).branches]
 

@@ -30,7 +30,7 @@ def around(size):
 @pytest.mark.parametrize(
     ("width", "size", "stride"), [(8, 3, 1), (7, 3, 1), (2, 3, 1), (8, 3, 2), (8, 1, 1), (8, 7, 2), (8, 7, 1)]
 )
-def test_it_is_the_plain_convolution(channels: tuple[int, int], width: int, size: int, stride: int) -> None:
+def test_packed_convolutions_are_the_plain_ones(channels: tuple[int, int], width: int, size: int, stride: int) -> None:
     check(channels, width, size, stride, groups=1)
 
 
@@ -38,7 +38,9 @@ def test_it_is_the_plain_convolution(channels: tuple[int, int], width: int, size
     ("width", "size", "stride"), [(8, 3, 1), (7, 3, 1), (8, 3, 2), (7, 3, 2), (8, 5, 2), (8, 1, 1), (2, 3, 2)]
 )
 @pytest.mark.parametrize(("channels", "groups"), [((6, 6), 6), ((1, 1), 1), ((6, 12), 6), ((6, 6), 2)])
-def test_so_it_is_in_groups(channels: tuple[int, int], groups: int, width: int, size: int, stride: int) -> None:
+def test_convolutions_in_groups_are_the_plain_ones(
+    channels: tuple[int, int], groups: int, width: int, size: int, stride: int
+) -> None:
     check(channels, width, size, stride, groups)
 
 

@@ -31,7 +31,7 @@ IMAGES = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
 
 
 @pytest.mark.slow
-def test_such_a_network_is_quantized_at_its_activations() -> None:
+def test_a_network_of_version_0_1_is_quantized_at_its_activations() -> None:
     variables = Net(10).init(jax.random.key(0), IMAGES)
     assert variables["params"]["stem"].keys() == {"conv", "bn"} and variables["params"]["conv"]["kernel"].shape == (4, 4, 2, 8)
     student = networks.create(Net(10), (8, 8, 3), rules=rules.normalise("w3a3"))
@@ -43,7 +43,7 @@ def test_such_a_network_is_quantized_at_its_activations() -> None:
     np.testing.assert_allclose(full, Net(10).apply(variables, IMAGES)[0], rtol=1e-5, atol=1e-6)
 
 
-def test_its_weights_are_read_by_the_same_names() -> None:
+def test_the_weights_of_a_network_of_version_0_1_keep_their_names() -> None:
     variables = Net(10).init(jax.random.key(0), IMAGES)
     state = weights.to_state_dict(Net(10), variables, (8, 8, 3))
     assert "params/stem/conv/kernel" in state and "batch_stats/bn/mean" in state

@@ -244,7 +244,7 @@ def test_a_kernel_whose_integers_need_32_bits_is_written_as_floats(operators: st
         (lambda x: x + jnp.arange(len(x))[:, None, None, None], "for each image of a batch"),
     ],
 )
-def test_a_network_whose_images_are_not_alone_is_refused(mix, words: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_network_that_mixes_the_images_of_a_batch_is_refused(mix, words: str, tmp_path: Path, monkeypatch) -> None:
     class Mixed(nn.Module):
         @nn.compact
         def __call__(self, x, train: bool = False):

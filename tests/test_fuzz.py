@@ -111,7 +111,7 @@ def changes_of_a_config(draw) -> dict[str, Any]:
 
 @many(450)
 @given(changes_of_a_config())
-def test_configs(changes: dict[str, Any]) -> None:
+def test_an_odd_config_ends_in_one_sentence_at_worst(changes: dict[str, Any]) -> None:
     def attempt() -> None:
         config = tiny.config()
         config.update_from_flattened_dict(changes)
@@ -177,7 +177,7 @@ def weight_files(draw) -> tuple[str, bytes]:
 
 @many(350)
 @given(weight_files())
-def test_weight_files(file: tuple[str, bytes]) -> None:
+def test_an_odd_weight_file_ends_in_one_sentence_at_worst(file: tuple[str, bytes]) -> None:
     suffix, content = file
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / f"weights{suffix}"
@@ -226,7 +226,9 @@ def image_files(draw) -> list[tuple[str, bytes]]:
 
 @many(250)
 @given(image_files(), st.sampled_from([1, 3]), st.sampled_from(["", "name", "number"]))
-def test_image_folders(files: list[tuple[str, bytes]], channels: int, order: str) -> None:
+def test_an_odd_folder_of_images_ends_in_one_sentence_at_worst(
+    files: list[tuple[str, bytes]], channels: int, order: str
+) -> None:
     with tempfile.TemporaryDirectory() as place:
         for name, content in files:
             path = Path(place) / "val" / name
@@ -261,7 +263,9 @@ def test_image_folders(files: list[tuple[str, bytes]], channels: int, order: str
     ),
     st.one_of(st.just(-1), st.just(-1), st.integers(0, 300)),
 )
-def test_synthetic_sets(shape, dtype, value, of_labels, label_dtype, label, index, cut) -> None:
+def test_an_odd_synthetic_set_ends_in_one_sentence_at_worst(
+    shape, dtype, value, of_labels, label_dtype, label, index, cut
+) -> None:
     with tempfile.TemporaryDirectory() as place, np.errstate(all="ignore"):
         images = np.zeros(shape, dtype)
         if images.size and dtype is not object:

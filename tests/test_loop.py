@@ -18,13 +18,13 @@ def looks(**changes) -> list[int]:
     return [look.done for look in drive(count, 0, itertools.repeat((1,)), **arguments)]
 
 
-def test_it_looks_at_multiples_of_each_interval_and_at_the_end() -> None:
+def test_a_snapshot_is_made_at_multiples_of_each_interval_and_at_the_end() -> None:
     assert looks() == [6, 10, 12, 18, 20]
     assert looks(start=12, stop=19) == [18, 19]
     assert looks(start=20) == []
 
 
-def test_a_longer_call_is_looked_at_where_it_reaches_a_multiple() -> None:
+def test_a_call_of_several_steps_gives_a_snapshot_where_it_reaches_a_multiple() -> None:
     assert looks(steps_per_call=4, every=(6,)) == [8, 12, 20]
     assert looks(steps_per_call=5, every=(3, 100)) == [5, 10, 15, 20]
 

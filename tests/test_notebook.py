@@ -19,7 +19,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_its_cells_run_and_say_what_the_text_says(tmp_path: Path) -> None:
+def test_the_notebooks_cells_run_and_give_what_its_text_says(tmp_path: Path) -> None:
     code = "\n\n".join("".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code")
     environment = tiny.environment() | {"MPLBACKEND": "agg", "PYTHONPATH": str(tiny.ROOT)}
     (tmp_path / "cells.py").write_text(code + FOUND)
@@ -36,5 +36,5 @@ def test_its_cells_run_and_say_what_the_text_says(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["cells.py"]
 
 
-def test_it_holds_no_outputs() -> None:
+def test_the_notebook_holds_no_outputs() -> None:
     assert not any(cell.get("outputs") for cell in CELLS)

@@ -317,11 +317,11 @@ def test_a_network_that_cannot_work_is_refused_with_the_reason(module: Any, word
     refused(module, words)
 
 
-def test_what_they_spoil_works() -> None:
+def test_the_network_that_the_refused_ones_spoil_is_accepted() -> None:
     assert networks.create(Base(), IMAGE, rules=rules.normalise("w4a4")).classes == 10
 
 
-def test_training_is_refused_and_so_is_an_argument_that_is_none() -> None:
+def test_a_call_that_trains_and_an_unknown_argument_are_refused() -> None:
     refused(
         Base(),
         r"normalises in norm with the moments of the batch, as in training: .* call={'train': False}",
@@ -349,7 +349,7 @@ def test_weights_of_no_layer_may_stay_in_full_precision() -> None:
     [(LayerNorm(), "no nn.BatchNorm"), (OwnKernel(), "nothing quantizes"), (Nnx(), "flax.nnx"), (Base, "give an instance")],
     ids=["LayerNorm", "OwnKernel", "Nnx", "Base"],
 )
-def test_the_library_refuses_them_before_any_work(module: Any, words: str, tmp_path: Any) -> None:
+def test_the_library_refuses_an_impossible_network_before_any_work(module: Any, words: str, tmp_path: Any) -> None:
     variables: Mapping[str, Any] = {"params": {}, "batch_stats": {}}
     if isinstance(module, OwnKernel):
         shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *IMAGE)))

@@ -7,7 +7,7 @@ from hast_jax.networks.rules import bits_of, normalise, parse_rules
 
 
 @pytest.mark.parametrize("bits", ["w4a4", "W4A4", (4, 4), [4, 4], {"default": "w4a4"}, {"default": (4, 4)}, {"default": 4}])
-def test_one_number_of_bits_for_all_layers(bits) -> None:
+def test_bits_without_patterns_are_those_of_all_layers(bits) -> None:
     rules = normalise(bits)
     assert bits_of(rules, ("stage1_unit1", "conv1")) == (4, 4)
     assert bits_of(rules, ()) == (4, 4)
@@ -54,7 +54,7 @@ def test_a_pattern_matches_whole_names(pattern: str, path: tuple[str, ...], matc
     assert (bits_of(rules, path) == (8, 8)) == matches
 
 
-def test_a_text_of_rules() -> None:
+def test_a_text_of_rules_is_read_in_its_order() -> None:
     text = "init_block|output=w8a8; head = w8;(?=x)y=full; a{1,2}=w2a8; mid=a4;"
     rules = {"init_block|output": (8, 8), "head": (8, None), "(?=x)y": (None, None), "a{1,2}": (2, 8), "mid": (None, 4)}
     assert parse_rules(text) == rules and list(parse_rules(text)) == list(rules)

@@ -138,7 +138,7 @@ def test_evaluation_restores_the_student_on_another_number_of_devices(finished: 
     assert f"{result['teacher']:.2f}" in done.stdout and f"{result['last']:.2f}" in done.stdout
 
 
-def test_evaluation_of_the_best_student(finished: Path) -> None:
+def test_the_best_student_can_be_evaluated(finished: Path) -> None:
     done = tiny.call(tiny.evaluate(finished, "--checkpoint=best"))
     result = json.loads((finished / "result.json").read_text())
     assert done.returncode == 0 and f"{result['best']:.2f}" in done.stdout

@@ -71,7 +71,7 @@ def refuse_difference(comparisons: Sequence[Comparison], layers: Mapping[str, fl
     for each in comparisons:
         if each.rounded is None:
             continue
-        if each.different > min(_few(each.images) + ROUNDED_MORE * (each.rounded + 1), each.images / 2):
+        if each.different > min(_tolerated(each.images) + ROUNDED_MORE * (each.rounded + 1), each.images / 2):
             first = next((f"; the first layer that differs is {name}" for name, share in layers.items() if share > 0), "")
             share = f"{each.different} of {each.images} {each.name}"
             raise UserError(
@@ -80,7 +80,7 @@ def refuse_difference(comparisons: Sequence[Comparison], layers: Mapping[str, fl
             )
 
 
-def _few(images: int) -> float:
+def _tolerated(images: int) -> float:
     return max(1, MOST_DIFFERENT * images)
 
 
@@ -90,11 +90,11 @@ def compare(student: Student, run: Callable[[np.ndarray], np.ndarray], sets: Seq
     for name, images, labels in sets:
         logits = np.concatenate([run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
         wanted = np.concatenate([np.asarray(student(images[i : i + BATCH])) for i in range(0, len(images), BATCH)])
-        judged, right = logits.argmax(-1), wanted.argmax(-1)
-        different, largest, rounded = int(np.sum(judged != right)), float(np.abs(logits - wanted).max()), None
-        if different > _few(len(images)):
-            rounded = int(np.sum(_in_double_precision(student, images).argmax(-1) != right))
-        accuracies = (_accuracy(judged, labels), _accuracy(right, labels))
+        file_classes, student_classes = logits.argmax(-1), wanted.argmax(-1)
+        different, largest, rounded = int(np.sum(file_classes != student_classes)), float(np.abs(logits - wanted).max()), None
+        if different > _tolerated(len(images)):
+            rounded = int(np.sum(_in_double_precision(student, images).argmax(-1) != student_classes))
+        accuracies = (_accuracy(file_classes, labels), _accuracy(student_classes, labels))
         found.append(Comparison(name, len(images), different, rounded, largest, *accuracies))
     return tuple(found)
 

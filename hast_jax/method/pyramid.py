@@ -16,7 +16,7 @@ Array = jax.Array
 
 # Pixels of photographs, in [0, 1], have about this mean and this standard deviation.
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
-NORMALISED = (PIXEL_STD / 2, PIXEL_STD * 2)  # limits of the `std` of a network whose inputs have a spread of about 1
+NORMALISED_STD = (PIXEL_STD / 2, PIXEL_STD * 2)  # limits of the `std` of a network whose inputs have a spread of about 1
 
 
 class Unit(NamedTuple):
@@ -29,11 +29,11 @@ class Unit(NamedTuple):
 def unit_of(mean: Sequence[float], std: Sequence[float]) -> Unit | None:
     """The `Unit` of a network that takes (x - mean) / std for pixels x in [0, 1].
 
-    None for normalised inputs, with a `std` within `NORMALISED`. Then noise N(0, 1) is an input as it is, as in the paper.
+    None for normalised inputs, with a `std` within `NORMALISED_STD`. Then noise N(0, 1) is an input as it is, as in the paper.
     Other networks take pixels of 0 ... 1 or 0 ... 255, and may normalise these themselves.
     """
     means, stds = (np.asarray(each, np.float32).reshape(1, 1, 1, -1) for each in (mean, std))
-    if ((stds >= NORMALISED[0]) & (stds <= NORMALISED[1])).all():
+    if ((stds >= NORMALISED_STD[0]) & (stds <= NORMALISED_STD[1])).all():
         return None
     return Unit((PIXEL_MEAN - means) / stds, PIXEL_STD / stds)
 

@@ -31,12 +31,12 @@ def effective(changes: dict[str, Any], config: ConfigDict) -> dict[str, Any]:
 class Cell(NamedTuple):
     """One row of an experiment: its name, the config fields that it changes, and which accuracy of the run is used.
 
-    epoch: "last", or "no_finetuning" for the quantized network before fine-tuning.
+    accuracy: "last", or "no_finetuning" for the quantized network before fine-tuning.
     """
 
     label: str
     changes: dict[str, Any]
-    epoch: str = "last"
+    accuracy: str = "last"
 
 
 class Experiment(NamedTuple):

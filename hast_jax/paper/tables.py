@@ -44,7 +44,7 @@ def rows(experiment: Experiment, results: Results, config: ConfigDict) -> list[R
     paper_teacher = PAPER_TEACHERS.get((config.teacher.network, data_set))
     found = []
     for cell in experiment.cells:
-        row = _row(cell.label, results[cell.label], cell.epoch)
+        row = _row(cell.label, results[cell.label], cell.accuracy)
         paper = experiment.paper.get(setting, {}).get(cell.label)
         if paper is not None and paper_teacher is not None:
             row |= {"paper": paper, "paper_drop": paper_teacher - paper}
@@ -54,16 +54,16 @@ def rows(experiment: Experiment, results: Results, config: ConfigDict) -> list[R
     return found
 
 
-def _row(label: str, results: list[Result], epoch: str) -> Row:
+def _row(label: str, results: list[Result], accuracy: str) -> Row:
     good = [r for r in results if "failed" not in r]
     row: Row = {"label": label, "failed": [r["failed"] for r in results if "failed" in r], "seeds": len(good)}
     if good:
-        accuracies, teacher = [r[epoch] for r in good], good[0]["teacher"]
+        accuracies, teacher = [r[accuracy] for r in good], good[0]["teacher"]
         mean = statistics.mean(accuracies)
         row |= {"top1": accuracies, "mean": mean, "teacher": teacher, "drop": teacher - mean}
         row["std"] = statistics.stdev(accuracies) if len(accuracies) > 1 else None
         held_out = [r["held_out"] for r in good if r.get("held_out")]
-        if held_out and epoch == "last":
+        if held_out and accuracy == "last":
             row |= {name: statistics.mean(each[name] for each in held_out) for name in ("agreement", "kl")}
     return row
 

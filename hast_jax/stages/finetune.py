@@ -141,7 +141,7 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
     ):
         state, evaluations = _resume(job, ranges, latest)
         start = int(state.step)
-        calls = call_length(parallel.steps_per_call(config.steps_per_call), every, start)
+        steps_per_call = call_length(parallel.steps_per_call(config.steps_per_call), every, start)
 
         def due(step):
             return step % every == 0 and (step // every % config.eval.every == 0 or step == stop)
@@ -150,12 +150,14 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
             if due(start) and start // every not in evaluations:
                 judge(state)
             loop = drive(
-                parallel.pmap_steps(make_step(job.teacher, job.student, settings), job.devices, calls, all_processes=True),
+                parallel.pmap_steps(
+                    make_step(job.teacher, job.student, settings), job.devices, steps_per_call, all_processes=True
+                ),
                 parallel.replicate(state, job.devices),
-                inputs(fixed, range(start, stop, calls), job.devices, settings),
+                inputs(fixed, range(start, stop, steps_per_call), job.devices, settings),
                 start=start,
                 stop=stop,
-                steps_per_call=calls,
+                steps_per_call=steps_per_call,
                 every=(config.log_every, every),
                 what="finetune",
             )

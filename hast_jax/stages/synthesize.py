@@ -196,22 +196,22 @@ def _fill(job: Job, store: Any, checkpoints: Any) -> None:
                 state = parallel.shard(rows, count)
             else:
                 state = start_for(count)(parallel.split(jnp.asarray(own), count))
-            calls = parallel.steps_per_call(config.steps_per_call)
-            calls = call_length(calls, settings.iterations, first)
+            requested = parallel.steps_per_call(config.steps_per_call)
+            steps_per_call = call_length(requested, settings.iterations, first)
             loop = drive(
-                step_for(count, calls),
+                step_for(count, steps_per_call),
                 state,
                 itertools.repeat((parallel.replicate(job.variables, count),)),
                 start=first,
                 stop=settings.iterations,
-                steps_per_call=calls,
+                steps_per_call=steps_per_call,
                 every=(config.log_every, settings.save_every),
                 what="synthesis",
             )
             for iteration, state, metrics, preempted in loop:
                 position = done + (iteration - first) * len(batches)
                 stage.update(position, metrics)
-                if iteration < settings.iterations and (preempted or crosses(iteration, settings.save_every, calls)):
+                if iteration < settings.iterations and (preempted or crosses(iteration, settings.save_every, steps_per_call)):
                     begun |= zip(batches, _rows(processes.gather(state)))
                     checkpoints.save(position, _stack(list(begun.values())))
                     if preempted:
