@@ -109,11 +109,15 @@ def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: C
                     f"the batch norms of {structure.name_of(model)} keep no statistics in training: "
                     f"give its call an argument for training, with one of these names: {names}."
                 )
-        if not jnp.isfinite(loss):
+        if not jnp.isfinite(loss) or (epoch + 1 == settings.epochs and not _finite(state)):
             raise UserError("the training diverged, and nothing is written: lower config.pretrain.lr.")
         if (epoch + 1) % 10 == 0 or epoch + 1 == settings.epochs:
             say(f"epoch {epoch + 1}: loss {float(loss):.4f}")
     return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def _finite(state: State) -> bool:
+    return all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.batch_stats)))
 
 
 def _try_to_write(output: Path, network: Network, image: tuple[int, ...]) -> None:
