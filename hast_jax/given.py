@@ -120,7 +120,10 @@ def _check_fields(fields: Mapping[str, Any] | None) -> None:
 
 
 def _numbers(name: str, values: Any, count: int) -> tuple[Any, ...]:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):  # lists of unequal lengths
+        array = np.zeros(0)
     if array.ndim == 0 and name != "image":
         array = np.repeat(array, count)
     found = tuple(array.tolist()) if array.ndim == 1 else ()

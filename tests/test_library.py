@@ -206,6 +206,7 @@ def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
         ({"fields": {"eval.dataset": "digits"}}, "use the arguments of the function"),
         ({"fields": 5}, "give a dict such as"),
         ({"image": 8}, r"must be \(height, width, channels\)"),
+        ({"mean": ((0.5, 0.5), 0.5)}, r"it must be one number\."),
         ({"std": "0.5"}, r"it must be one number\."),
         ({"std": (0.0,)}, "positive for each channel"),
         ({"call": {"train": np.False_}}, "must be numbers, texts"),

@@ -164,7 +164,7 @@ def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few
         notes.append(f"{words} images that it was not trained on (KL divergence {held_out['kl']:.3f}).")
     else:
         words = f"The student agrees with the teacher on {agreed:.1f} % of {few} images that it was trained on"
-        notes.append(f"{words}. This is a weak sign, because it has seen these images.")
+        notes.append(f"{words}. This is a weak sign, because the student has seen these images.")
     notes.append(
         "Packed: each quantized weight takes its own bits, and every other parameter takes 32. A file may take more: student/ "
         "keeps all parameters in 32 bits. An exported integer takes 8 bits, 4 in an int4 file if it needs no more, and its own "
