@@ -247,11 +247,10 @@ def _litert(student: Student, options: Options, sets: Sequence[Judged]) -> tuple
 
 
 def _safetensors(student: Student, options: Options, _: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
-    """The content of a safetensors file, and the fields of `Exported`. Its kernels are compared with the student's."""
+    """The content of a safetensors file, and the fields of `Exported`. Its kernels are compared with the student's codes."""
     content = integers.build(student, packed=options.weights == "packed")
-    params = flatten_dict(student.params, sep="/")
-    for name in student.codes():
-        if not np.allclose(integers.kernel(content, name), params[name], rtol=1e-6, atol=0):
+    for name, codes in student.codes().items():
+        if not np.allclose(integers.kernel(content, name), codes.integers / codes.spread("scale"), rtol=1e-6, atol=0):
             raise UserError(
                 f"the integers of {name} do not fit into 32 bits, because an output channel has nearly equal weights: leave "
                 "this layer in full precision, by a rule."
