@@ -20,7 +20,7 @@ def _something_is_learned(config: ConfigDict) -> Faults:
         yield "finetune.a", "positive if finetune.b is 0; otherwise nothing is learned"
 
 
-def bases(split: str) -> set[str]:
+def base_splits(split: str) -> set[str]:
     """The splits that a text such as "train[:50%]+test" takes images from."""
     return {part.split("[")[0].strip() for part in split.split("+")}
 
@@ -29,7 +29,7 @@ def _images_have_one_origin(config: ConfigDict) -> Faults:
     split = config.synthesis.real_split
     if config.synthesis.source and split:
         yield "synthesis.real_split", "empty if synthesis.source is set"
-    learned, judged = bases(split) - {""}, bases(config.eval.split)
+    learned, judged = base_splits(split) - {""}, base_splits(config.eval.split)
     if learned and (learned & judged or "all" in learned | judged):
         yield "synthesis.real_split", "of another split than eval.split, whose images are for evaluation"
 

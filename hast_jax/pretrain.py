@@ -17,7 +17,7 @@ from rich.console import Console
 
 from hast_jax import cli, from_config, networks, paths
 from hast_jax import config as config_lib
-from hast_jax.cross_checks import bases
+from hast_jax.cross_checks import base_splits
 from hast_jax.data import datasets
 from hast_jax.errors import UserError
 from hast_jax.networks import Network, structure, weights
@@ -144,7 +144,7 @@ def main(_: list[str]) -> None:
             raise UserError(f"--output={output} exists already: choose another name, or delete the file.")
         if config.eval.dataset not in IN_MEMORY:
             raise UserError(f"pretrain needs real images in memory: set config.eval.dataset to one of {', '.join(IN_MEMORY)}.")
-        if {"train", "all"} & bases(config.eval.split):
+        if {"train", "all"} & base_splits(config.eval.split):
             raise UserError("config.eval.split holds images of the train split, from which the teacher learns: choose another.")
         devices = parallel.setup(config.devices)
         network = from_config.bare_teacher(config)
@@ -167,7 +167,7 @@ def main(_: list[str]) -> None:
             "test_top1": f"{top1:.2f}",
             "training": f"SGD nesterov, cosine, {recipe}, {len(train_set.labels)} images, seed {config.seed}",
         }
-        weights.write(output, state, metadata)
+        write_bytes(output, weights.encoded(state, metadata))
         console.print(f"{output}: top-1 {top1:.2f} % on {len(test_set.labels)} held-out images")
 
 

@@ -34,7 +34,7 @@ def command(network: str, data_dir: Path, workdir: Path) -> list[str]:
     file = workdir.parent / f"{network}.safetensors"
     model = networks.module(network, CLASSES)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
-    weights.write(file, weights.to_state_dict(model, variables), {"mean": "[0.485, 0.456, 0.406]"})
+    file.write_bytes(weights.encoded(weights.to_state_dict(model, variables), {"mean": "[0.485, 0.456, 0.406]"}))
     return [
         *tiny.module("main"),
         f"--config={tiny.ROOT}/configs/imagenet.py:small,{network},w4a4",

@@ -76,7 +76,7 @@ def test_files_are_read_back(tmp_path, suffix: str) -> None:
     if suffix == ".npz":
         np.savez(path, **state)
     else:
-        weights.write(path, state, {"mean": "[0.5]", "crop": "0.9", "dataset": "mine", "test_top1": "12.5"})
+        path.write_bytes(weights.encoded(state, {"mean": "[0.5]", "crop": "0.9", "dataset": "mine", "test_top1": "12.5"}))
     read, metadata = weights.read(path)
     assert all(np.array_equal(read[key], state[key]) for key in state)
     if suffix == ".safetensors":
@@ -174,7 +174,7 @@ def test_a_teacher_trained_with_another_normalisation_is_refused() -> None:
 
 def test_a_teacher_trained_for_another_crop_is_refused(tmp_path) -> None:
     _, state = state_dict()
-    weights.write(tmp_path / "a.safetensors", state, {"crop": "0.9655"})
+    (tmp_path / "a.safetensors").write_bytes(weights.encoded(state, {"crop": "0.9655"}))
     config = config_for(str(tmp_path / "a.safetensors"))
     config.teacher.classes = 10
     with pytest.raises(UserError, match=r"was trained for the crop 0.9655, not config.eval.crop 0.875"):

@@ -60,11 +60,9 @@ def read(path: Path) -> tuple[StateDict, Metadata]:
         ) from error
 
 
-def write(path: Path, state: StateDict, metadata: Mapping[str, str]) -> None:
-    """Write a state dict as `.safetensors` with text metadata. Raises OSError; no half-written file has the name `path`."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(safetensors.numpy.save(state, dict(metadata)))
-    temporary.replace(path)
+def encoded(state: StateDict, metadata: Mapping[str, str]) -> bytes:
+    """The content of a `.safetensors` file with a state dict and text metadata."""
+    return safetensors.numpy.save(state, dict(metadata))
 
 
 def _read_safetensors(path: Path) -> StateDict:

@@ -2,7 +2,7 @@
 
 A state dict is a flat `{name: array}`. If a name begins with "params" or "batch_stats", or ends in "kernel", its array is in
 Flax's layout. Any other array is in PyTorch's layout (convolutions OIHW, linear layers [out, in]). weight_files.py reads files
-that hold state dicts. It writes them as `.safetensors`, which can hold no code.
+that hold state dicts. It encodes them as `.safetensors`, which can hold no code.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from hast_jax import paths
 from hast_jax.errors import InputError, UserError
 from hast_jax.networks import flax_trees, keras_files, name_fit, structure
 from hast_jax.networks import names as names_lib
-from hast_jax.networks.weight_files import Metadata, StateDict, read, write
+from hast_jax.networks.weight_files import Metadata, StateDict, encoded, read
 
 __all__ = [
     "BUILT_IN",
@@ -34,6 +34,7 @@ __all__ = [
     "Variables",
     "abstract_variables",
     "check_collections",
+    "encoded",
     "from_state_dict",
     "from_variables",
     "libraries",
@@ -43,7 +44,6 @@ __all__ = [
     "to_our_layout",
     "to_state_dict",
     "to_torch_layout",
-    "write",
 ]
 
 Variables = Mapping[str, Any]
