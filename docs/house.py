@@ -40,7 +40,7 @@ ROOMS = {
         20,
         940,
         "flags in, library call, table out",
-        ("benchmark", "cli", "evaluate", "export", "main", "pretrain", "report", "reproduce", "results"),
+        ("benchmark", "cli", "evaluate", "export", "main", "operations", "pretrain", "report", "reproduce", "results"),
     ),
     "paper": Room(1, 20, 310, "the supplement's experiments"),
     "library": Room(

@@ -2,26 +2,28 @@
 
     python -m hast_jax.benchmark --config=configs/cifar100.py
     python -m hast_jax.benchmark --config=configs/imagenet.py --compile_only
-    python -m hast_jax.benchmark --config=configs/imagenet.py --device=gpu
+    python -m hast_jax.benchmark --config=configs/cifar100.py --device=gpu --steps=5 --operations
     python -m hast_jax.benchmark --config=configs/cifar100.py --processes=HOST:PORT,NUMBER,INDEX    # in each process
 
 Prints one JSON line for each part. Weights and images are random. A line gives:
 
-- images per second, without compile time;
+- images per second, without compile time, and the seconds that all steps of the config would take at this rate;
 - FLOPs of the step, by XLA's cost analysis. They include the zero taps of networks/conv.py. A loop body, as with
   `synthesis.remat`, counts once;
 - memory in GiB of one device, by XLA's memory analysis: arguments, and the largest sum of intermediate arrays;
 - the step's FLOP/s as a fraction of that of matrix products, which is measured on the same devices in the same arithmetic.
 
-With --device it prints a Markdown table of both steps in each arithmetic of the teacher instead. Several processes take each
-step together, and process 0 prints.
+With --device it prints a Markdown table of both steps instead, with the products of teacher and student in each arithmetic. On
+a GPU it also tries the compiler options in `COMPILER_OPTIONS`. With --operations it also prints the operations that take the
+most time. Several processes take each step together, and process 0 prints.
 """
 
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,7 +32,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from hast_jax import cli, from_config
+from hast_jax import cli, from_config, operations
 from hast_jax import config as config_lib
 from hast_jax.errors import UserError
 from hast_jax.networks.conv import ARITHMETIC
@@ -39,6 +41,18 @@ from hast_jax.stages import calibrate, finetune, synthesize
 
 CPU_MATMUL_SIZE, ACCELERATOR_MATMUL_SIZE = 1024, 8192  # on an accelerator, dispatch would dominate the smaller product
 
+# By kind of device: compiler options to try, by their names in the table. By default, XLA launches each convolution on a GPU on
+# its own, outside of CUDA graphs ("command buffers").
+COMPILER_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "gpu": {
+        "convolutions in command buffers": {
+            "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONVOLUTION"
+        },
+        "fused convolutions": {"xla_gpu_experimental_enable_conv_fusion": True},
+    }
+}
+OPTIONS_ARITHMETIC = "tensorfloat32"  # in which the compiler options are tried: kernels are short, so gaps between them show
+
 
 def define_flags() -> None:
     """Define the flags of this command."""
@@ -46,6 +60,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("part", "all", ["all", "synthesize", "finetune"], "The step to time.")
     flags.DEFINE_integer("steps", 10, "Timed calls of each part. A call takes config.steps_per_call steps.", lower_bound=1)
     flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Print a table for this kind of device.")
+    flags.DEFINE_bool("operations", False, "Also print the operations of each step that take the most time.")
     flags.DEFINE_bool("compile_only", False, "Print the compiler's analysis of a step, without running the step.")
 
 
@@ -72,13 +87,14 @@ def matmul_rate(devices: int, arithmetic: str) -> float:
 class Part(NamedTuple):
     """A step to time. build() -> (state, constants) of one device.
 
-    batch: images of one batch. images: those in one step of all devices of all processes.
+    batch: images of one batch. images: those in one step of all devices of all processes. total: those in all steps of a run.
     """
 
     step: Callable[..., Any]
     build: Callable[[], tuple[Any, Any]]
     batch: int
     images: int
+    total: int
 
 
 def synthesis(config: ConfigDict, devices: int) -> Part:
@@ -96,12 +112,14 @@ def synthesis(config: ConfigDict, devices: int) -> Part:
         return jax.vmap(start)(jnp.arange(stack)), teacher.module.init(key, image, **teacher.call)
 
     step = synthesize.on_each(lambda state, variables: synthesize.step(state, variables, teacher, key, settings))
-    return Part(step, build, settings.batch, parallel.device_total(devices) * stack * settings.batch)
+    images = parallel.device_total(devices) * stack * settings.batch
+    return Part(step, build, settings.batch, images, settings.images * settings.iterations)
 
 
 def fine_tuning(config: ConfigDict, devices: int) -> Part:
     """One step of fine-tuning, augmentation and promotion included."""
-    teacher, student = from_config.bare_teacher(config), from_config.student(config)
+    teacher = from_config.bare_teacher(config)
+    student = replace(from_config.student(config), arithmetic=config.student.arithmetic)
     key, settings, image = jax.random.key(config.seed), config.finetune, tuple(config.teacher.image)
     shape = (1, settings.batch // parallel.device_total(devices)) if settings.stream else (max(256, settings.batch),)
 
@@ -112,14 +130,31 @@ def fine_tuning(config: ConfigDict, devices: int) -> Part:
         data = jax.random.normal(key, (*shape, *image)), jnp.zeros(shape, jnp.int32)
         return finetune.init(variables["params"], ranges, settings), finetune.fixed_inputs(variables, ranges, *data, config)
 
-    return Part(finetune.make_step(teacher, student, settings), build, settings.batch, settings.batch)
+    total = settings.epochs * settings.steps_per_epoch * settings.batch
+    return Part(finetune.make_step(teacher, student, settings), build, settings.batch, settings.batch, total)
 
 
 PARTS: dict[str, Callable[[ConfigDict, int], Part]] = {"synthesize": synthesis, "finetune": fine_tuning}
 
 
-def measure(part: Part, devices: int, steps_per_call: int, calls: int, arithmetic: str) -> dict[str, Any]:
-    """The JSON line of a part. calls: timed calls; 0: the step is only compiled."""
+class Variant(NamedTuple):
+    """How a step is compiled. arithmetic: of the products. options: a name in `COMPILER_OPTIONS`, or "" for the default."""
+
+    arithmetic: str
+    options: str = ""
+
+
+def variants(device: str | None, config: ConfigDict) -> list[Variant]:
+    """What is measured: for a kind of device each arithmetic, and its compiler options in one of these."""
+    if not device:
+        return [Variant(config.teacher.arithmetic)]
+    return [*map(Variant, ARITHMETIC), *(Variant(OPTIONS_ARITHMETIC, name) for name in COMPILER_OPTIONS.get(device, {}))]
+
+
+def measure(
+    part: Part, devices: int, steps_per_call: int, calls: int, arithmetic: str, options: Mapping[str, Any], trace: bool
+) -> dict[str, Any]:
+    """The JSON line of a part. calls: timed calls; 0: the step is only compiled. trace: include "operations"."""
     step = parallel.pmap_steps(part.step, devices, steps_per_call, all_processes=True)
     if calls:
         box, constants = parallel.replicate(jax.jit(part.build)(), devices)
@@ -128,7 +163,7 @@ def measure(part: Part, devices: int, steps_per_call: int, calls: int, arithmeti
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((devices, *x.shape), x.dtype), jax.eval_shape(part.build))
         lowered = step.lower(*shapes)
     start = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(dict(options))
     line: dict[str, Any] = {"batch": part.batch, "compile_seconds": round(time.perf_counter() - start, 1)}
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     flops = devices * (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
@@ -142,24 +177,29 @@ def measure(part: Part, devices: int, steps_per_call: int, calls: int, arithmeti
 
         def call() -> Any:
             nonlocal box
-            box, metrics = step(box, constants)
+            box, metrics = compiled(box, constants)
             return metrics
 
         seconds = time_calls(call, calls) / steps_per_call
         line |= {
             "per_second": round(part.images / seconds, 1),
             "step_seconds": round(seconds, 4),
+            "total_seconds": round(seconds * part.total / part.images, 1),
             "matmul_fraction": round(flops / seconds / matmul_rate(devices, arithmetic), 3),
         }
+        if trace:
+            line["operations"] = operations.of(call, steps_per_call)
     return line | {"devices": parallel.device_total(devices), "device": jax.devices()[0].device_kind}
 
 
 COLUMNS = {
     "part": "step",
-    "arithmetic": "teacher's products",
+    "arithmetic": "products",
+    "options": "compiler",
     "batch": "batch",
     "per_second": "images/s",
     "step_seconds": "s a step",
+    "total_seconds": "all steps of the config, s",
     "flops": "FLOP a step",
     "matmul_fraction": "of the matrix-product rate",
     "intermediate_gib": "intermediate arrays, GiB",
@@ -183,6 +223,15 @@ def row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def operations_table(line: dict[str, Any]) -> str:
+    """The operations of a line's step as a table below a heading."""
+    title = " ".join(filter(None, (line["part"], line["arithmetic"], line["options"])))
+    traced = line["operations"]
+    busy = f"The devices are busy for {traced['busy_ms']:.4g} of {traced['span_ms']:.4g} ms a step."
+    rows = [row([each["name"], cell(each["ms"]), cell(each["calls"])]) for each in traced["longest"]]
+    return "\n".join(["", f"**{title}.** {busy}", "", row(["operation", "ms a step", "calls a step"]), row(["---"] * 3), *rows])
+
+
 def main(_: list[str]) -> None:
     """Print each line as soon as it is measured."""
     with cli.user_errors():
@@ -201,17 +250,25 @@ def main(_: list[str]) -> None:
         show: Callable[[str], None] = partial(print, flush=True) if processes.is_main() else lambda _: None
         if given.device:
             show(head(devices))
-        for arithmetic in ARITHMETIC if given.device else [config.teacher.arithmetic]:
-            config.teacher.arithmetic = arithmetic
+        found = []
+        for variant in variants(given.device, config):
+            if given.device:
+                config.teacher.arithmetic = config.student.arithmetic = variant.arithmetic
+            options = COMPILER_OPTIONS[given.device][variant.options] if variant.options else {}
             for name in PARTS if given.part == "all" else [given.part]:
+                line: dict[str, Any] = {"part": name, "arithmetic": variant.arithmetic, "options": variant.options}
                 try:
-                    line = measure(PARTS[name](config, devices), devices, steps_per_call, calls, arithmetic)
+                    part = PARTS[name](config, devices)
+                    line |= measure(part, devices, steps_per_call, calls, variant.arithmetic, options, given.operations)
                 except jax.errors.JaxRuntimeError as error:  # if memory is too small for one row, the others are still measured
                     if not given.device:
                         raise
-                    line = {"per_second": "failed: " + str(error).split("\n")[0]}
-                line = {"part": name, "arithmetic": arithmetic, **line}
+                    line["per_second"] = "failed: " + str(error).split("\n")[0]
                 show(row([cell(line.get(column, "")) for column in COLUMNS]) if given.device else json.dumps(line))
+                found.append(line)
+        for line in found if given.device else []:
+            if "operations" in line:
+                show(operations_table(line))
 
 
 if __name__ == "__main__":

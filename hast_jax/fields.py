@@ -120,6 +120,12 @@ FIELDS: dict[str, Field] = {
         "Precision of the teacher's convolutions and matrix products. Lower precision is faster on accelerators.",
         choices=tuple(ARITHMETIC),
     ),
+    "student.arithmetic": Field(
+        "float32",
+        "Precision of the student's convolutions and matrix products while it is fine-tuned. Calibration, evaluation and the "
+        "finished student use float32.",
+        choices=tuple(ARITHMETIC),
+    ),
     "pretrain.epochs": Field(60, "Epochs of `hast_jax.pretrain`, which trains a teacher on real images.", count),
     "pretrain.batch": Field(64, "Images in a step of `hast_jax.pretrain`.", count),
     "pretrain.lr": Field(0.1, "Highest learning rate of `hast_jax.pretrain`, reached after a warm-up.", positive),

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,6 +177,31 @@ def test_each_stage_stands_alone_on_plain_arrays(network: tuple, digits: dataset
     assert hast_jax.evaluate(model, trained, *real, mean=MEAN, std=STD, bits="w3a3").top1 > 50
     with pytest.raises(ValueError, match="the ranges are not finite, or not those of this network and these bits"):
         hast_jax.finetune(model, variables, ranges, images, labels, bits=(4, None))
+
+
+def test_calibration_gives_the_same_ranges_however_many_batches_one_call_takes(network: tuple) -> None:
+    images = np.random.default_rng(0).normal(size=(40, 8, 8, 1)).astype(np.float32)
+
+    def ranges(steps_per_call):
+        fields = FEW_STEPS | {"calibration.batches": 10, "steps_per_call": steps_per_call}
+        return hast_jax.calibrate(*network, images, bits="w3a3", fields=fields)
+
+    one, several = ranges(1), ranges(4)  # 1 + 3 + 3 + 3 batches
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), several, one)
+
+
+@pytest.mark.usefixtures("little_optimization")
+def test_the_student_is_trained_in_the_arithmetic_asked_for_and_ends_in_float32(network: tuple) -> None:
+    images = np.random.default_rng(0).normal(size=(40, 8, 8, 1)).astype(np.float32)
+
+    def student(arithmetic):
+        fields = FEW_STEPS | {"finetune.epochs": 1, "finetune.steps_per_epoch": 2, "student.arithmetic": arithmetic}
+        return quantize(network, images=(images, np.arange(40) % 10), fields=fields)
+
+    exact, rounded = student("float32"), student("bfloat16")
+    weight = [each.variables["params"]["init_block"]["conv"]["kernel"] for each in (exact, rounded)]
+    assert 0 < np.abs(weight[0] - weight[1]).max() < 0.05 * np.abs(weight[0]).max()
+    assert exact.network.arithmetic == rounded.network.arithmetic == "float32"
 
 
 @pytest.mark.slow

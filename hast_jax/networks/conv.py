@@ -10,6 +10,7 @@ A depthwise convolution is a sum of shifted products instead, because XLA's own 
 """
 
 import functools
+import math
 from functools import partial
 
 import jax
@@ -31,23 +32,49 @@ def conv(x: Array, kernel: Array, strides: Pair, padding: Padding, dilation: Pai
 
     padding: zeros on each side, as for `lax.conv_general_dilated`. dilation: of the kernel.
     """
-    x, kernel = _rounded(x), _rounded(kernel)
+    mantissa_bits = ARITHMETIC.get(jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
+    if mantissa_bits is None:
+        return _conv(x, kernel, strides, padding, dilation, groups)
+    y = _conv(_rounded(x, mantissa_bits), _rounded(kernel, mantissa_bits), strides, padding, dilation, groups)
+    return _with_rounded_gradient(y, mantissa_bits)
+
+
+def _conv(x: Array, kernel: Array, strides: Pair, padding: Padding, dilation: Pair, groups: int) -> Array:
     if groups == x.shape[-1] == kernel.shape[-1] > 1 and min(min(sides) for sides in padding) >= 0:
         return _depthwise(x, kernel, strides, padding, dilation)
     reach = [size - 1 for size in kernel.shape[:2]]
     inside = all(0 <= side <= most for sides, most in zip(padding, reach) for side in sides)
-    if groups == 1 and strides == dilation == (1, 1) and max(reach) > 0 and inside:
-        return _packed_conv(x, kernel, padding)
+    if groups == 1 and dilation == (1, 1) and max(reach) > 0 and inside:
+        image = math.prod(size // step for size, step in zip(x.shape[1:3], strides))
+        if strides == (1, 1) or image < math.prod(kernel.shape[:2]):
+            return _conv_with_gradient(x, kernel, strides, padding)
     return _direct(x, kernel, strides, padding, dilation, groups)
 
 
-def _rounded(x: Array) -> Array:
-    """`x` rounded as an accelerator rounds the operands of a product. A CPU computes products in float32."""
-    mantissa_bits = ARITHMETIC.get(jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
-    return x if mantissa_bits is None else lax.reduce_precision(x, 8, mantissa_bits)
+# An accelerator rounds both operands of each product. In the forward pass these are the image and the kernel. In the backward
+# pass they are the gradient of the output and one of these two. Results are not rounded. A CPU computes products in float32, so
+# the operands are rounded before.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _rounded(x: Array, mantissa_bits: int) -> Array:
+    return lax.reduce_precision(x, 8, mantissa_bits)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _with_rounded_gradient(y: Array, mantissa_bits: int) -> Array:
+    del mantissa_bits
+    return y
+
+
+_rounded.defvjp(lambda x, bits: (lax.reduce_precision(x, 8, bits), None), lambda bits, _, gradient: (gradient,))
+_with_rounded_gradient.defvjp(lambda y, bits: (y, None), lambda bits, _, gradient: (lax.reduce_precision(gradient, 8, bits),))
 
 
 def _direct(x: Array, kernel: Array, strides: Pair, padding: Padding, dilation: Pair = (1, 1), groups: int = 1) -> Array:
+    if math.prod(x.shape[1:3]) < math.prod(kernel.shape[:2]):
+        # XLA would exchange image and kernel, and then convolve at a fraction of its usual rate. The barrier keeps the zeros.
+        x, padding = lax.optimization_barrier(jnp.pad(x, ((0, 0), *padding, (0, 0)))), ((0, 0), (0, 0))
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -84,25 +111,31 @@ def _packed(x: Array, kernel: Array, padding: Padding) -> Array:
     return y.reshape(x.shape[0], height, width, channels_out)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _packed_conv(x: Array, kernel: Array, padding: Padding) -> Array:
-    return _packed(x, kernel, padding)
+def _value(x: Array, kernel: Array, strides: Pair, padding: Padding) -> Array:
+    return _packed(x, kernel, padding) if strides == (1, 1) else _direct(x, kernel, strides, padding)
 
 
-def _forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
+_conv_with_gradient = jax.custom_vjp(_value, nondiff_argnums=(2, 3))
+
+
+def _forward(x: Array, kernel: Array, strides: Pair, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
     # The barriers keep XLA from recomputing whole residual chains inside the weight gradient's transposes.
     x = lax.optimization_barrier(x)
-    return _packed(x, kernel, padding), (x, kernel)
+    return _value(x, kernel, strides, padding), (x, kernel)
 
 
-def _backward(padding: Padding, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _backward(strides: Pair, padding: Padding, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = saved
     gradient = lax.optimization_barrier(gradient)
-    (kernel_gradient,) = jax.linear_transpose(partial(_direct, x, strides=(1, 1), padding=padding), kernel)(gradient)
+    (kernel_gradient,) = jax.linear_transpose(partial(_direct, x, strides=strides, padding=padding), kernel)(gradient)
+    reach = [size - 1 for size in kernel.shape[:2]]
+    if strides != (1, 1):  # zeros between the pixels, and behind the last one for rows and columns that no step reached
+        unused = [(x.shape[1 + a] + sum(padding[a]) - kernel.shape[a]) % strides[a] for a in (0, 1)]
+        zeros = [(0, unused[a], strides[a] - 1) for a in (0, 1)]
+        gradient = lax.optimization_barrier(lax.pad(gradient, jnp.zeros((), gradient.dtype), [(0, 0, 0), *zeros, (0, 0, 0)]))
     (top, bottom), (left, right) = padding
-    rows, columns = kernel.shape[0] - 1, kernel.shape[1] - 1
-    mirrored = (rows - top, rows - bottom), (columns - left, columns - right)
+    mirrored = (reach[0] - top, reach[0] - bottom), (reach[1] - left, reach[1] - right)
     return _packed(gradient, kernel[::-1, ::-1].swapaxes(2, 3), mirrored), kernel_gradient
 
 
-_packed_conv.defvjp(_forward, _backward)
+_conv_with_gradient.defvjp(_forward, _backward)

@@ -1,6 +1,7 @@
 """Stage 3, fine-tuning: the quantized student follows the teacher on clean and on promoted images."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -125,6 +126,7 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
     config, settings = job.config, job.config.finetune
     stop, every = settings.epochs * settings.steps_per_epoch, settings.steps_per_epoch
     fixed = fixed_inputs(job.variables, ranges, images, labels, config)
+    learner = replace(job.student, arithmetic=config.student.arithmetic)
 
     def judge(state: State) -> None:
         epoch = int(state.step) // every
@@ -150,9 +152,7 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
             if due(start) and start // every not in evaluations:
                 judge(state)
             loop = drive(
-                parallel.pmap_steps(
-                    make_step(job.teacher, job.student, settings), job.devices, steps_per_call, all_processes=True
-                ),
+                parallel.pmap_steps(make_step(job.teacher, learner, settings), job.devices, steps_per_call, all_processes=True),
                 parallel.replicate(state, job.devices),
                 inputs(fixed, range(start, stop, steps_per_call), job.devices, settings),
                 start=start,
