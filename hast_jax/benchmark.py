@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 
 from hast_jax import cli, from_config, operations
 from hast_jax import config as config_lib
+from hast_jax.deliver.console import markdown_row
 from hast_jax.errors import UserError
 from hast_jax.networks.conv import ARITHMETIC
 from hast_jax.runs import parallel, processes
@@ -210,7 +211,7 @@ COLUMNS = {
 def head(devices: int) -> str:
     """The head of the table: the devices, the version of JAX, and the names of the columns."""
     of = f"{parallel.device_total(devices)} x {jax.devices()[0].device_kind}, JAX {jax.__version__}"
-    return "\n".join([of, "", row(list(COLUMNS.values())), row(["---"] * len(COLUMNS))])
+    return "\n".join([of, "", markdown_row(list(COLUMNS.values())), markdown_row(["---"] * len(COLUMNS))])
 
 
 def cell(value: Any) -> str:
@@ -218,18 +219,14 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def row(cells: list[str]) -> str:
-    """A row of the table."""
-    return "| " + " | ".join(cells) + " |"
-
-
 def operations_table(line: dict[str, Any]) -> str:
     """The operations of a line's step as a table below a heading."""
     title = " ".join(filter(None, (line["part"], line["arithmetic"], line["options"])))
     traced = line["operations"]
     busy = f"The devices are busy for {traced['busy_ms']:.4g} of {traced['span_ms']:.4g} ms a step."
-    rows = [row([each["name"], cell(each["ms"]), cell(each["calls"])]) for each in traced["longest"]]
-    return "\n".join(["", f"**{title}.** {busy}", "", row(["operation", "ms a step", "calls a step"]), row(["---"] * 3), *rows])
+    rows = [[each["name"], cell(each["ms"]), cell(each["calls"])] for each in traced["longest"]]
+    table = map(markdown_row, (["operation", "ms a step", "calls a step"], ["---"] * 3, *rows))
+    return "\n".join(["", f"**{title}.** {busy}", "", *table])
 
 
 def main(_: list[str]) -> None:
@@ -264,7 +261,7 @@ def main(_: list[str]) -> None:
                     if not given.device:
                         raise
                     line["per_second"] = "failed: " + str(error).split("\n")[0]
-                show(row([cell(line.get(column, "")) for column in COLUMNS]) if given.device else json.dumps(line))
+                show(markdown_row([cell(line.get(column, "")) for column in COLUMNS]) if given.device else json.dumps(line))
                 found.append(line)
         for line in found if given.device else []:
             if "operations" in line:

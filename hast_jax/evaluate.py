@@ -4,6 +4,7 @@ python -m hast_jax.evaluate --workdir=runs/c100-w3a3
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ def run(
     student_variables, steps = pipeline.restore_student(folder, variables, config, checkpoint, student)
 
     def judge(network):
-        return evaluator(lambda v, x: networks.apply(network, v, x)[0], images, config, devices, progress)
+        return evaluator(partial(networks.logits, network), images, config, devices, progress)
 
     full, quantized = judge(teacher)(variables), judge(student)(student_variables)
     judged_on = f"{len(images.labels)} images, {config.eval.dataset} {config.eval.split}"

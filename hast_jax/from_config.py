@@ -114,7 +114,7 @@ def _compare(network: Network, variables: weights.Variables, path: Path, config:
         raise UserError(f"config.teacher.check {path} holds {images.dtype} images: save pixels as uint8.")
     if images.dtype == np.uint8:
         images = normalise(jnp.asarray(images), config.teacher.mean, config.teacher.std)
-    found = networks.apply(network, variables, jnp.asarray(images, jnp.float32))[0]
+    found = networks.logits(network, variables, jnp.asarray(images, jnp.float32))
     largest, size = float(np.abs(np.asarray(found) - wanted).max()), float(np.abs(wanted).max())
     if not largest <= LOGITS_AGREE * max(size, 1.0):
         raise UserError(

@@ -7,6 +7,7 @@ progress bar in a notebook or with progress=True. Without `workdir` nothing is w
 
 import contextlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,10 +237,7 @@ def evaluate(
         variables = {**setting.variables, "ranges": ranges}
     dataset = real_images((images, labels), shape, network.classes)
     with _shown(progress) as shown:
-
-        def logits(v, x):
-            return networks.apply(network, v, x)[0]
-
+        logits = partial(networks.logits, network)
         return evaluate_stage.evaluator(logits, dataset, config, parallel.choose(0), shown)(variables)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -243,7 +244,7 @@ def _teacher_accuracy(job: Job, dataset: datasets.Dataset | None) -> Callable[[A
     progress = job.recorder.progress
 
     def judge(network):
-        return evaluator(lambda v, x: networks.apply(network, v, x)[0], dataset, job.config, job.devices, progress)
+        return evaluator(partial(networks.logits, network), dataset, job.config, job.devices, progress)
 
     accuracy = job.storage.teacher_accuracy()
     if accuracy is None:

@@ -5,6 +5,7 @@ python -m hast_jax.pretrain --config=configs/digits.py        # writes teacher.s
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +155,7 @@ def main(_: list[str]) -> None:
             raise UserError(f"config.pretrain.batch is {config.pretrain.batch}, more than the {len(train_set.labels)} images.")
         _try_to_write(output, network, tuple(config.teacher.image))
         variables = train(network, train_set, config, console.print)
-        evaluate = evaluator(lambda v, x: networks.apply(network, v, x)[0], test_set, config, devices, silent)
+        evaluate = evaluator(partial(networks.logits, network), test_set, config, devices, silent)
         top1 = evaluate(variables).top1
         recipe = ", ".join(f"{name} {value}" for name, value in config.pretrain.items())
         state = weights.to_state_dict(network.module, variables, tuple(config.teacher.image), network.call)

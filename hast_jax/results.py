@@ -5,6 +5,7 @@ python -m hast_jax.results runs/c100-w3a3 --over_time=over_time      # top-1 ove
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from absl import flags
 
 from hast_jax import cli, paths
-from hast_jax.deliver.console import format_bits, format_images, format_seconds
+from hast_jax.deliver.console import format_bits, format_images, format_seconds, markdown_row
 from hast_jax.errors import UserError
 from hast_jax.runs.progress import read_metrics
 
@@ -41,7 +42,7 @@ def row(name: str, result: dict[str, Any]) -> str:
         f"{result['steps']} x {result['batch']}",
         f"{format_seconds(sum(result['seconds'].values()))}, {result['hardware']}",
     ]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return markdown_row(cells)
 
 
 def table(folders: list[Path]) -> str:
@@ -114,12 +115,25 @@ def over_time_table(folders: list[Path], picture: Path) -> str:
     if other is not None:
         words = f"{next(iter(teachers))} has a teacher of {teacher:.2f} %, {other} one of {teachers[other]:.2f} %"
         raise UserError(f"{words}: draw runs of one teacher.")
-    unique = len({folder.resolve().name for folder in found}) == len(found)
-    curves = {folder.resolve().name if unique else str(folder): curve for folder, curve in found.items()}
+    curves = dict(zip(_labels(list(found)), found.values()))
     figures.over_time(curves, teacher, picture)
-    rows = [f"| {name} | {format_seconds(seconds)} | {top1:.2f} |" for name, curve in curves.items() for seconds, top1 in curve]
+    rows = [
+        markdown_row([name, format_seconds(seconds), f"{top1:.2f}"])
+        for name, curve in curves.items()
+        for seconds, top1 in curve
+    ]
     lines = ["| run | time of the whole job | top-1 |", "|---|---|---|", *rows]
     return "\n".join([*lines, "", *notes] if notes else lines)
+
+
+def _labels(folders: list[Path]) -> list[str]:
+    """Names of the folders; if two have the same name, their paths below the last folder that holds them all."""
+    whole = [folder.resolve() for folder in folders]
+    names = [path.name for path in whole]
+    if len(set(names)) < len(names):
+        above = os.path.commonpath(whole)
+        names = [str(path.relative_to(above)) for path in whole]
+    return names
 
 
 def define_flags() -> None:

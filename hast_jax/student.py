@@ -4,7 +4,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Student:
 
     @cached_property
     def _logits(self) -> Any:
-        return jax.jit(lambda variables, images: networks.apply(self.network, variables, images)[0])
+        return jax.jit(partial(networks.logits, self.network))
 
     @property
     def params(self) -> Mapping[str, Any]:

@@ -83,7 +83,7 @@ def test_full_precision_is_the_networks_own_apply(name: str) -> None:
     assert teacher.classes == 10
 
     def logits(variables, images):
-        return networks.apply(teacher, variables, images)[0]
+        return networks.logits(teacher, variables, images)
 
     expected = its.apply(its.variables, its.images)
     assert logits(its.variables, its.images).dtype == jnp.float32 and np.ptp(expected) > 0.1
@@ -103,7 +103,7 @@ def test_the_fast_convolution_changes_rounding_alone(name: str) -> None:
 
     slow, fast = (
         jax.jit(jax.grad(lambda images: loss(logits(its.variables, images)), has_aux=True))(its.images)
-        for logits in (its.apply, lambda variables, images: networks.apply(teacher, variables, images)[0])
+        for logits in (its.apply, lambda variables, images: networks.logits(teacher, variables, images))
     )
     rounding = 1e-5 if name not in ("bfloat16", "sequential") else 2**-6
     for ours, its_own in zip(fast, slow):
@@ -189,7 +189,7 @@ def quantized(name: str, bits: Any, patch: pytest.MonkeyPatch, fast: bool) -> tu
     student = networks.create(its.module, its.image, rules=rules.normalise(bits), fast_convolution=fast)
     ranges = jax.jit(lambda x: networks.observe(student, its.variables, {}, x))(its.images)
     record = Record(patch)
-    logits = jax.jit(lambda x: networks.apply(student, {**its.variables, "ranges": ranges}, x)[0])(its.images)
+    logits = jax.jit(lambda x: networks.logits(student, {**its.variables, "ranges": ranges}, x))(its.images)
     jax.effects_barrier()
     assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(ranges))
@@ -377,7 +377,7 @@ def test_a_network_that_is_transformed_as_a_whole_is_quantized_like_the_network_
     for module in (Infers(), transform(Infers)()):
         student = networks.create(module, image, rules=rules.normalise("w3a3"))
         ranges = networks.observe(student, given, {}, images)
-        logits.append(networks.apply(student, {**given, "ranges": ranges}, images)[0])
+        logits.append(networks.logits(student, {**given, "ranges": ranges}, images))
     close(logits[0], logits[1], 1e-6)
 
 

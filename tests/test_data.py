@@ -1,5 +1,7 @@
 """Real images: the built-in digits, and CIFAR through TFDS where it is prepared."""
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,7 +47,7 @@ def test_the_built_in_teachers_reach_their_accuracy(name: str, top1: float, requ
     model, variables = from_config.teacher(config)
     devices = parallel.setup(2)
     assert len(dataset.labels) == 10_000
-    found = evaluator(lambda v, x: networks.apply(model, v, x)[0], dataset, config, devices, silent)(variables)
+    found = evaluator(partial(networks.logits, model), dataset, config, devices, silent)(variables)
     assert found.top1 == pytest.approx(top1, abs=0.03) and found.top5 > found.top1
 
 

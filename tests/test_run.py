@@ -181,7 +181,7 @@ def test_a_student_is_judged_by_synthetic_images_that_it_has_not_seen(finished: 
     student = hast_jax.load(again / "student")
     config = tiny.config()
     teacher, variables = from_config.teacher(config)
-    target = np.asarray(networks.apply(teacher, variables, images)[0], np.float64)
+    target = np.asarray(networks.logits(teacher, variables, images), np.float64)
     logits = np.asarray(student(images), np.float64)
 
     def log(z):

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -107,7 +108,7 @@ def _in_double_precision(student: Student, images: np.ndarray) -> np.ndarray:
         wide = jax.tree.map(
             lambda leaf: leaf.astype(np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, variables
         )
-        logits = jax.jit(lambda variables, images: networks.apply(network, variables, images)[0])
+        logits = jax.jit(partial(networks.logits, network))
         batches = (images[i : i + BATCH] for i in range(0, len(images), BATCH))
         return np.concatenate(
             [np.asarray(logits(wide, normalise(jnp.asarray(each), student.mean, student.std))) for each in batches]

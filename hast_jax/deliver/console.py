@@ -1,8 +1,8 @@
-"""What the commands show: a progress bar, and the table at the end of a run."""
+"""What the commands show: a progress bar, the table at the end of a run, and the forms of its cells."""
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -130,6 +130,11 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
     times = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in result["seconds"].items())
     console.print(f"{format_images(result)}, {result['steps']} steps of {result['batch']}")
     console.print(f"{times}; {result['hardware']}")
+
+
+def markdown_row(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def format_bits(bits: dict[str, Any]) -> str:

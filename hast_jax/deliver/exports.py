@@ -205,7 +205,7 @@ def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tu
 
         def logits(images: jax.Array) -> jax.Array:
             images = images if options.normalised else normalise(images, student.mean, student.std)
-            return networks.apply(network, student.variables, images)[0]
+            return networks.logits(network, student.variables, images)
 
         return bytes(jax_export.export(jax.jit(logits), platforms=PLATFORMS)(given).serialize())
 

@@ -85,7 +85,7 @@ def _logits(student: Student, kernels: Mapping[str, networks.Codes], images: Arr
         fits = np.abs(codes.integers).max() <= HIGH
         params[paths[path]] = _marked(values, codes.step, 0, channel) if fits else values
     images = images if normalised else normalise(images, student.mean, student.std)
-    return networks.apply(network, {**student.variables, "params": unflatten_dict(params)}, images)[0]
+    return networks.logits(network, {**student.variables, "params": unflatten_dict(params)}, images)
 
 
 def _marked(x: Array, steps: np.ndarray, zero_point: int, axis: int | None = None) -> Array:

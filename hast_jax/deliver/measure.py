@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -150,9 +151,9 @@ def sensitivities(
             return jnp.where(switched["/".join(site.name)], fake_quantized(student, x, low, high, site.bits), x)
 
         network = dataclasses.replace(plain, quantize_activation=quantize)
-        return losses.distillation(target, networks.apply(network, {**variables, "ranges": ranges}, batch)[0], 1.0, 1.0)
+        return losses.distillation(target, networks.logits(network, {**variables, "ranges": ranges}, batch), 1.0, 1.0)
 
-    target = jax.jit(lambda v, x: networks.apply(teacher, v, x)[0])(teacher_variables, batch)
+    target = jax.jit(partial(networks.logits, teacher))(teacher_variables, batch)
     ranges, params = student_variables["ranges"], teacher_variables["params"]
     names = {"/".join(site.name): site.bits for site in student.sites.values()}
 
@@ -178,23 +179,6 @@ def sensitivities(
         alone, without = measure(start, switches(False, name)), measure(codes, switches(True, name))
         found.append(Sensitivity(name, "activations", bits, alone, without))
     return sorted(found, key=lambda each: -each.alone)
-
-
-def agreement(
-    teacher: Network, teacher_variables: Variables, student: Network, variables: Variables, images: np.ndarray
-) -> tuple[float, float]:
-    """The per cent of images for which both networks give the same class, and the KL divergence from the teacher in nats.
-
-    images: normalised [n, height, width, channels], one batch.
-    """
-
-    @jax.jit
-    def compare(teacher_variables: Variables, variables: Variables, images: Array) -> tuple[Array, Array]:
-        a, b = networks.apply(teacher, teacher_variables, images)[0], networks.apply(student, variables, images)[0]
-        return jnp.mean(jnp.argmax(a, -1) == jnp.argmax(b, -1)), losses.distillation(a, b, 1.0, 1.0)
-
-    same, divergence = compare(teacher_variables, variables, jnp.asarray(images))
-    return 100 * float(same), float(divergence)
 
 
 def suggested_bits(found: Sequence[Sensitivity], costs: Sequence[Cost], average: float) -> dict[str, int]:

@@ -65,7 +65,7 @@ def build(
 
     def logits(variables: Any, images: Any) -> Any:
         images = images if normalised else normalise(images, student.mean, student.std)
-        return networks.apply(network, {**variables, "ranges": ranges}, images)[0]
+        return networks.logits(network, {**variables, "ranges": ranges}, images)
 
     traced = jax.make_jaxpr(logits)(variables, jax.ShapeDtypeStruct((TRACED_BATCH, *student.image), kind))
     kernels, order = _kernels(student), LAYOUTS[layout]

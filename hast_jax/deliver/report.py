@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from hast_jax import __version__
+from hast_jax import __version__, networks
 from hast_jax import config as config_lib
 from hast_jax.deliver import charts, measure
 from hast_jax.deliver.console import format_bits, format_images, format_seconds
@@ -66,7 +66,8 @@ def _facts(folder: RunFolder, student: Student, teacher: Teacher, images: np.nda
     few = np.asarray(images[: IMAGES if max(student.image[:2]) <= SMALL else FEW_IMAGES])
     costs = measure.costs(student.network, student.variables, student.image)
     parts = measure.sensitivities(*teacher, student.network, student.variables, few)
-    agreed, divergence = measure.agreement(*teacher, student.network, student.variables, few)
+    network, variables = teacher
+    agreed, divergence = networks.agreement(network, student.network, (variables, student.variables), few, len(few))
     bits = format_bits(record["bits"])
     where = "" if record["dataset"] in UNNAMED else f" for {record['dataset']}"
     weights = _average(costs)

@@ -9,11 +9,12 @@ from hast_jax.errors import InputError
 from hast_jax.method.losses import BatchNormTap
 from hast_jax.networks import user_files
 from hast_jax.networks.codes import Codes, kernel_codes
-from hast_jax.networks.forward import Taps, apply, observe
+from hast_jax.networks.forward import Taps, apply, logits, observe
 from hast_jax.networks.mobilenet import MobileNetV1, MobileNetV2
 from hast_jax.networks.network import Network, create
 from hast_jax.networks.ranges import kernel_ranges, proper_ranges, quantized_params, settled
 from hast_jax.networks.resnet import ResNet
+from hast_jax.networks.teacher_agreement import agreement
 
 ARCHITECTURES: dict[str, Any] = {
     "resnet8": partial(ResNet, widths=(16, 32, 64), units=(1, 1, 1)),
@@ -45,10 +46,12 @@ __all__ = [
     "Network",
     "ResNet",
     "Taps",
+    "agreement",
     "apply",
     "create",
     "kernel_codes",
     "kernel_ranges",
+    "logits",
     "module",
     "observe",
     "proper_ranges",

@@ -45,7 +45,7 @@ def apply(network: Network, variables: Variables, images: Array) -> tuple[Array,
     variables: the module's, and for a student also `ranges`. Logits, inputs of batch norms and branches are float32 at least,
     even if the module computes in less. Narrower types would lose the small differences that losses measure.
     """
-    logits, left = _call(network, variables, images, observing=False)
+    output, left = _call(network, variables, images, observing=False)
 
     def moment(call, name):
         return _below(variables["batch_stats"], call.path)[name]
@@ -55,7 +55,12 @@ def apply(network: Network, variables: Variables, images: Array) -> tuple[Array,
     )
     activations = {site.name: _quantized(left, call, "quantized") for call, site in network.sites.items()}
     branches = tuple(widened(_left(left, call, "output")) for call in network.branches)
-    return widened(logits), Taps(norms, branches, activations)
+    return widened(output), Taps(norms, branches, activations)
+
+
+def logits(network: Network, variables: Variables, images: Array) -> Array:
+    """The logits that `apply` gives, without the taps."""
+    return apply(network, variables, images)[0]
 
 
 def observe(network: Network, variables: Variables, ranges: Variables, images: Array) -> Variables:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from hast_jax.deliver.console import markdown_row
 from hast_jax.paper import experiments, figures
 from hast_jax.paper.experiments import FINDINGS, PAPER_TEACHERS, Experiment, Finding
 from hast_jax.paper.sweep import Result, Sweep
@@ -74,14 +75,14 @@ def markdown(rows: list[Row]) -> str:
     header = ["", "top-1", "drop"]
     header += ["agreement, held-out synthetic", "KL"] if judged else []
     header += ["paper: top-1", "paper: drop", "drop, ours - paper's"] if compared else []
-    lines = [_line(header), _line(["---"] * len(header))]
+    lines = [markdown_row(header), markdown_row(["---"] * len(header))]
     for row in rows:
         cells = [row["label"], *_accuracy(row)]
         if judged:
             cells += [f"{row[name]:{form}}" if name in row else "" for name, form in _AGREEMENT_COLUMNS]
         if compared:
             cells += [f"{row[name]:{form}}" if name in row else "" for name, form in _PAPER_COLUMNS]
-        lines.append(_line(cells))
+        lines.append(markdown_row(cells))
     failures = [f"- {row['label']}: {sentence}" for row in rows for sentence in row["failed"]]
     return "\n".join(lines + (["", "Failed:", "", *failures] if failures else []))
 
@@ -96,10 +97,6 @@ def _accuracy(row: Row) -> list[str]:
     spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
     missing = f" ({row['seeds']} of {row['seeds'] + len(row['failed'])} seeds)" if row["failed"] else ""
     return [f"{row['mean']:.2f}{spread}{missing}", f"{row['drop']:.2f}"]
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def draw_sensitivity(rows: list[Row], path: Path) -> bool:

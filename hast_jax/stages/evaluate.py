@@ -9,7 +9,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hast_jax.data.datasets import Dataset, normalise
-from hast_jax.method import losses
 from hast_jax.networks.weights import Variables
 from hast_jax.runs import parallel, preemption, processes
 from hast_jax.runs.loop import drive
@@ -86,27 +85,3 @@ def evaluator(
         return Accuracy(*(100 * int(correct) / len(dataset.labels) for correct in processes.total(own)))
 
     return evaluate
-
-
-class Agreement(NamedTuple):
-    """Images, in per cent, for which student and teacher have the same largest logit; mean KL(teacher || student) in nats."""
-
-    top1: float
-    kl: float
-
-
-def agreement(teacher: Logits, student: Logits, variables: tuple[Variables, Variables], images: Any, batch: int) -> Agreement:
-    """Agreement on normalised images [n, height, width, channels], which may be synthetic: no label is needed.
-
-    variables: those of the teacher and of the student. batch: images in a step, which runs on one device.
-    """
-
-    @jax.jit
-    def step(variables: tuple[Variables, Variables], images: Array) -> Array:
-        target, logits = teacher(variables[0], images), student(variables[1], images)
-        same = jnp.sum(jnp.argmax(target, 1) == jnp.argmax(logits, 1))
-        return jnp.stack([same.astype(jnp.float32), len(images) * losses.distillation(target, logits, 1.0, 1.0)])
-
-    parts = [np.asarray(step(variables, jnp.asarray(images[i : i + batch]))) for i in range(0, len(images), batch)]
-    means = np.stack(parts).astype(np.float64).sum(0) / len(images)
-    return Agreement(100 * float(means[0]), float(means[1]))

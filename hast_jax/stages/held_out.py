@@ -10,7 +10,6 @@ from hast_jax import networks, paths
 from hast_jax.errors import UserError
 from hast_jax.networks.weights import Variables
 from hast_jax.runs import synthetic_set
-from hast_jax.stages.evaluate import agreement
 from hast_jax.stages.job import Job
 
 
@@ -26,12 +25,7 @@ def measure(job: Job, variables: Variables) -> dict[str, Any] | None:
     images = images_of(job.config)
     if images is None:
         return None
-
-    def logits(network):
-        return lambda v, x: networks.apply(network, v, x)[0]
-
-    teacher, student = logits(job.teacher), logits(job.student)
-    found = agreement(teacher, student, (job.variables, variables), images, job.config.eval.batch)
+    found = networks.agreement(job.teacher, job.student, (job.variables, variables), images, job.config.eval.batch)
     return {"images": len(images), "agreement": found.top1, "kl": found.kl}
 
 
