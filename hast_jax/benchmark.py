@@ -22,7 +22,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -229,6 +229,27 @@ def operations_table(line: dict[str, Any]) -> str:
     return "\n".join(["", f"**{title}.** {busy}", "", *table])
 
 
+def lines(device: str | None, config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
+    """Measure the steps that the flags name, one after the other. device: a kind of device, for a table."""
+    given = flags.FLAGS
+    steps_per_call = parallel.steps_per_call(config.steps_per_call)
+    calls = 0 if given.compile_only else given.steps
+    for variant in variants(device, config):
+        if device:
+            config.teacher.arithmetic = config.student.arithmetic = variant.arithmetic
+        options = COMPILER_OPTIONS[device][variant.options] if device and variant.options else {}
+        for name in PARTS if given.part == "all" else [given.part]:
+            line: dict[str, Any] = {"part": name, "arithmetic": variant.arithmetic, "options": variant.options}
+            try:
+                part = PARTS[name](config, devices)
+                line |= measure(part, devices, steps_per_call, calls, variant.arithmetic, options, given.operations)
+            except jax.errors.JaxRuntimeError as error:  # if memory is too small for one row, the others are still measured
+                if not device:
+                    raise
+                line["per_second"] = "failed: " + str(error).split("\n")[0]
+            yield line
+
+
 def main(_: list[str]) -> None:
     """Print each line as soon as it is measured."""
     with cli.user_errors():
@@ -242,28 +263,17 @@ def main(_: list[str]) -> None:
         if given.device not in (None, jax.default_backend()):
             raise UserError(f"there is no {given.device} here that JAX can use: it found only the {jax.default_backend()}.")
         jax.config.update("jax_enable_compilation_cache", False)  # because compile times are measured too
-        steps_per_call = parallel.steps_per_call(config.steps_per_call)
-        calls = 0 if given.compile_only else given.steps
         show: Callable[[str], None] = partial(print, flush=True) if processes.is_main() else lambda _: None
-        if given.device:
-            show(head(devices))
-        found = []
-        for variant in variants(given.device, config):
-            if given.device:
-                config.teacher.arithmetic = config.student.arithmetic = variant.arithmetic
-            options = COMPILER_OPTIONS[given.device][variant.options] if variant.options else {}
-            for name in PARTS if given.part == "all" else [given.part]:
-                line: dict[str, Any] = {"part": name, "arithmetic": variant.arithmetic, "options": variant.options}
-                try:
-                    part = PARTS[name](config, devices)
-                    line |= measure(part, devices, steps_per_call, calls, variant.arithmetic, options, given.operations)
-                except jax.errors.JaxRuntimeError as error:  # if memory is too small for one row, the others are still measured
-                    if not given.device:
-                        raise
-                    line["per_second"] = "failed: " + str(error).split("\n")[0]
-                show(markdown_row([cell(line.get(column, "")) for column in COLUMNS]) if given.device else json.dumps(line))
-                found.append(line)
-        for line in found if given.device else []:
+        if not given.device:
+            for line in lines(None, config, devices):
+                show(json.dumps(line))
+            return
+        show(head(devices))
+        measured = []
+        for line in lines(given.device, config, devices):
+            show(markdown_row([cell(line.get(column, "")) for column in COLUMNS]))
+            measured.append(line)
+        for line in measured:
             if "operations" in line:
                 show(operations_table(line))
 

@@ -5,8 +5,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 
 from hast_jax import benchmark, operations
+from hast_jax.runs import parallel
 
 # Two kernels that overlap on two streams, one after a gap, and lines that hold no kernels.
 GPU_TRACE = """
@@ -57,4 +59,13 @@ def test_only_kernels_of_a_gpu_count_and_those_that_overlap_count_once(tmp_path:
 
 @pytest.mark.parametrize("options", benchmark.COMPILER_OPTIONS["gpu"].values(), ids=benchmark.COMPILER_OPTIONS["gpu"])
 def test_the_compiler_knows_the_options_that_the_benchmark_tries(options: dict) -> None:
-    assert jax.jit(lambda x: x + 1).lower(1.0).compile(options)(1.0) == 2
+    step = parallel.pmap_steps(lambda x: (x + 1, x), 1)
+    assert step.lower(jnp.ones(1)).compile(options)(jnp.ones(1))[0] == 2
+
+
+def test_on_a_gpu_each_arithmetic_and_each_option_of_the_compiler_is_measured() -> None:
+    arithmetic = [("float32", ""), ("tensorfloat32", ""), ("bfloat16", "")]
+    options = [("tensorfloat32", name) for name in benchmark.COMPILER_OPTIONS["gpu"]]
+    assert benchmark.variants("gpu", tiny.config()) == arithmetic + options
+    assert benchmark.variants("tpu", tiny.config()) == arithmetic
+    assert benchmark.variants(None, tiny.config(teacher__arithmetic="bfloat16")) == [("bfloat16", "")]
