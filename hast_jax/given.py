@@ -95,6 +95,7 @@ class Setting:
         """
         if processes.count() > 1:
             raise InputError("a single stage works in one process: for several processes, use quantize with a workdir.")
+        parallel.make_room_for_programs()
         devices = parallel.choose(self.config.devices, batch)
         teacher, student = from_config.bare_teacher(self.config, self.model), from_config.student(self.config, self.model)
         return Job(self.config, devices, MemoryRun(), Recorder(None, progress), teacher, student, self.variables)

@@ -143,6 +143,7 @@ def _prepare(
     """
     with processes.failing_as_one():
         config_lib.validate(config)
+        parallel.make_room_for_programs()
         devices = parallel.choose(config.devices, config.finetune.batch)
         if own is None:
             teacher, variables = from_config.teacher(config)

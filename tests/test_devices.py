@@ -13,7 +13,9 @@ import pytest
 import tiny
 
 from hast_jax import from_config, networks, pipeline
+from hast_jax.given import Setting
 from hast_jax.runs import parallel
+from hast_jax.runs.progress import silent
 from hast_jax.stages import finetune, synthesize
 
 
@@ -202,3 +204,47 @@ def test_by_default_the_devices_divide_the_batch() -> None:
 def test_a_cpu_sees_a_batch_in_parts_of_some_32_images_whatever_its_size(batch: int, parts: int) -> None:
     assert batch // parallel.micro_batch(0, batch) == parts
     assert parallel.micro_batch(1, batch) == 1
+
+
+MANY_PROGRAMS = """
+import gc, sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from hast_jax.given import Setting
+from hast_jax.runs import parallel
+from hast_jax.runs.progress import silent
+
+def mappings():
+    gc.collect()
+    return len(parallel.MAPPINGS.read_text().splitlines())
+
+for number in range(10):
+    step = parallel.pmap_steps(lambda x: (jnp.sort(jnp.sin(x * number)) @ x[:, None], x), 1)
+    step(jnp.ones((1, 8)))
+full = mappings()
+parallel.make_room_for_programs()
+kept = mappings()
+parallel.MOST_MAPPINGS = Path(sys.argv[1])
+parallel.MOST_MAPPINGS.write_text(str(2 * full - 20))
+parallel.make_room_for_programs()
+print(full, kept, mappings())
+"""
+
+
+@pytest.mark.skipif(not parallel.MOST_MAPPINGS.exists(), reason="only Linux counts the memory mappings of a process")
+def test_compiled_programs_are_forgotten_before_a_process_has_too_many_memory_mappings(tmp_path) -> None:
+    command = [sys.executable, "-c", MANY_PROGRAMS, str(tmp_path / "most")]
+    full, kept, left = map(int, subprocess.run(command, env=tiny.environment(), capture_output=True, check=True).stdout.split())
+    assert abs(kept - full) < 20 and left < full - 50
+
+
+def test_each_run_makes_room_for_its_programs(finished, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(parallel, "MOST_MAPPINGS", tmp_path / "most")
+    (tmp_path / "most").write_text("100")
+    cleared = []
+    monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(True))
+    pipeline.run(tiny.config(), finished)
+    assert cleared == [True]
+    teacher, variables = from_config.teacher(tiny.config())
+    Setting(teacher.module, variables, (8, 8, 1), 0.3, 0.4, "w3a3", 0, None, {}, None).job(silent)
+    assert cleared == [True, True]

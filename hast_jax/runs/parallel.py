@@ -8,6 +8,7 @@ averages the gradients of the devices that take a step.
 import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ KEEP_BARRIERS = "--xla_disable_hlo_passes=cse_barrier_expander"
 COMPILATION_CACHE = "~/.cache/hast_jax"
 CPU_STEPS_PER_CALL, ACCELERATOR_STEPS_PER_CALL = 1, 50
 CPU_MICRO_BATCH = 32
+MAPPINGS, MOST_MAPPINGS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")  # of this process; allowed by Linux
 
 
 def setup(devices: int, batch: int | None = None) -> int:
@@ -72,6 +74,21 @@ def choose(devices: int, batch: int | None = None) -> int:
             "config.devices."
         )
     return used
+
+
+def make_room_for_programs() -> None:
+    """Let JAX forget its compiled programs if they take half of the memory mappings that Linux allows a process.
+
+    JAX keeps each pmapped program for ever. On a CPU, XLA needs thousands of mappings for the programs of one run. Without
+    this, a process that quantizes about twenty times would end in a segmentation fault. Other functions of the process that
+    JAX had compiled are compiled again when they are called.
+    """
+    if not MAPPINGS.exists() or not MOST_MAPPINGS.exists():
+        return  # not Linux
+    with MAPPINGS.open("rb") as lines:
+        used = sum(1 for _ in lines)
+    if used > int(MOST_MAPPINGS.read_text()) // 2:
+        jax.clear_caches()
 
 
 def _cores() -> int:
