@@ -196,6 +196,9 @@ FIELDS: dict[str, Field] = {
         "batch", "Which images share a crop. batch: all of a batch. image: each image has its own.", choices=CROPS
     ),
     "synthesis.crop_scale": Field(0.4, "Smallest share of the image that a crop keeps.", share),
+    "synthesis.flip": Field(
+        True, "A step that crops its batch also flips it at random. False for letters, digits and signs: a flip changes them."
+    ),
     "synthesis.save_every": Field(250, "Steps between two checkpoints of batches that are being made.", count, free=True),
     "calibration.batches": Field(800, "Number of batches on which the ranges of the activations are measured.", count),
     "calibration.batch": Field(16, "Images in a batch of the calibration.", count),
@@ -274,7 +277,10 @@ FIELDS: dict[str, Field] = {
     "finetune.keep_every": Field(
         0, "Epochs between two checkpoints that are never deleted. 0: none.", count_or_zero, free=True
     ),
-    "finetune.augment": Field(True, "Crop and flip the images at random."),
+    "finetune.augment": Field(True, "Crop the images at random, and flip them with `finetune.flip`."),
+    "finetune.flip": Field(
+        True, "With `finetune.augment`, flip the images at random. False for letters, digits and signs: a flip changes them."
+    ),
     "finetune.crop_scale": Field(0.5, "Smallest share of the image that a crop keeps.", share),
     "eval.dataset": Field(
         "cifar100", "Real images for the evaluation. none: no evaluation. folder: image files.", choices=DATASETS

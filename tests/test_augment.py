@@ -37,16 +37,28 @@ def test_boxes_lie_in_the_image_and_have_the_wanted_areas_and_aspects(size: tupl
 def test_the_whole_image_without_a_crop_is_itself_or_its_mirror(width: int) -> None:
     images = jax.random.normal(jax.random.key(0), (64, SIZE, width, 3))
     keys = jax.random.split(jax.random.key(1), 64)
-    out = augmentation.random_resized_crop_and_flip(keys, images, (1.0, 1.0), (1.0, 1.0))
+    out = augmentation.random_resized_crop(keys, images, (1.0, 1.0), (1.0, 1.0))
     same = jnp.abs(out - images).max((1, 2, 3)) < 1e-5
     mirrored = jnp.abs(out - images[:, :, ::-1]).max((1, 2, 3)) < 1e-5
     assert (same ^ mirrored).all() and 16 < int(same.sum()) < 48
+    np.testing.assert_allclose(
+        augmentation.random_resized_crop(keys, images, (1.0, 1.0), (1.0, 1.0), flip=False), images, atol=1e-5
+    )
+
+
+def test_without_flips_the_crops_are_the_same() -> None:
+    images = jnp.broadcast_to(jnp.arange(SIZE, dtype=jnp.float32)[:, None], (8, 1, SIZE, SIZE)).swapaxes(2, 3)[:, 0, ..., None]
+    keys = jax.random.split(jax.random.key(2), 8)
+    flipped, plain = (augmentation.random_resized_crop(keys, images, (0.3, 0.9), flip=flip) for flip in (True, False))
+    assert (plain[:, :, -1] >= plain[:, :, 0]).all()  # brightness rises from left to right
+    mirrored = jnp.where((flipped[:, :, -1:] < flipped[:, :, :1]), flipped[:, :, ::-1], flipped)
+    np.testing.assert_allclose(mirrored, plain, atol=1e-5)
 
 
 def test_one_key_gives_the_batch_one_crop_and_many_keys_give_many() -> None:
     images = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, SIZE, SIZE, 3)), (4, SIZE, SIZE, 3))
-    one = augmentation.random_resized_crop_and_flip(jax.random.key(1), images, (0.4, 0.6))
-    many = augmentation.random_resized_crop_and_flip(jax.random.split(jax.random.key(1), 4), images, (0.4, 0.6))
+    one = augmentation.random_resized_crop(jax.random.key(1), images, (0.4, 0.6))
+    many = augmentation.random_resized_crop(jax.random.split(jax.random.key(1), 4), images, (0.4, 0.6))
     assert jnp.abs(one - one[:1]).max() == 0
     assert jnp.abs(many - many[:1]).max() > 0.1
 
@@ -55,7 +67,7 @@ def test_it_is_linear_in_the_images_so_that_gradients_flow_through_it() -> None:
     images = jax.random.normal(jax.random.key(0), (2, SIZE, SIZE, 3))
 
     def see(x):
-        return augmentation.random_resized_crop_and_flip(jax.random.key(3), x, (0.4, 1.0))
+        return augmentation.random_resized_crop(jax.random.key(3), x, (0.4, 1.0))
 
     _, tangent = jax.jvp(see, (images,), (2 * images,))
     np.testing.assert_allclose(tangent, 2 * see(images), rtol=1e-5, atol=1e-6)

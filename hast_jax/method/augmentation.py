@@ -48,26 +48,28 @@ def resize_matrix(start: Array, length: Array, size: int) -> Array:
     return jnp.maximum(0, 1 - jnp.abs(source[:, None] - target[None, :]))
 
 
-def random_resized_crop_and_flip(
-    key: Array, images: Array, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+def random_resized_crop(
+    key: Array, images: Array, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3), flip: bool = True
 ) -> Array:
-    """Crop, resize back and flip (probability 1/2) images [batch, height, width, channels].
+    """Crop images [batch, height, width, channels], resize them back and, with `flip`, mirror them with probability 1/2.
 
     key: [batch] keys, one for each image, or one key, whose crop and flip the whole batch shares. scale, ratio: see `crop_box`.
     """
     _, height, width, _ = images.shape
     if key.ndim == 0:
-        rows, columns = (matrix[None] for matrix in _matrices(key, (height, width), scale, ratio))
+        rows, columns = (matrix[None] for matrix in _matrices(key, (height, width), scale, ratio, flip))
     else:
-        rows, columns = jax.vmap(lambda k: _matrices(k, (height, width), scale, ratio))(key)
+        rows, columns = jax.vmap(lambda k: _matrices(k, (height, width), scale, ratio, flip))(key)
     rows, columns = (jnp.broadcast_to(m, (len(images), *m.shape[1:])).astype(images.dtype) for m in (rows, columns))
     # By default an accelerator would round the images to bfloat16 here, which no config field asks for.
     return jnp.einsum("biy,byxc,bjx->bijc", rows, images, columns, precision=jax.lax.Precision.HIGHEST)
 
 
-def _matrices(key: Array, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[Array, Array]:
+def _matrices(
+    key: Array, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], flip: bool
+) -> tuple[Array, Array]:
     box_key, flip_key = jax.random.split(key)
     top, left, height, width = crop_box(box_key, size, scale, ratio)
     columns = resize_matrix(left, width, size[1])
-    flip = jax.random.bernoulli(flip_key)
-    return resize_matrix(top, height, size[0]), jnp.where(flip, columns[::-1], columns)
+    rows = resize_matrix(top, height, size[0])
+    return rows, jnp.where(jax.random.bernoulli(flip_key), columns[::-1], columns) if flip else columns

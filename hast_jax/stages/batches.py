@@ -82,7 +82,7 @@ def draw(fixed: FixedInputs, step: Array, settings: ConfigDict) -> tuple[Array, 
     images, labels = fixed.images[rows], fixed.labels[rows]
     if settings.augment:
         keys = parallel.device_share(keys)
-        images = augmentation.random_resized_crop_and_flip(keys, images, (settings.crop_scale, 1.0))
+        images = augmentation.random_resized_crop(keys, images, (settings.crop_scale, 1.0), flip=settings.flip)
     return jnp.asarray(images), jnp.asarray(labels)
 
 

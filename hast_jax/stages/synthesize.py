@@ -137,7 +137,7 @@ def _see_through_crop(images: Array, key: Array, settings: ConfigDict) -> Array:
     crop_key, choice_key = jax.random.split(key)
     if settings.crop == "image":
         crop_key = jax.vmap(partial(jax.random.fold_in, crop_key))(jnp.arange(len(images)))
-    cropped = augmentation.random_resized_crop_and_flip(crop_key, images, (settings.crop_scale, 1.0))
+    cropped = augmentation.random_resized_crop(crop_key, images, (settings.crop_scale, 1.0), flip=settings.flip)
     return jnp.where(jax.random.bernoulli(choice_key, settings.crop_probability), cropped, images)
 
 
