@@ -146,10 +146,11 @@ class Variant(NamedTuple):
 
 
 def variants(device: str | None, config: ConfigDict) -> list[Variant]:
-    """What is measured: for a kind of device each arithmetic, and its compiler options in one of these."""
+    """What is measured: for a kind of device each arithmetic and, in one process, its compiler options in one of these."""
     if not device:
         return [Variant(config.teacher.arithmetic)]
-    return [*map(Variant, ARITHMETIC), *(Variant(OPTIONS_ARITHMETIC, name) for name in COMPILER_OPTIONS.get(device, {}))]
+    options = COMPILER_OPTIONS.get(device, {}) if processes.count() == 1 else {}
+    return [*map(Variant, ARITHMETIC), *(Variant(OPTIONS_ARITHMETIC, name) for name in options)]
 
 
 def measure(
@@ -175,10 +176,12 @@ def measure(
     line["flops"] = flops * processes.count()
     line["arguments_gib"], line["intermediate_gib"] = gib(memory.argument_size_in_bytes), gib(memory.temp_size_in_bytes)
     if calls:
+        # A compiled pmap does not take the arrays of one of several processes, so there the step is compiled once more.
+        run = compiled if processes.count() == 1 else step
 
         def call() -> Any:
             nonlocal box
-            box, metrics = compiled(box, constants)
+            box, metrics = run(box, constants)
             return metrics
 
         seconds = time_calls(call, calls) / steps_per_call

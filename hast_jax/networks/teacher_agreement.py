@@ -1,4 +1,4 @@
-"""How far a student gives the answers of its teacher."""
+"""How often a student gives the answer of its teacher, and how far its logits are from the teacher's."""
 
 from typing import Any, NamedTuple
 
