@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -70,6 +71,20 @@ def test_the_recipes_table_of_two_bits_is_that_of_its_file() -> None:
     shown = rows((folder / "recipe.md").read_text(), 4)
     for r in known:
         assert [r["name"], f"{r['top1']:.2f}", f"{r['agreement']:.1f}", f"{r['kl']:.3f}"] in shown
+
+
+def test_the_recipes_table_of_gamma_and_eps_is_that_of_its_file() -> None:
+    folder = tiny.ROOT / "docs"
+    shown = rows((folder / "recipe.md").read_text(), 6)
+    columns = {"train_agree": 1, "train_kl": 3, "held_kl": 3, "test": 2}  # name in the file -> digits behind the point
+    for name, seeds in json.loads((folder / "recipe" / "sensitivity.json").read_text())["rows"].items():
+        values = {column: [seed[column] for seed in seeds] for column in columns}
+        cells = [
+            f"{statistics.mean(values[column]):.{digits}f} ± {statistics.stdev(values[column]):.{digits}f}"
+            for column, digits in columns.items()
+        ]
+        label = name if " = " in name else name.replace("=", " = ")
+        assert [label, str(len(seeds)), *cells] in shown
 
 
 def test_every_command_that_a_page_names_exists() -> None:
