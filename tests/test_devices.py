@@ -238,12 +238,12 @@ def test_compiled_programs_are_forgotten_before_a_process_has_too_many_memory_ma
     assert abs(kept - full) < 20 and left < full - 50
 
 
-def test_each_run_makes_room_for_its_programs(finished, tmp_path, monkeypatch) -> None:
+def test_each_run_makes_room_for_its_programs(copy, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(parallel, "MOST_MAPPINGS", tmp_path / "most")
     (tmp_path / "most").write_text("100")
     cleared = []
     monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(True))
-    pipeline.run(tiny.config(), finished)
+    pipeline.run(tiny.config(), copy)
     assert cleared == [True]
     teacher, variables = from_config.teacher(tiny.config())
     Setting(teacher.module, variables, (8, 8, 1), 0.3, 0.4, "w3a3", 0, None, {}, None).job(silent)

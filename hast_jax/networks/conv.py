@@ -6,7 +6,8 @@ at once, as `pack * out` channels of one convolution with stride (1, pack). The 
 gradient of the image is computed in the same way. The entries that the kernel gains are zeros, so the result is the same up to
 rounding.
 
-A depthwise convolution is a sum of shifted products instead, because XLA's own is slow. docs/performance.md gives both gains.
+A depthwise convolution is a sum of shifted products instead, because XLA's own is slow. An image smaller than the kernel is
+padded beforehand, because XLA would otherwise exchange the two. docs/performance.md gives the gains.
 """
 
 import functools
@@ -45,8 +46,8 @@ def _conv(x: Array, kernel: Array, strides: Pair, padding: Padding, dilation: Pa
     reach = [size - 1 for size in kernel.shape[:2]]
     inside = all(0 <= side <= most for sides, most in zip(padding, reach) for side in sides)
     if groups == 1 and dilation == (1, 1) and max(reach) > 0 and inside:
-        image = math.prod(size // step for size, step in zip(x.shape[1:3], strides))
-        if strides == (1, 1) or image < math.prod(kernel.shape[:2]):
+        pixels = math.prod(size // step for size, step in zip(x.shape[1:3], strides))  # about those of the output's gradient
+        if strides == (1, 1) or pixels < math.prod(kernel.shape[:2]):
             return _conv_with_gradient(x, kernel, strides, padding)
     return _direct(x, kernel, strides, padding, dilation, groups)
 

@@ -25,7 +25,7 @@ def step(student: Network, variables: Mapping[str, Any], ranges: State, images: 
 
 
 def steps(student: Network, variables: Mapping[str, Any], ranges: State, images: Array) -> State:
-    """The ranges after several more batches of images [batches, batch, height, width, channels]. The first ever comes alone."""
+    """The ranges after more batches of images [batches, batch, height, width, channels]; the first batch of all comes alone."""
     if len(images) == 1:  # no loop: on a CPU, XLA runs the convolutions of a loop body on one thread
         return step(student, variables, ranges, images[0])
     return jax.lax.scan(lambda ranges, batch: (step(student, variables, ranges, batch), None), ranges, images)[0]
