@@ -63,6 +63,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("device", None, ["cpu", "gpu", "tpu"], "Print a table for this kind of device.")
     flags.DEFINE_bool("operations", False, "Also print the operations of each step that take the most time.")
     flags.DEFINE_bool("compile_only", False, "Print the compiler's analysis of a step, without running the step.")
+    cli.define_processes()
 
 
 def time_calls(call: Callable[[], Any], calls: int) -> float:
@@ -259,7 +260,9 @@ def main(_: list[str]) -> None:
         given = flags.FLAGS
         config = given.config
         config_lib.validate(config)
-        cli.join(several=not given.compile_only)
+        if given.compile_only and given.processes:
+            raise UserError(cli.ONE_PROCESS)
+        cli.join()
         if given.device == "cpu":  # JAX takes an accelerator by itself, if there is one
             jax.config.update("jax_platforms", "cpu")
         devices = parallel.setup(config.devices, config.finetune.batch)

@@ -30,6 +30,7 @@ from ml_collections import config_flags
 from hast_jax import config as config_lib
 from hast_jax import fields
 from hast_jax.errors import InputError, Notice, Stopped, UserError, refused_by_disk
+from hast_jax.kinds import close, shown
 from hast_jax.runs import processes
 
 COMMANDS = {
@@ -43,6 +44,7 @@ COMMANDS = {
     "pretrain": "pretrain",
 }
 STOPPED = 75  # exit status of a run that saved and stopped on SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
+ONE_PROCESS = "this command works in one process: leave out --processes."
 UNAVAILABLE = "Configuration is not available because of an earlier failure to load: "  # ml_collections' words
 OUT_OF_MEMORY = (
     "the memory of a device is too small ({words}): set --config.synthesis.stack=1, --config.synthesis.remat=True with a small "
@@ -62,7 +64,6 @@ def run(command: ModuleType, arguments: list[str] | None = None) -> None:
     sys.modules["__main__"].__doc__ = command.__doc__  # --help begins with it
     with user_errors():
         others = set(flags.FLAGS)
-        define_processes()
         command.define_flags()
         for name in set(flags.FLAGS) - others:  # --help shows only these flags
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
@@ -94,21 +95,15 @@ def define_workdir(help_text: str, default: str | None = None) -> None:
 
 
 def define_processes() -> None:
-    """Define the flag by which several processes find each other."""
+    """Define the flag by which several processes find each other, for a command that can work in several."""
     words = "For one run in several processes: auto (Slurm, TPU, MPI), or HOST:PORT,NUMBER,INDEX (address of process 0)."
     flags.DEFINE_string("processes", "", words)
 
 
-def join(several: bool = True) -> None:
-    """Join the other processes of the run if --processes is given. A command calls this before it uses a device.
-
-    several: whether this command can work in several processes. Raises UserError if it cannot and --processes is given.
-    """
-    given = flags.FLAGS.processes
-    if given and not several:
-        raise UserError("this command works in one process: leave out --processes.")
-    if given:
-        processes.join(given)
+def join() -> None:
+    """Join the other processes of the run if --processes is given. A command calls this before it uses a device."""
+    if flags.FLAGS.processes:
+        processes.join(flags.FLAGS.processes)
 
 
 @contextmanager
@@ -206,7 +201,29 @@ def _wrong_flag(words: str) -> UserError:
         return config_lib.refusal(field[1], field[2], fields.FIELDS[field[1]].kind())
     if "is defined twice" in words:
         return UserError("--config is given twice: give one config.")
-    return _unbuilt(words) if re.match(r"\w+Error: ", words) else UserError(words)
+    if re.match(r"\w+Error: ", words):
+        return _unbuilt(words)
+    return _wrong_flag_of_command(words)
+
+
+def _wrong_flag_of_command(words: str) -> UserError:
+    """The error of a flag that is no field of a config. words: absl's."""
+    if unknown := re.match(r"Unknown command line flag '([^']*)'", words):
+        names = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
+        words = f"there is no flag --{unknown[1]}{close(unknown[1], names)}: --help shows the flags"
+        return UserError(ONE_PROCESS if unknown[1] == "processes" else f"{words}.")
+    if missing := re.match(r"Missing value for flag --?([\w.]+)", words):
+        return UserError(f"--{missing[1]} has no value: write --{missing[1]}=VALUE.")
+    if wrong := re.match(r"flag --(\w+)=(.*?): (.*)", words):
+        parser = flags.FLAGS[wrong[1]].parser
+        wanted = parser.syntactic_help
+        if isinstance(parser, flags.EnumParser):
+            wanted = f"one of {', '.join(parser.enum_values)}"
+        if isinstance(parser, flags.BooleanParser):
+            wanted = "true or false"
+        # A text may be anything, so its error comes from a validator, which has written its own sentence.
+        words = f"--{wrong[1]} is {shown(wrong[2])}: it must be {wanted}." if wanted else f"{wrong[3]}."
+    return UserError(words)
 
 
 def _unbuilt(words: str) -> UserError:

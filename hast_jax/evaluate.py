@@ -36,6 +36,7 @@ def define_flags() -> None:
     flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names). Its code is run.")
     flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), if they have moved.")
     flags.DEFINE_integer("devices", 0, "Local devices that are used. 0: the default, as for config.devices.", lower_bound=0)
+    cli.define_processes()
 
 
 class Found(NamedTuple):

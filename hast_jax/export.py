@@ -145,7 +145,6 @@ def table(found: Exported, title: str) -> Table:
 def main(_: list[str]) -> None:
     """Export a run folder."""
     with cli.user_errors():
-        cli.join(several=False)
         given = flags.FLAGS
         parallel.setup(1)
         workdir = paths.local(given.workdir)

@@ -22,6 +22,7 @@ def define_flags() -> None:
     """Define the flags of this command."""
     cli.define_config()
     cli.define_workdir("Folder of the run. An unfinished run in it resumes.")
+    cli.define_processes()
 
 
 def main(_: list[str]) -> None:

@@ -135,7 +135,6 @@ def _try_to_write(output: Path, network: Network, image: tuple[int, ...]) -> Non
 def main(_: list[str]) -> None:
     """Train, evaluate, write."""
     with cli.user_errors():
-        cli.join(several=False)
         config, console = flags.FLAGS.config, Console()
         config_lib.validate(config)
         output = paths.local(flags.FLAGS.output)

@@ -59,7 +59,6 @@ def run(
 def main(_: list[str]) -> None:
     """Write the report of a run folder."""
     with cli.user_errors():
-        cli.join(several=False)
         given = flags.FLAGS
         parallel.setup(1)
         chosen = {name: given[name].value for name in ("network", "names", "weights")}

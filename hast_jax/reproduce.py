@@ -94,7 +94,6 @@ def main(arguments: list[str]) -> None:
         names = SUPPLEMENT if arguments[1:] == ["all"] else arguments[1:]
         if not names or not set(names) <= set(NAMES):
             raise UserError(f"name one or several experiments of: {', '.join(NAMES)}; or all.")
-        cli.join(several=False)
         preemption.listen()
         given, console = flags.FLAGS, Console()
         config_lib.validate(given.config)

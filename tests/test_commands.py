@@ -60,9 +60,12 @@ def test_what_works_in_one_process_refuses_several(command: list[str]) -> None:
         (["evaluate", "--workdir=a", "best"], "does not take the word 'best': write its flag before it"),
         (["main", DIGITS, "--workdir="], "--workdir is empty: name a folder"),
         (["report", "--workdir=a", "--average_bits=nan"], "--average_bits=nan: give a number from 2 to 8"),
+        (["export", "--workdi=a"], "there is no flag --workdi (did you mean workdir?): --help shows the flags."),
+        (["export", "--workdir=a", "--format=onx"], "--format is 'onx': it must be one of onnx, litert,"),
+        (["evaluate", "--workdir=a", "--devices=two"], "--devices is 'two': it must be a non-negative integer."),
     ],
 )
-def test_words_without_a_flag_and_flags_without_a_value_are_refused(command: list[str], words: str, tmp_path) -> None:
+def test_words_without_a_flag_and_unusable_flags_are_refused(command: list[str], words: str, tmp_path) -> None:
     done = tiny.call([*tiny.module(command[0]), *command[1:]], tmp_path)
     assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not list(tmp_path.iterdir())
