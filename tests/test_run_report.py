@@ -17,7 +17,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_export import student
+from students import student
 
 import hast_jax
 from hast_jax import from_config, networks
