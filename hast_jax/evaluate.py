@@ -32,7 +32,7 @@ def define_flags() -> None:
     flags.DEFINE_string("dataset", None, "Data set (eval.dataset), if it is not the run's.")
     flags.DEFINE_string("split", None, "Split of the data set (eval.split), if it is not the run's.")
     flags.DEFINE_string("data_dir", None, "Folder of the images (eval.data_dir), if it is not the run's.")
-    flags.DEFINE_string("network", None, "FILE.py:CLASS of your own network. Its code is run.")
+    flags.DEFINE_string("network", None, "FILE.py:NAME of your own network. Its code is run.")
     flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names). Its code is run.")
     flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), if they have moved.")
     flags.DEFINE_integer("devices", 0, "Local devices that are used. 0: the default, as for config.devices.", lower_bound=0)
@@ -63,7 +63,7 @@ def run(
     """The accuracies of the teacher and the student of a run folder. Raises UserError.
 
     dataset, split, data_dir: replace those of the run's config. weights: another path of the same weights.
-    network, names: FILE.py:CLASS and FILE.py:FUNCTION of the user, if the run has them. They must be given, because code that
+    network, names: FILE.py:NAME and FILE.py:FUNCTION of the user, if the run has them. They must be given, because code that
     only a run folder names may be a stranger's and is never run.
     """
     folder, config = run_folder.open_for_reading(workdir)

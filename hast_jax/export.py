@@ -50,7 +50,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("layout", default.layout, ["nhwc", "nchw"], "Layout of the images that an onnx file takes.")
     flags.DEFINE_bool("normalised", default.normalised, "The file takes float32 images that are normalised already.")
     flags.DEFINE_string("data_dir", None, "Folder of real images (eval.data_dir), if it is not the run's.")
-    flags.DEFINE_string("network", None, "FILE.py:CLASS of your own network. Its code is run.")
+    flags.DEFINE_string("network", None, "FILE.py:NAME of your own network. Its code is run.")
 
 
 def run(
@@ -64,7 +64,7 @@ def run(
 ) -> Exported:
     """Export the student of a finished run. Raises UserError.
 
-    network: FILE.py:CLASS of the user's network, if the run has one. It must be given, because code that only a run folder
+    network: FILE.py:NAME of the user's network, if the run has one. It must be given, because code that only a run folder
     names may be a stranger's and is never run. options: those of `deliver.exports.Options`.
     """
     folder, config = run_folder.open_for_reading(workdir)

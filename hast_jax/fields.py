@@ -28,7 +28,7 @@ IMAGE_SCHEDULES = ("plateau", "cosine")
 CROPS = ("batch", "image")
 OPTIMIZERS = ("sgd", "adam")
 RANGES = ("fixed", "learned")
-NETWORKS = (*ARCHITECTURES, "FILE.py:CLASS")
+NETWORKS = (*ARCHITECTURES, "FILE.py:NAME")
 GIVEN = "(given in Python)"  # stands for a Python object that was given, or ends its name
 JSON = parsed_by(json_object, "a JSON object")
 FULL_PRECISION = 32  # the number of bits that means: not quantized
@@ -69,7 +69,7 @@ FIELDS: dict[str, Field] = {
     ),
     "teacher.network": Field(
         "resnet20",
-        "The full-precision network. FILE.py:CLASS names your own network.",
+        "The full-precision network. FILE.py:NAME names your own network.",
         one_of(NETWORKS, also=lambda name: user_files.is_own(name) or name.endswith(GIVEN)),
         choices=NETWORKS,
     ),
@@ -77,12 +77,15 @@ FIELDS: dict[str, Field] = {
         "", 'Arguments of your own network\'s constructor, as a JSON object. Example: `{"num_classes": 10}`.', JSON
     ),
     "teacher.call": Field(
-        "", 'Arguments of your own network\'s call besides the images, as a JSON object. Example: `{"train": false}`.', JSON
+        "",
+        "Arguments of your own network's call besides the images, as a JSON object. You need not give `train=False` and its "
+        "synonyms.",
+        JSON,
     ),
     "teacher.weights": Field(
         "cifar100",
-        "A built-in teacher (digits, cifar10, cifar100), or the path of a weight file (.safetensors, .npz, .msgpack, .pth, "
-        ".h5, .keras) or of an Orbax folder.",
+        "A built-in teacher (digits, cifar10, cifar100), or the path of a weight file or of an Orbax folder. "
+        "docs/your_network.md lists the formats.",
         free=True,  # a run checks the content of its weights instead: RunFolder.check_teacher
         own=True,
     ),

@@ -20,7 +20,7 @@ def define_flags() -> None:
     """Define the flags of this command."""
     cli.define_workdir("Folder of a finished run.")
     flags.DEFINE_float("average_bits", None, "Average bits of a weight in the suggested bits by layer.", MIN_BITS, MAX_BITS)
-    flags.DEFINE_string("network", None, "FILE.py:CLASS of your own network. Its code is run.")
+    flags.DEFINE_string("network", None, "FILE.py:NAME of your own network. Its code is run.")
     flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), if they have moved.")
     flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names). Its code is run.")
 
@@ -35,7 +35,7 @@ def run(
 ) -> Path:
     """Write the report of a finished run; returns the path of report.html. Raises UserError.
 
-    weights: another path of the same weights. network, names: FILE.py:CLASS and FILE.py:FUNCTION of the user, if the run has
+    weights: another path of the same weights. network, names: FILE.py:NAME and FILE.py:FUNCTION of the user, if the run has
     them. They must be given, because code that only a run folder names may be a stranger's and is never run.
     """
     if average_bits is not None and not MIN_BITS <= average_bits <= MAX_BITS:

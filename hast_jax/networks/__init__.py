@@ -27,7 +27,7 @@ ARCHITECTURES: dict[str, Any] = {
 
 
 def module(name: str, classes: int, **arguments: Any) -> nn.Module:
-    """The module called `name`: one of `ARCHITECTURES`, or "FILE.py:CLASS" for a class in a user's file.
+    """The module called `name`: one of `ARCHITECTURES`, or "FILE.py:NAME" for a network in a user's file.
 
     arguments: of the constructor, besides `classes`. Raises UserError if there is no such network or if its constructor fails.
     """

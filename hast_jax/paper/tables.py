@@ -123,8 +123,8 @@ def context(sweep: Sweep, devices: int) -> str:
     hardware = f"{devices} x {jax.devices()[0].device_kind}"
     return (
         f"{config.teacher.network} on {config.eval.dataset}, {bits}: {made}, {steps}, seed {seeds}, {hardware}. Top-1 in per "
-        f"cent on {sweep.test_images} real images at the last epoch. ± is the standard deviation over seeds. The drop is "
-        f"measured from the full-precision teacher. The paper: {experiments.PAPER_BUDGET}."
+        f"cent on {sweep.test_images} real images at the last epoch. In a table, ± is the standard deviation over seeds. The "
+        f"drop is measured from the full-precision teacher. The paper: {experiments.PAPER_BUDGET}."
     )
 
 
@@ -135,8 +135,8 @@ def page(sections: dict[str, Section], sweep: Sweep, context: str) -> str:
     config = sweep.config
     title = f"# The supplement's experiments: {config.teacher.network} on {config.eval.dataset}"
     rule = (
-        "A finding is undecided unless the difference is larger than twice its standard error. The standard error comes from "
-        "the number of real images and from the spread over seeds. With one seed it leaves out that spread."
+        "Here ± is twice the standard error of a difference. A finding is undecided if its difference is smaller. The standard "
+        "error comes from the number of real images and from the spread over seeds. With one seed it leaves out that spread."
     )
     findings = "\n".join(f"- {line}" for line in lines)
     bodies = [f"## {each.title}\n\n{each.body}" for each in sections.values()]
