@@ -28,7 +28,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from hast_jax import config as config_lib
-from hast_jax import fields
+from hast_jax import fields, paths
 from hast_jax.errors import InputError, Notice, Stopped, UserError, refused_by_disk
 from hast_jax.kinds import close, shown
 from hast_jax.runs import processes
@@ -149,7 +149,7 @@ def shipped_config(path: str) -> str:
     path: may have a variant after a colon, which is kept. Raises UserError if there is no such file.
     """
     name, colon, variant = path.partition(":")
-    given = Path(name).expanduser()
+    given = paths.local(name)
     if given.is_file():
         return f"{given}{colon}{variant}"
     here = Path(__file__).parent

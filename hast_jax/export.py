@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hast_jax import cli, from_config, paths, student
@@ -151,7 +152,7 @@ def main(_: list[str]) -> None:
         output = paths.local(given.output) if given.output else None
         options = {name: given[name].value for name in Options.__dataclass_fields__}
         found = run(workdir, given.format, output, data_dir=given.data_dir, network=given.network, **options)
-        Console().print(table(found, f"{found.path}"))
+        Console().print(table(found, escape(f"{found.path}")))
 
 
 class _Command(ModuleType):

@@ -106,7 +106,8 @@ def _compare(network: Network, variables: weights.Variables, path: Path, config:
         raise UserError(
             f"config.teacher.check {path} cannot be read ({error}): give an .npz file with images and logits."
         ) from error
-    if images.ndim != 4 or images.shape[1:] != tuple(config.teacher.image) or wanted.shape != (len(images), network.classes):
+    fits = images.ndim == 4 and images.shape[1:] == tuple(config.teacher.image)
+    if not fits or not len(images) or wanted.shape != (len(images), network.classes):
         shapes = f"images {images.shape} and logits {wanted.shape}"
         expected = f"[n, {', '.join(map(str, config.teacher.image))}] and [n, {network.classes}]"
         raise UserError(f"config.teacher.check {path} holds {shapes}: they must be {expected}.")

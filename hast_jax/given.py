@@ -139,9 +139,12 @@ def _numbers(name: str, values: Any, count: int) -> tuple[Any, ...]:
 
 def _as_json(call: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(call)
-    except TypeError as error:
-        raise InputError(f"call is {call}: its values must be numbers, texts, True, False or None.") from error
+        text = json.dumps(call)
+    except TypeError:
+        text = ""
+    if not text or json.loads(text) != dict(call):  # JSON has no tuples: the network would get a list
+        raise InputError(f"call is {call}: its values must be numbers, texts, True, False, None, or lists and dicts of these.")
+    return text
 
 
 def normalised_images(images: Any) -> np.ndarray:

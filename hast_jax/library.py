@@ -134,7 +134,7 @@ def synthesize(
     batch = -(-count // batches)
     sizes = {"synthesis.images": batch * batches, "synthesis.iterations": iterations, "synthesis.batch": batch}
     sizes |= {**_best("synthesis"), "finetune.batch": 1, "calibration.batch": 1}
-    setting = Setting(model, variables, image, mean, std, "w8a8", seed, call, sizes, fields, NORMALISED)
+    setting = Setting(model, variables, image, mean, std, "full", seed, call, sizes, fields, NORMALISED)
     with _shown(progress) as shown:
         made, labels = synthesize_stage.run(setting.job(shown))
     return made[:count], labels[:count]
@@ -229,7 +229,7 @@ def evaluate(
     else:
         if variables is None or mean is None or std is None or len(shape) != 3:
             raise InputError("evaluate needs variables, images, labels, mean and std of a network that is not a Student.")
-        setting = Setting(model, variables, shape, mean, std, bits or "w8a8", 0, call, {}, None)
+        setting = Setting(model, variables, shape, mean, std, bits or "full", 0, call, {}, None)
         config = setting.config
         ranges = variables.get("ranges", {}) if bits and isinstance(variables, Mapping) else {}
         network = _student_with(config, model, ranges) if bits else from_config.bare_teacher(config, model)

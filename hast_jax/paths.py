@@ -9,9 +9,13 @@ from hast_jax.errors import UserError
 def local(path: str | Path) -> Path:
     """`path` on a file system of this machine, with `~` replaced by the home folder.
 
-    Raises UserError for the address of a bucket, such as gs://bucket/run, which would become a folder called "gs:".
+    Raises UserError for the address of a bucket, such as gs://bucket/run, which would become a folder called "gs:", and for
+    the home folder of a user who does not exist.
     """
     address = re.match(r"([A-Za-z][\w+.-]+):/", str(path))
     if address:
         raise UserError(f"{path} is no path of this machine: give a folder, or mount the {address[1]} storage as a folder.")
-    return Path(path).expanduser()
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} begins with a home folder that does not exist: give another path.") from error

@@ -90,7 +90,7 @@ def _finished(job: Job, given: Given | None) -> Student | None:
         student = load(folder, job.student.module)
     except UserError:
         return None
-    images = None
+    images, judged_now = None, False
     if given is not None:
         images = given[0]
         processes.on_main(lambda: job.storage.check_images(*given))
@@ -101,18 +101,22 @@ def _finished(job: Job, given: Given | None) -> Student | None:
     if result.get("held_out") is None and job.config.eval.held_out:
         if images is not None:
             held_out.refuse_common(job.config, images)
+        judged_now = True
         result = {**result, "held_out": held_out.measure(job, student.variables)}
         student = dataclasses.replace(student, record=result)
         processes.on_main(lambda: student.save(folder))
         processes.on_main(lambda: job.storage.write_result(result))
     if images is not None:
-        processes.on_main(lambda: _report(job, student, images))
+        processes.on_main(lambda: _report(job, student, images, anew=judged_now))
     return student
 
 
-def _report(job: Job, student: Student, images: np.ndarray) -> None:
-    """Write the report of a finished run if it is wanted and missing. If this fails, the run only warns."""
-    if not job.config.report or not isinstance(job.storage, RunFolder) or job.storage.report.exists():
+def _report(job: Job, student: Student, images: np.ndarray, anew: bool = False) -> None:
+    """Write the report of a finished run if it is wanted and missing. If this fails, the run only warns.
+
+    anew: whether to replace a report that is there.
+    """
+    if not job.config.report or not isinstance(job.storage, RunFolder) or (job.storage.report.exists() and not anew):
         return
     from hast_jax.deliver import report
 
@@ -306,8 +310,9 @@ def restore_student(
 
     variables: the teacher's. checkpoint: "latest" or "best". Raises UserError if there is no undamaged checkpoint.
     """
-    state, ranges = None, folder.read_ranges(student.range_names)
-    if folder.checkpoints(checkpoint).is_dir():
+    state = None
+    if folder.has_ranges() and folder.checkpoints(checkpoint).is_dir():
+        ranges = folder.read_ranges(student.range_names)
         with folder.open_checkpoints(checkpoint, keep=2, writing=False) as checkpoints:
             state = checkpoints.restore(finetune.init(variables["params"], ranges, config.finetune))
     if state is None and checkpoint == "best" and config.eval.dataset == "none":

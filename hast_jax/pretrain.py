@@ -15,6 +15,7 @@ import optax
 from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
+from rich.markup import escape
 
 from hast_jax import cli, from_config, networks, paths
 from hast_jax import config as config_lib
@@ -96,6 +97,8 @@ def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: C
     first = jax.random.fold_in(key, 2**31 - 1)
     variables = model.init(first, jnp.zeros((1, *teacher.image)), **network.call)
     params = variables["params"]
+    given = {"params": params, "batch_stats": variables["batch_stats"]}
+    weights.check_collections(model, given, tuple(teacher.image), network.call)
     state = State(params, variables["batch_stats"], transform.init(params), jnp.zeros((), jnp.int32))
 
     def unchanged(batch_stats: Any) -> bool:
@@ -168,7 +171,7 @@ def main(_: list[str]) -> None:
             "training": f"SGD nesterov, cosine, {recipe}, {len(train_set.labels)} images, seed {config.seed}",
         }
         write_bytes(output, weights.encoded(state, metadata))
-        console.print(f"{output}: top-1 {top1:.2f} % on {len(test_set.labels)} held-out images")
+        console.print(f"{escape(str(output))}: top-1 {top1:.2f} % on {len(test_set.labels)} held-out images")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import datetime
 import platform
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from hast_jax.runs import processes
 from hast_jax.stages import finetune
 from hast_jax.stages.job import Job
 
+SCRIPT = "hast-jax"  # the installed command
 STAGES = ("synthesis", "calibrate", "finetune")
 
 
@@ -38,7 +40,10 @@ def begin_segment(job: Job) -> dict[str, Any] | None:
 def _command() -> str | None:
     """The command that started this process; None if it is no command of hast_jax."""
     words = sys.orig_argv[1:]
-    return shlex.join(["python", *words]) if any("hast_jax" in word for word in words[:2]) else None
+    if words and Path(words[0]).name == SCRIPT:
+        return shlex.join([SCRIPT, *words[1:]])
+    module = words.index("-m") if "-m" in words else len(words)
+    return shlex.join(["python", *words[module:]]) if "".join(words[module + 1 :][:1]).startswith("hast_jax.") else None
 
 
 def end_segment(job: Job, segment: dict[str, Any] | None) -> None:

@@ -120,6 +120,8 @@ def test_a_checkpoint_that_cannot_be_read_for_now_is_not_passed_over(copy: Path,
 def test_the_address_of_a_bucket_is_no_path_and_the_home_folder_is(address: str) -> None:
     with pytest.raises(UserError, match="is no path of this machine"):
         paths.local(address)
+    with pytest.raises(UserError, match="begins with a home folder that does not exist"):
+        paths.local("~nobody-of-this-name/run")
     assert paths.local("~/run") == Path.home() / "run" and paths.local("a:/b") == Path("a:/b")
 
 
@@ -188,6 +190,13 @@ def test_missing_evaluation_data_are_refused_before_synthesis_with_the_way_to_ge
 def test_a_folder_that_is_no_run_cannot_be_evaluated(tmp_path: Path) -> None:
     done = tiny.call(tiny.evaluate(tmp_path))
     assert done.returncode == 1 and "is no run folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_that_is_not_calibrated_yet_holds_no_student(copy: Path) -> None:
+    for name in ("ranges.json", "result.json"):
+        (copy / name).unlink()
+    done = tiny.call(tiny.evaluate(copy))
+    assert done.returncode == 1 and "holds no latest student yet: let its run reach the end of an epoch" in done.stderr
 
 
 @pytest.mark.parametrize(

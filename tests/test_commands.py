@@ -96,19 +96,28 @@ def test_pretraining_that_could_not_end_well_is_refused_before_it_begins(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_pretraining_that_keeps_no_statistics_of_batch_norms_is_refused(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", "Net keep no statistics in training"),
+        ("x = x * self.variable('constants', 'c', lambda: 1.0).value", "Net has variables besides params and batch_stats"),
+    ],
+)
+def test_a_network_that_cannot_be_pretrained_is_refused(tmp_path, line: str, words: str) -> None:
+    """Its batch norms keep no statistics, or a weight file could not hold its variables."""
     lines = (
         "import flax.linen as nn",
         "class Net(nn.Module):",
         "    classes: int",
         "    @nn.compact",
         "    def __call__(self, x, is_train=False):",
+        f"        {line}",
         "        return nn.Dense(self.classes)(nn.BatchNorm(not is_train)(nn.Conv(4, (3, 3))(x)).mean((1, 2)))",
     )
     (tmp_path / "own.py").write_text("\n".join(lines))
     own = f"--config.teacher.network={tmp_path}/own.py:Net"
     done = tiny.call([*tiny.module("pretrain"), DIGITS, own, f"--output={tmp_path}/a.safetensors"])
-    assert done.returncode == 1 and "Net keep no statistics in training" in done.stderr, done.stderr
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "a.safetensors").exists()
 
 

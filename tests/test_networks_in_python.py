@@ -50,6 +50,18 @@ def test_an_argument_of_the_call_leaves_those_of_inference_as_they_are() -> None
     assert dict(student.network.call) == {"temperature": 2.0, "train": False}
 
 
+def test_an_argument_of_the_call_that_json_would_change_is_refused() -> None:
+    class Pooled(Net):
+        @nn.compact
+        def __call__(self, x: jax.Array, window: tuple[int, int]) -> jax.Array:
+            assert isinstance(window, tuple)
+            return nn.Dense(5)(nn.avg_pool(nn.BatchNorm(True)(nn.Conv(6, (3, 3))(x)), window).mean((1, 2)))
+
+    call = {"window": (2, 2)}
+    with pytest.raises(UserError, match=r"its values must be numbers, texts, True, False, None, or lists"):
+        quantize(Pooled(), call=call, variables=random_variables(Pooled(), IMAGE, call))
+
+
 def test_a_part_that_was_defined_again_is_looked_at_again(tmp_path: Path) -> None:
     """As in a notebook whose cell is run once more. `Whole` itself stays the same class with the same fields."""
 

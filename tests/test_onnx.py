@@ -14,7 +14,9 @@ from test_any_network import NETWORKS, given
 
 import hast_jax
 from hast_jax.data.datasets import normalise
+from hast_jax.deliver import measure
 from hast_jax.errors import InputError, UserError
+from hast_jax.networks.resnet import ResNet
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -35,6 +37,8 @@ def test_the_onnx_file_of_any_network_judges_as_the_student_does(name: str, tmp_
     assert compared.images == 256 and compared.different <= 1
     assert found.layers and np.median(list(found.layers.values())) < 0.03  # bfloat16 rounds otherwise; others are far below
     images = random_images(its, 3)
+    stored = onnx.load(tmp_path / "student.onnx").graph.initializer
+    assert sum(each.data_type == onnx.TensorProto.INT8 for each in stored) == len(its.codes())
     close = np.isclose(onnx_logits(tmp_path / "student.onnx", images), its(images), atol=1e-4).all(1)
     assert name in ("bfloat16", "sequential") or close.mean() > 0.5
 
@@ -72,6 +76,28 @@ def test_with_exact_operators_no_sum_is_rounded_so_the_integers_are_those_of_int
         onnx_check.integers(onnx_export.build(its, operators=operators), images) for operators in ("exact", "integer")
     )
     assert exact.keys() == integer.keys() and all(np.array_equal(exact[key], integer[key]) for key in exact)
+
+
+@pytest.mark.parametrize("operators", ["integer", "exact"])
+def test_the_maximum_of_integers_over_windows_is_an_integer(operators: str, tmp_path: Path, monkeypatch) -> None:
+    """The convolutions behind the max pooling of an ImageNet ResNet compute with integers too."""
+    monkeypatch.setitem(NETWORKS, "stem", (ResNet(10, (4, 8), (1, 1), imagenet_stem=True), (32, 32, 3)))
+    its = student("stem")
+    found = hast_jax.export(its, tmp_path / "student.onnx", operators=operators)
+    assert found.comparisons[0].different == 0
+    model = onnx.load(tmp_path / "student.onnx")
+    convolutions = [node.op_type for node in model.graph.node if node.op_type in ("Conv", "ConvInteger")]
+    assert len(convolutions) == 6
+    if operators == "integer":
+        assert convolutions.count("ConvInteger") == 5  # all but the first, which reads the image
+    steps = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    kernels = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in steps]
+    wanted = 1 if operators == "integer" else 6
+    assert len(kernels) - 1 == wanted  # and the matrix of the linear layer, which reads means
+    if operators == "exact":
+        assert sum(np.all(steps[node.input[1]] == 1) for node in kernels) == 5
+    costs = {each.name: each for each in measure.costs(its.network, its.variables, its.image)}
+    assert costs["stage1_unit1/conv1/conv"].activations == 4 and costs["init_block/conv"].activations == 32
 
 
 def test_the_weights_of_the_file_are_the_students_integers_with_zero_point_zero(tmp_path: Path) -> None:
@@ -141,7 +167,7 @@ class Assorted(nn.Module):
         def norm(x):
             return nn.BatchNorm(use_running_average=not train)(x)
 
-        x = nn.softplus(norm(nn.Conv(12, (3, 3))(x)))
+        x = nn.softplus(norm(nn.Conv(12, (3, 3))(nn.gelu(x, approximate=False))))
         a, b, c = jnp.split(x, (3, 8), axis=-1)  # parts of a channel axis
         x = jnp.concatenate([jnp.sin(c), 1 - a, b[..., ::2], -b], axis=-1)  # 4 + 3 + 3 + 5 channels
         x = x.transpose(0, 2, 1, 3)[:, 1:-1]

@@ -13,8 +13,10 @@ from flax import nnx
 
 import hast_jax
 from hast_jax import networks
+from hast_jax.deliver import report
 from hast_jax.errors import UserError
 from hast_jax.networks import rules
+from hast_jax.student import Student
 
 IMAGE = (8, 8, 3)
 
@@ -342,6 +344,23 @@ def test_weights_of_no_layer_may_stay_in_full_precision() -> None:
     refused(OwnKernel(), "with the rule 'mixing': None", {"default": (4, 4), "mixing": (8, None)})
     student = networks.create(OwnKernel(), IMAGE, rules=rules.normalise({"default": (4, 4), "mixing": None}))
     assert {layer.path for layer in student.kernels} == {("stem",), ("head",)}
+
+
+def test_images_are_made_from_a_network_with_weights_of_no_layer() -> None:
+    """Nothing is quantized while images are made, so no rule is needed."""
+    variables = OwnKernel().init(jax.random.key(0), jnp.zeros((1, *IMAGE)))
+    images, labels = hast_jax.synthesize(OwnKernel(), variables, image=IMAGE, count=4, iterations=1)
+    assert images.shape == (4, *IMAGE) and np.isfinite(images).all() and labels.shape == (4,)
+
+
+def test_suggested_bits_keep_weights_of_no_layer_in_full_precision() -> None:
+    bits = rules.normalise({"default": (4, 4), "mixing": None})
+    student = Student(networks.create(OwnKernel(), IMAGE, rules=bits), {}, bits, IMAGE, (0.5,) * 3, (0.25,) * 3, {})
+    record = {"network": "own.py:Net", "bits": {"weights": 4, "activations": 4, "rules": "mixing=full"}}
+    line = report._suggestion(student, {"stem": 6, "head": 2}, record)
+    found = rules.parse_rules(line.split('"')[1])
+    again = networks.create(OwnKernel(), IMAGE, rules=rules.normalise({"default": (4, 4), **found}))
+    assert {layer.path: each for layer, each in again.kernels.items()} == {("stem",): 6, ("head",): 2}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import tiny
 from PIL import Image
 
 import hast_jax
-from hast_jax import from_config, networks, pipeline
+from hast_jax import from_config, networks, pipeline, record
 from hast_jax.errors import UserError
 from hast_jax.runs.files import crc32
 
@@ -92,10 +93,28 @@ def test_held_out_images_may_be_named_after_the_run(copy: Path, tmp_path: Path) 
     batch = index["batch"]
     crcs = {b: crc32((made[int(b) * batch :][:batch] + 1, labels[int(b) * batch :][:batch])) for b in index["done"]}
     (held_out / "index.json").write_text(json.dumps({**index, "done": crcs}))
-    done = tiny.call([*tiny.command(copy), f"--config.eval.held_out={held_out}"])
+    (copy / "report.html").write_text("the report of the run without held-out images")
+    done = tiny.call([*tiny.command(copy, "--config.report=True"), f"--config.eval.held_out={held_out}"])
     assert done.returncode == 0, done.stderr
     found = json.loads((copy / "result.json").read_text())["held_out"]
     assert found["images"] == len(made) and 0 <= found["agreement"] <= 100
+    assert f"of {len(made)} synthetic images that it was not trained on" in (copy / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("started", "recorded"),
+    [
+        ("/env/bin/python -m hast_jax.main --workdir=a", "python -m hast_jax.main --workdir=a"),
+        ("python -W ignore -m hast_jax.reproduce table1", "python -m hast_jax.reproduce table1"),
+        ("/env/bin/python /env/bin/hast-jax quantize --workdir=a", "hast-jax quantize --workdir=a"),
+        ("python /home/me/hast_jax_trials/mine.py", None),
+        ("python -m ipykernel_launcher -f kernel.json", None),
+        ("python", None),
+    ],
+)
+def test_a_run_records_the_command_that_started_it(started: str, recorded: str | None, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", started.split())
+    assert record._command() == recorded
 
 
 def test_the_teachers_accuracy_is_told_before_any_image_is_made_and_measured_once(copy: Path, tmp_path: Path) -> None:

@@ -272,9 +272,10 @@ def test_logits_of_another_framework_are_compared_before_any_work(own: Path) -> 
     np.savez(own / "check.npz", images=images, logits=logits[:, ::-1])
     with pytest.raises(UserError, match=r"does not give the logits of .*: they differ by up to"):
         from_config.teacher(config)
-    np.savez(own / "check.npz", images=images.transpose(0, 3, 1, 2), logits=logits)
-    with pytest.raises(UserError, match=r"they must be \[n, 8, 8, 1\] and \[n, 10\]"):
-        from_config.teacher(config)
+    for wrong in ((images.transpose(0, 3, 1, 2), logits), (images[:0], logits[:0])):
+        np.savez(own / "check.npz", images=wrong[0], logits=wrong[1])
+        with pytest.raises(UserError, match=r"they must be \[n, 8, 8, 1\] and \[n, 10\]"):
+            from_config.teacher(config)
 
 
 def test_a_running_variance_may_be_negative_within_epsilon_and_not_beyond(own: Path) -> None:

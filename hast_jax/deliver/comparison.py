@@ -50,7 +50,7 @@ class Comparison(NamedTuple):
 def judged(student: Student, images: Any) -> Judged:
     """The images of a caller as a set; random images if `images` is None. images: uint8, or normalised floats.
 
-    Raises InputError if there are no images, or if their shape does not fit the student.
+    Raises InputError if there are no images, if their shape does not fit the student, or if their values are anything else.
     """
     if images is None:
         key = jax.random.key(0)
@@ -59,7 +59,12 @@ def judged(student: Student, images: Any) -> Judged:
     if images.shape[1:] != tuple(student.image) or not len(images):
         wanted = ", ".join(map(str, student.image))
         raise InputError(f"the images have the shape {images.shape}: the student takes [n, {wanted}].")
-    return Judged("images", images if images.dtype == np.uint8 else to_pixels(images, student.mean, student.std))
+    if images.dtype == np.uint8:
+        return Judged("images", images)
+    if not np.issubdtype(images.dtype, np.floating) or not np.isfinite(images).all():
+        found = f"{images.dtype}" if not np.issubdtype(images.dtype, np.floating) else "not all finite"
+        raise InputError(f"the images are {found}: give uint8 images, or finite floating point ones that are normalised.")
+    return Judged("images", to_pixels(images, student.mean, student.std))
 
 
 def refuse_difference(comparisons: Sequence[Comparison], layers: Mapping[str, float]) -> None:

@@ -19,11 +19,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hast_jax import networks
 from hast_jax.method import learned, losses, quantizer
 from hast_jax.networks import Network
-from hast_jax.networks.layers import Activation
 from hast_jax.networks.marks import activation_grid
 from hast_jax.networks.network import ENDS
 from hast_jax.networks.sites import Site
-from hast_jax.networks.structure import Call, argument, mutable
+from hast_jax.networks.structure import Call, mutable
 
 Array = jax.Array
 Variables = Mapping[str, Any]
@@ -85,24 +84,18 @@ def costs(network: Network, variables: Variables, image: tuple[int, ...]) -> lis
     layers = {layer.path: layer for layer in network.structure.layers}
     inputs = {each.call: each for each in network.structure.inputs}
     counts: Counter[Any] = Counter()
-    marks: list[tuple[Any, int]] = []  # the output of each mark (`Activation`), and its bits
     found: dict[str, Cost] = {}
 
     def count(function: Any, arguments: Any, named: Any, context: Any) -> Any:
         module, y = context.module, function(*arguments, **named)
-        if context.method_name != "__call__" or not (module.path in layers or isinstance(module, Activation)):
+        if context.method_name != "__call__" or module.path not in layers:
             return y
         call = Call(module.path, counts[module.path])
         counts[module.path] += 1
-        site = network.sites.get(call)
-        if isinstance(module, Activation):
-            marks.append((y, site.bits if site else FULL))
-            return y
-        x, layer, name = argument(arguments, named)[0], layers[module.path], "/".join(module.path)
-        if site is not None:
-            bits = site.bits
-        else:  # the bits of the mark whose output it reads, if any
-            bits = next((bits for made, bits in marks if made is x), FULL) if inputs[call].marked else FULL
+        mark = inputs[call].mark
+        site = network.sites.get(call) or (network.sites.get(mark) if mark else None)
+        bits = site.bits if site else FULL
+        layer, name = layers[module.path], "/".join(module.path)
         shape = flat[layer.kernel].shape
         products = y.size * math.prod(shape[axis] for axis in layer.axes)
         before = found[name].products if name in found else 0  # a layer may be called several times

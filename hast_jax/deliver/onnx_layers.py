@@ -36,7 +36,11 @@ def pool(operator: str) -> Operator:
         named = {"kernel_shape": sizes, "strides": [given["window_strides"][i] for i in (1, 2)], "pads": pads}
         dilations = [given["window_dilation"][i] for i in (1, 2)]
         order = (0, 3, 1, 2)
-        name = graph.tensor(operands[0], order)
+        x = operands[0]
+        if operator == "MaxPool" and x.grid is not None and graph.operators != "float":  # the maximum of integers is an integer
+            u = graph.node(operator, _turned(graph, x, order), **named, dilations=dilations)
+            return Value(shape, order=order, grid=replace(x.grid, integers=u))
+        name = graph.tensor(x, order)
         if operator == "MaxPool":
             return Value(shape, graph.node(operator, name, **named, dilations=dilations), order)
         if dilations != [1, 1]:
@@ -137,9 +141,7 @@ def _integers(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axe
         return None
     scale = kernel.grid.scale.astype(np.float64) * x.grid.scale
     zero_point = graph.constant(np.uint8(x.grid.zero_point))
-    u = x.grid.integers
-    if order != x.order:
-        u = graph.node("Transpose", u, perm=[x.order.index(axis) for axis in order])
+    u = _turned(graph, x, order)
     if graph.operators == "exact":
         unscaled = replace(kernel, grid=replace(kernel.grid, scale=np.ones_like(kernel.grid.scale)))
         return (
@@ -150,6 +152,14 @@ def _integers(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axe
     if np.abs(kernel.grid.integers).max() > 127:
         return None
     return u, graph.constant(kernel.grid.integers.transpose(axes).astype(np.int8)), zero_point, scale
+
+
+def _turned(graph: Graph, x: Value, order: tuple[int, ...]) -> str:
+    """The name of the integers of `x` with its axes in the order `order`."""
+    assert x.grid is not None
+    if order == x.order:
+        return x.grid.integers
+    return graph.node("Transpose", x.grid.integers, perm=[x.order.index(axis) for axis in order])
 
 
 def _kernel(graph: Graph, kernel: Value, axes: tuple[int, ...]) -> str:

@@ -79,6 +79,11 @@ def _not_equal(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ..
     return _unary("Not")(graph, {}, [_binary("Equal")(graph, {}, operands, shape)], shape)
 
 
+def _erfc(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...]) -> Value:
+    x = _unary("Erf")(graph, {}, operands, shape)
+    return replace(x, scale=np.float64(-1.0), shift=np.float64(1.0))
+
+
 def _expm1(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...]) -> Value:
     x = _unary("Exp")(graph, {}, operands, shape)
     return replace(x, shift=np.float64(-1.0))
@@ -258,6 +263,7 @@ OPERATORS: dict[str, Operator] = {
     "tanh": _unary("Tanh"),
     "logistic": _unary("Sigmoid"),
     "erf": _unary("Erf"),
+    "erfc": _erfc,
     "sqrt": _unary("Sqrt"),
     "rsqrt": _unary("Sqrt", "Reciprocal"),
     "integer_pow": _power,

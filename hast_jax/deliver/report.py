@@ -272,6 +272,8 @@ def _suggestion(student: Student, bits: Mapping[str, int], record: Mapping[str, 
             rules["^" + re.escape("/".join(path)).replace("\\-", "-")] = form(kept)
     if not rules and not given.get("rules"):
         return ""
+    for path in network.structure.others:  # matrices that belong to no layer need their rule
+        rules["^" + re.escape("/".join(path)).replace("\\-", "-")] = form((None, None))
     if record["network"].endswith(GIVEN):
         return f"bits={ {'default': default} | rules }"
     words = "; ".join(f"{pattern}={each}" for pattern, each in rules.items())

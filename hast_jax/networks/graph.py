@@ -10,6 +10,8 @@ import numpy as np
 from jax.extend import core as jax_core
 
 PRODUCTS = ("dot_general", "conv_general_dilated")  # operations that multiply and add
+# Operations whose results are elements of their first operand, in another order or number.
+SELECTIONS = ("reduce_window_max", "reduce_max", "reshape", "transpose", "squeeze", "expand_dims", "slice", "rev", "copy")
 INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters that hold the function which a primitive calls
 
 
@@ -61,6 +63,15 @@ class Graph:
                 if all_above:
                     found[value] = all_above
         return found
+
+    def origin(self, value: int) -> int:
+        """The value whose elements `value` holds, before all `SELECTIONS`, such as a maximum over windows."""
+        while value in self.maker and self.maker[value].name in SELECTIONS:
+            read = self.maker[value].reads[0]
+            if read is None:
+                break
+            value = read
+        return value
 
     def _new(self) -> int:
         self._values += 1

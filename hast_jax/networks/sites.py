@@ -21,7 +21,7 @@ def sites(structure: Structure, rules: Rules) -> dict[Call, Site]:
 
     In a network with marks (`Activation`), the output of each mark is quantized. In a network without marks, the input of each
     layer is quantized, except the image. Another rule than the default also quantizes the input of each layer that it matches,
-    even the image, unless the input is the output of a mark.
+    even the image, unless the input is the output of a mark or selects from one.
     """
     sites: dict[Call, Site] = {}
     for call in structure.marks:
@@ -33,7 +33,7 @@ def sites(structure: Structure, rules: Rules) -> dict[Call, Site]:
         exception = _exception(rules, each.call.path)
         by_default = not structure.marks and not each.image
         bits = exception[1] if exception else bits_of(rules, each.call.path)[1] if by_default else None
-        if bits is None or each.marked:
+        if bits is None or each.mark is not None:
             continue
         # Layers that read the same value with the same bits share a range, because the value is stored once.
         sites[each.call] = shared.setdefault((each.value, bits), Site(_site_name(each.call, ("input",)), bits))
@@ -51,7 +51,7 @@ def _site_name(call: Call, kind: Path) -> Path:
 
 
 def check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
-    """Raise InputError if a rule matches no layer, or if a matrix outside all layers lacks a rule for full precision."""
+    """Raise InputError if a rule matches no layer, or if the rules quantize a matrix outside all layers."""
     paths = [layer.path for layer in structure.layers] + [call.path for call in structure.marks]
     for pattern, _ in rules[1:]:
         if not any(compiled(pattern).search("/".join(path)) for path in [*paths, *structure.others]):
@@ -59,8 +59,7 @@ def check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
             names = ", ".join("/".join(path) for path in paths[:12]) + more
             raise InputError(f"the rule {pattern!r} names no layer of {name_of(module)}; there are: {names}.")
     for path in structure.others:
-        exception = _exception(rules, path)
-        if exception is None or exception[0] is not None:
+        if bits_of(rules, path)[0] is not None:
             raise InputError(
                 f"{name_of(module)} has weights that nothing quantizes ({'/'.join(path)}), because they belong to no nn.Conv "
                 "or nn.Dense, or because nn.jit hides the layer: use such a layer without nn.jit, or leave the weights in full "

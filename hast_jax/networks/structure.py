@@ -48,12 +48,16 @@ class Layer(NamedTuple):
 
 
 class Input(NamedTuple):
-    """What one call of a layer reads. value: the number of the value in the trace. image: whether no layer comes before."""
+    """What one call of a layer reads. value: the number of the value in the trace. image: whether no layer comes before.
+
+    mark: the call of an `Activation` whose output it reads, as it is or after a selection such as max pooling; None if there is
+    none.
+    """
 
     call: Call
     value: int
     image: bool
-    marked: bool  # whether it is the output of an `Activation`
+    mark: Call | None
 
 
 class Structure(NamedTuple):
@@ -156,7 +160,7 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
     matrices = [path for path, leaf in params.items() if leaf.ndim > 1 and math.prod(leaf.shape[:-1]) > 1]
     inputs = {call: value(call, "input") for call in seen.calls}
     before = traced.upstream(value(call, "output") for call in seen.calls)
-    marked = {value(call, "output") for call in seen.marks}
+    marks = {value(call, "output"): call for call in seen.marks}
     norms = {value(call, "output"): call for call in seen.norms}
     numbers = flatten_dict(jax.tree.unflatten(jax.tree.structure(variables), traced.inputs[:-1])["params"])
     calls = Counter(call.path for call in seen.calls)
@@ -165,7 +169,7 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         refusals.refuse_kernel(module, traced, Kernel(path, layer.axes, calls[path], leaf, number))
     return Structure(
         tuple(seen.layers.values()),
-        tuple(Input(call, number, not before.get(number), number in marked) for call, number in inputs.items()),
+        tuple(Input(call, number, not before.get(number), marks.get(traced.origin(number))) for call, number in inputs.items()),
         tuple(seen.marks),
         tuple(seen.norms),
         branches(traced, norms, {value(call, "output") for call in seen.calls}, set(inputs.values()), seen.shapes),
