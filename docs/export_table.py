@@ -17,7 +17,7 @@ import hast_jax
 from hast_jax import networks
 from hast_jax.data.datasets import normalise
 from hast_jax.deliver.comparison import Comparison
-from hast_jax.deliver.exports import Exported
+from hast_jax.deliver.exports import FORMATS, Exported
 from hast_jax.export import run as export_run
 from hast_jax.networks import rules
 from hast_jax.student import Student
@@ -80,27 +80,29 @@ def rounding(compared: Comparison) -> str:
     return "" if compared.rounded is None else f" (rounding alone: {compared.rounded})"
 
 
-def print_others(name: str, student: Student, images, path: Path) -> None:
+def print_others(name: str, student: Student, images, folder: Path) -> None:
     """Print the lines of the other formats and options, compared without real images."""
     for file, (format, options) in OTHERS.items():
+        path = folder / f"file{FORMATS[format].suffix}"
         print(row(name, file, hast_jax.export(student, path, format, images=images, **options)), flush=True)
 
 
 def main() -> None:
     """Print each row as soon as it is made."""
     print("\n".join([HEADER, "|" + "---|" * (HEADER.count("|") - 1)]))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "file"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        path = folder / "file.onnx"
         for workdir in map(Path, sys.argv[1:]):
             print(row(workdir.name, "onnx", export_run(workdir, "onnx", path)), flush=True)
             synthetic = workdir / "synthetic" / "images.npy"
             images = np.load(synthetic)[:512] if synthetic.exists() else None
-            print_others(workdir.name, hast_jax.load(workdir), images, path)
+            print_others(workdir.name, hast_jax.load(workdir), images, folder)
         for name, (module, size) in MADE_UP.items():
             student = made_up(module, size)
             images = patches(64, size)
             print(row(name, "onnx", hast_jax.export(student, path, images=images)), flush=True)
-            print_others(name, student, images, path)
+            print_others(name, student, images, folder)
 
 
 if __name__ == "__main__":

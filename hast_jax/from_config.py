@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from hast_jax import config as config_lib
 from hast_jax import networks, paths
 from hast_jax.data.datasets import normalise
-from hast_jax.errors import UserError
+from hast_jax.errors import UserError, sentence
 from hast_jax.fields import FULL_PRECISION
 from hast_jax.method import quantizer
 from hast_jax.networks import Network, rules, user_files, weights
@@ -102,9 +102,9 @@ def _compare(network: Network, variables: weights.Variables, path: Path, config:
     try:
         with np.load(path, allow_pickle=False) as file:
             images, wanted = file["images"], file["logits"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except Exception as error:  # on a damaged file, NumPy and zipfile raise errors of many kinds
         raise UserError(
-            f"config.teacher.check {path} cannot be read ({error}): give an .npz file with images and logits."
+            f"config.teacher.check {path} cannot be read ({sentence(error)}): give an .npz file with images and logits."
         ) from error
     fits = images.ndim == 4 and images.shape[1:] == tuple(config.teacher.image)
     if not fits or not len(images) or wanted.shape != (len(images), network.classes):

@@ -1,6 +1,7 @@
 """A network and arrays that are given in Python, checked before any work."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from hast_jax import config as config_lib
 from hast_jax import from_config
+from hast_jax.cross_checks import MAX_BATCH_VALUES
 from hast_jax.data.datasets import check_labels
 from hast_jax.errors import InputError
 from hast_jax.fields import FIELDS, FULL_PRECISION, GIVEN
@@ -82,6 +84,7 @@ class Setting:
                 "teacher.std": self.std,
                 "teacher.call": _as_json(call) if call else "",
                 "eval.dataset": "none",
+                "eval.batch": max(1, min(self.config.eval.batch, MAX_BATCH_VALUES // math.prod(self.image))),
                 **sizes,
                 **(fields or {}),
             }

@@ -308,13 +308,16 @@ def restore_student(
 ) -> tuple[weights.Variables, int]:
     """Variables of the student saved in a run folder, including its ranges, and the number of steps that it was trained.
 
-    variables: the teacher's. checkpoint: "latest" or "best". Raises UserError if there is no undamaged checkpoint.
+    variables: the teacher's. checkpoint: "latest" or "best". The latest student of a finished run without checkpoints is read
+    from the folder `student`. Raises UserError if there is no undamaged student.
     """
     state = None
     if folder.has_ranges() and folder.checkpoints(checkpoint).is_dir():
         ranges = folder.read_ranges(student.range_names)
         with folder.open_checkpoints(checkpoint, keep=2, writing=False) as checkpoints:
             state = checkpoints.restore(finetune.init(variables["params"], ranges, config.finetune))
+    if state is None and checkpoint == "latest" and folder.result.exists():  # its checkpoints are not needed any more
+        return load(folder.student, student.module).variables, config.finetune.epochs * config.finetune.steps_per_epoch
     if state is None and checkpoint == "best" and config.eval.dataset == "none":
         raise UserError(f"{folder} has no best student, because its run had no real images: use --checkpoint=latest.")
     if state is None:

@@ -21,7 +21,7 @@ from hast_jax import cli, from_config, networks, paths
 from hast_jax import config as config_lib
 from hast_jax.cross_checks import base_splits
 from hast_jax.data import datasets
-from hast_jax.errors import UserError
+from hast_jax.errors import UserError, sentence
 from hast_jax.networks import Network, structure, weights
 from hast_jax.runs import parallel
 from hast_jax.runs.files import write_bytes
@@ -64,8 +64,8 @@ def shift(images: Array, key: Array, pixels: int) -> Array:
 def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: Callable[[str], None]) -> Mapping[str, Any]:
     """`params` and `batch_stats` after SGD with Nesterov momentum, a warm-up and a cosine schedule.
 
-    config: the whole config. say: called with lines of progress. Raises UserError if the training diverges, or if the batch
-    norms keep no statistics.
+    config: the whole config. say: called with lines of progress. Raises UserError if the network cannot be trained, if the
+    training diverges, or if the batch norms keep no statistics.
     """
     model = network.module
     settings, teacher = config.pretrain, config.teacher
@@ -84,7 +84,8 @@ def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: C
 
         def loss_fn(params: Any) -> tuple[Array, Any]:
             variables = {"params": params, "batch_stats": state.batch_stats}
-            keys = {"dropout": jax.random.fold_in(shift_key, 1)}
+            dropout_key = jax.random.fold_in(shift_key, 1)
+            keys = {"dropout": dropout_key, "params": jax.random.fold_in(dropout_key, 1)}  # "params": for keys of other names
             output, updated = model.apply(variables, batch, mutable=["batch_stats"], rngs=keys, **training)
             logits = structure.logits_of(output)
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[chosen]).mean()
@@ -100,6 +101,12 @@ def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: C
     given = {"params": params, "batch_stats": variables["batch_stats"]}
     weights.check_collections(model, given, tuple(teacher.image), network.call)
     state = State(params, variables["batch_stats"], transform.init(params), jnp.zeros((), jnp.int32))
+    try:
+        jax.eval_shape(step, state)
+    except Exception as error:  # whatever the network does wrong in training, which inference does not do
+        words = sentence(error).rstrip(".")
+        advice = "; give its nn.BatchNorm no axis_name" if isinstance(error, NameError) else ""
+        raise UserError(f"{structure.name_of(model)} cannot be trained ({words}){advice}.") from error
 
     def unchanged(batch_stats: Any) -> bool:
         return jax.tree.all(jax.tree.map(jnp.array_equal, batch_stats, variables["batch_stats"]))

@@ -54,8 +54,12 @@ def table(folders: list[Path]) -> str:
         except UserError as error:
             notes.append(str(error))
     if not rows:
-        raise UserError(" ".join(notes))
+        raise UserError(_one_sentence(notes))
     return "\n".join([HEADER, "|" + "---|" * (HEADER.count("|") - 1), *rows, "", "\\* selected on test data.", *notes])
+
+
+def _one_sentence(notes: list[str]) -> str:
+    return "; ".join(note.removesuffix(".") for note in notes) + "."
 
 
 def result_of(folder: Path) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def over_time_table(folders: list[Path], picture: Path) -> str:
         except UserError as error:
             notes.append(str(error))
     if not found:
-        raise UserError(f"there is nothing to draw: {' '.join(notes)}")
+        raise UserError(f"there is nothing to draw: {_one_sentence(notes)}")
     teacher = next(iter(teachers.values()))
     other = next((folder for folder, top1 in teachers.items() if abs(top1 - teacher) > SAME_TEACHER), None)
     if other is not None:

@@ -101,16 +101,17 @@ def test_pretraining_that_could_not_end_well_is_refused_before_it_begins(tmp_pat
     [
         ("", "Net keep no statistics in training"),
         ("x = x * self.variable('constants', 'c', lambda: 1.0).value", "Net has variables besides params and batch_stats"),
+        ("x = nn.BatchNorm(not train, axis_name='batch')(x)", "give its nn.BatchNorm no axis_name"),
     ],
 )
 def test_a_network_that_cannot_be_pretrained_is_refused(tmp_path, line: str, words: str) -> None:
-    """Its batch norms keep no statistics, or a weight file could not hold its variables."""
+    """Its batch norms keep no statistics or need other devices, or a weight file could not hold its variables."""
     lines = (
         "import flax.linen as nn",
         "class Net(nn.Module):",
         "    classes: int",
         "    @nn.compact",
-        "    def __call__(self, x, is_train=False):",
+        "    def __call__(self, x, is_train=False, train=False):",
         f"        {line}",
         "        return nn.Dense(self.classes)(nn.BatchNorm(not is_train)(nn.Conv(4, (3, 3))(x)).mean((1, 2)))",
     )

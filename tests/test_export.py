@@ -209,6 +209,18 @@ def test_the_command_exports_the_student_of_a_run_and_tells_what_it_found(run: P
     np.testing.assert_allclose(onnx_logits(run / "student.onnx", images), its(images), atol=1e-3)
 
 
+def test_the_table_of_the_page_on_exports_can_be_printed_again(run: Path, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(tiny.ROOT / "docs")
+    table = importlib.import_module("export_table")
+    monkeypatch.setattr(table, "MADE_UP", {})
+    monkeypatch.setattr(table, "OTHERS", {"safetensors, packed": table.OTHERS["safetensors, packed"]})
+    monkeypatch.setattr(sys, "argv", ["export_table.py", str(run)])
+    table.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [each[:2] for each in rows] == [["| run", "onnx"], ["| run", "safetensors, packed"]]
+    assert "of 719 test images" in rows[0][6] and rows[0][2].endswith(" kB")
+
+
 def test_the_students_own_files_are_not_overwritten(run: Path) -> None:
     its = hast_jax.load(run / "student")
     with pytest.raises(InputError, match="is a file of the saved student itself: choose another name"):

@@ -14,8 +14,11 @@ from test_any_network import FIELDS, random_variables
 
 import hast_jax
 from hast_jax import networks
+from hast_jax.deliver import measure
 from hast_jax.errors import Notice, UserError
+from hast_jax.given import Setting
 from hast_jax.method import pyramid
+from hast_jax.networks import rules
 
 pytestmark = pytest.mark.usefixtures("little_optimization")
 
@@ -60,6 +63,70 @@ def test_an_argument_of_the_call_that_json_would_change_is_refused() -> None:
     call = {"window": (2, 2)}
     with pytest.raises(UserError, match=r"its values must be numbers, texts, True, False, None, or lists"):
         quantize(Pooled(), call=call, variables=random_variables(Pooled(), IMAGE, call))
+
+
+def test_a_precision_that_is_set_for_all_of_jax_does_not_change_the_student() -> None:
+    student, images = quantize(Net()), np.asarray(jax.random.normal(jax.random.key(3), (8, *IMAGE)))
+    variables = {name: student.variables[name] for name in ("params", "batch_stats")}
+    teacher = networks.create(Net(), IMAGE, call=dict(student.network.call))
+    wanted = student(images), networks.logits(teacher, variables, images)
+    with jax.default_matmul_precision("bfloat16"):
+        student.__dict__.pop("_logits")  # compiled without this setting
+        np.testing.assert_array_equal(student(images), wanted[0])
+        np.testing.assert_array_equal(networks.logits(teacher, variables, images), wanted[1])
+
+
+def test_a_module_that_shares_the_scope_of_its_layer_is_not_taken_for_the_layer() -> None:
+    class Wrapped(nn.Module):
+        def setup(self):
+            self.dense = nn.Dense(5)
+            nn.share_scope(self, self.dense)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.dense(nn.relu(x))
+
+    class Shared(nn.Module):
+        wrapped: bool
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = nn.BatchNorm(True)(nn.Conv(6, (3, 3))(x)).mean((1, 2))
+            return Wrapped(name="head")(x) if self.wrapped else nn.Dense(5, name="head")(nn.relu(x))
+
+    variables = random_variables(Shared(False), IMAGE, {})
+    images, found = jax.random.normal(jax.random.key(3), (8, *IMAGE)), []
+    for module in (Shared(False), Shared(True)):
+        network = networks.create(module, IMAGE, rules=rules.normalise("w4a4"), learned_ranges=True)
+        ranges = networks.observe(network, variables, {}, images)
+        found.append((ranges["head"], networks.logits(network, {**variables, "ranges": ranges}, images)))
+        assert [each.activations for each in measure.costs(network, variables, IMAGE)] == [32, 4]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_images_of_any_size_leave_room_for_a_batch_to_evaluate() -> None:
+    class Small(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(5)(nn.BatchNorm(True)(nn.Conv(2, (3, 3))(x)).mean((1, 2)))
+
+    variables = random_variables(Small(), (640, 640, 3), {})
+    setting = Setting(Small(), variables, (640, 640, 3), None, None, "w4a4", 0, None, {}, None)
+    assert setting.config.eval.batch == 2**29 // (640 * 640 * 3)
+
+
+def test_a_convolution_that_promotes_types_its_own_way_is_left_alone() -> None:
+    def promote(*arrays, **_):
+        return nn.dtypes.promote_dtype(*arrays, dtype=jnp.bfloat16)
+
+    class Promoted(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = nn.Conv(6, (3, 3), promote_dtype=promote)(x)
+            return nn.Dense(5)(nn.BatchNorm(True)(x.astype(jnp.float32)).mean((1, 2)))
+
+    variables, images = random_variables(Promoted(), IMAGE, {}), jax.random.normal(jax.random.key(3), (8, *IMAGE))
+    teacher = networks.create(Promoted(), IMAGE)
+    np.testing.assert_array_equal(networks.logits(teacher, variables, images), Promoted().apply(variables, images))
 
 
 def test_a_part_that_was_defined_again_is_looked_at_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import flax.linen as nn
@@ -241,3 +242,5 @@ def test_what_cannot_be_written_as_onnx_is_refused_by_name_and_stablehlo_holds_i
     program = jax.export.deserialize(bytearray((tmp_path / "student.stablehlo").read_bytes()))
     images = random_images(its, 7)
     np.testing.assert_allclose(program.call(images), its(images), atol=1e-4)
+    products = re.findall(r"stablehlo\.(?:convolution|dot_general)[ (].*", program.mlir_module())
+    assert products and all("HIGHEST" in each for each in products)  # an accelerator would otherwise round the operands

@@ -106,5 +106,5 @@ def test_top1_is_shown_over_the_time_of_the_whole_job(finished, tmp_path) -> Non
     above = Path(os.path.commonpath([finished, other]))
     assert all(text.count(f"\n| {folder.relative_to(above)} |") == len(points) for folder in (finished, other))
     assert f"{untested} was run without evaluation data" in text and not (tmp_path / "curve.png.png").exists()
-    with pytest.raises(UserError, match="nothing to draw"):
-        results.over_time_table([tmp_path], tmp_path / "curve")
+    with pytest.raises(UserError, match=r"nothing to draw: [^.]*config.json[^.]*; [^.]* evaluation data[^.]*\.$"):
+        results.over_time_table([tmp_path, untested], tmp_path / "curve")

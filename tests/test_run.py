@@ -82,6 +82,8 @@ def test_of_a_finished_run_nothing_is_done_again_and_a_lost_student_comes_back(c
     kept = 3 if "student" not in lost else 2  # a run that goes on logs that its stages have ended
     assert [file.read_bytes() for file in files][:kept] == before[:kept]
     assert not (copy / "synthetic").exists() or "synthetic" not in lost
+    evaluated = tiny.call(tiny.evaluate(copy))
+    assert evaluated.returncode == 0 and f"{json.loads(before[0])['last']:.2f}" in evaluated.stdout, evaluated.stderr
 
 
 def test_held_out_images_may_be_named_after_the_run(copy: Path, tmp_path: Path) -> None:

@@ -62,18 +62,21 @@ def test_the_pages_lines_give_a_linen_network_the_variables_of_an_nnx_network() 
         def __init__(self, rngs: nnx.Rngs):
             self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
             self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+            self.blocks = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.List([nnx.Linear(8, 8, rngs=rngs)])])
             self.head = nnx.Linear(8, 10, rngs=rngs)
 
         def __call__(self, x):
-            return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
+            x = nnx.relu(self.norm(self.conv(x))).mean((1, 2))
+            return self.head(self.blocks[1][0](self.blocks[0](x)))
 
     class InLinen(nn.Module):
         def setup(self):
             self.conv, self.head = nn.Conv(8, (3, 3)), nn.Dense(10)
-            self.norm = nn.BatchNorm(use_running_average=True)
+            self.norm, self.blocks = nn.BatchNorm(use_running_average=True), [nn.Dense(8), [nn.Dense(8)]]
 
         def __call__(self, x):
-            return self.head(nn.relu(self.norm(self.conv(x))).mean((1, 2)))
+            x = nn.relu(self.norm(self.conv(x))).mean((1, 2))
+            return self.head(self.blocks[1][0](self.blocks[0](x)))
 
     names = {"nnx": nnx, "model": InNnx(nnx.Rngs(0))}
     exec(next(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "nnx" in block), names)
@@ -265,6 +268,15 @@ def test_logits_of_another_framework_are_compared_before_any_work(own: Path) -> 
     logits = np.asarray(module.apply(variables, images.astype(np.float32)))
     config = tiny.config(teacher__network=f"{own}/net.py:Net", teacher__weights=f"{own}/net.safetensors")
     config.teacher.check = f"{own}/check.npz"
+    with pytest.raises(UserError, match=r"check.npz cannot be read"):
+        from_config.teacher(config)
+    np.savez(own / "check.npz", images=images, logits=logits)
+    for content in ((own / "check.npz").read_bytes()[:1000], b"\x93NUMPY\x01\x00"):
+        (own / "check.npz").write_bytes(content)
+        with pytest.raises(UserError, match=r"check.npz cannot be read"):
+            from_config.teacher(config)
+    with (own / "check.npz").open("wb") as file:
+        np.save(file, images)
     with pytest.raises(UserError, match=r"check.npz cannot be read"):
         from_config.teacher(config)
     np.savez(own / "check.npz", images=images, logits=logits)

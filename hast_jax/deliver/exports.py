@@ -207,7 +207,8 @@ def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tu
             images = images if options.normalised else normalise(images, student.mean, student.std)
             return networks.logits(network, student.variables, images)
 
-        return bytes(jax_export.export(jax.jit(logits), platforms=PLATFORMS)(given).serialize())
+        with jax.default_matmul_precision("float32"):  # on every platform: an accelerator would round the operands by default
+            return bytes(jax_export.export(jax.jit(logits), platforms=PLATFORMS)(given).serialize())
 
     try:
         content = written(student)

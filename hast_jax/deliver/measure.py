@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hast_jax import networks
 from hast_jax.method import learned, losses, quantizer
 from hast_jax.networks import Network
+from hast_jax.networks.linear import LINEAR
 from hast_jax.networks.marks import activation_grid
 from hast_jax.networks.network import ENDS
 from hast_jax.networks.sites import Site
@@ -88,7 +89,7 @@ def costs(network: Network, variables: Variables, image: tuple[int, ...]) -> lis
 
     def count(function: Any, arguments: Any, named: Any, context: Any) -> Any:
         module, y = context.module, function(*arguments, **named)
-        if context.method_name != "__call__" or module.path not in layers:
+        if context.method_name != "__call__" or not (module.path in layers and isinstance(module, LINEAR)):
             return y
         call = Call(module.path, counts[module.path])
         counts[module.path] += 1

@@ -17,9 +17,10 @@ def is_plain_convolution(module: nn.Module, x: Array) -> bool:
     if type(module) is not nn.Conv or isinstance(module.kernel_size, int) or len(module.kernel_size) != 2 or x.ndim != 4:
         return False
     own = (module.conv_general_dilated, module.conv_general_dilated_cls, module.precision, module.mask)
+    promoted = getattr(module, "promote_dtype", nn.dtypes.promote_dtype) is nn.dtypes.promote_dtype
     zeros = not isinstance(module.padding, str) or module.padding in ("SAME", "VALID")
     floating = module.dtype in (None, x.dtype) and x.dtype in (jnp.float32, jnp.float64) and module.param_dtype == jnp.float32
-    return zeros and floating and all(each is None for each in own) and _pair(module.input_dilation) == (1, 1)
+    return zeros and floating and promoted and all(each is None for each in own) and _pair(module.input_dilation) == (1, 1)
 
 
 def fast_convolution(module: Any, x: Array) -> Array:

@@ -105,8 +105,21 @@ def _nested(place: Place, tree: Any) -> Any:
 
 
 def _named(tree: Any) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = jax.tree_util.tree_leaves_with_path(_as_linen(tree))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _as_linen(tree: Any) -> Any:
+    """`tree` with the names of Linen for members of lists: {"blocks": {0: ...}}, as in nnx, becomes {"blocks_0": ...}."""
+
+    def members(name: str, part: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(part, Mapping) and part and all(isinstance(key, int) for key in part):
+            for number, member in part.items():
+                yield from members(f"{name}_{number}", member)
+        else:
+            yield name, _as_linen(part)
+
+    return dict(pair for each in tree.items() for pair in members(*each)) if isinstance(tree, Mapping) else tree
 
 
 def _items(folder: Path) -> dict[str, Path]:

@@ -18,6 +18,7 @@ from hast_jax.errors import InputError
 from hast_jax.method import learned, quantizer
 from hast_jax.method.losses import BatchNormTap
 from hast_jax.networks import structure as structure_lib
+from hast_jax.networks.conv import ARITHMETIC
 from hast_jax.networks.fast_layers import fast_convolution, is_plain_convolution
 from hast_jax.networks.layers import Activation
 from hast_jax.networks.network import ENDS, Array, Network, Variables
@@ -90,9 +91,13 @@ def _call(network: Network, variables: Variables, images: Array, observing: bool
 
 
 def _arithmetic(network: Network) -> contextlib.AbstractContextManager[None]:
-    """A context with the precision of products. A CPU always computes in float32, but is slower if told to do so."""
+    """A context with the precision of products. A CPU always computes in float32, but is slower if told to do so.
+
+    A precision that the user has set for all of JAX has no effect: conv.py would round the operands on a CPU.
+    """
     if network.arithmetic == "float32" and jax.default_backend() == "cpu":
-        return contextlib.nullcontext()
+        rounds = ARITHMETIC.get(jax.config.jax_default_matmul_precision) is not None  # type: ignore[attr-defined]
+        return jax.default_matmul_precision(None) if rounds else contextlib.nullcontext()
     return jax.default_matmul_precision(network.arithmetic)
 
 
@@ -108,7 +113,9 @@ class _Interceptor:
 
     def __call__(self, function: Any, arguments: Any, named: Any, context: Any) -> Any:
         module = context.module
-        if context.method_name != "__call__" or module.path not in self._calls:
+        # A module that shares the scope of its layer (`nn.share_scope`) has the layer's path.
+        watched = isinstance(module, structure_lib.WATCHED) and module.path in self._calls
+        if context.method_name != "__call__" or not watched:
             return function(*arguments, **named)
         # A lifted transformation may trace all calls of a module again, so the numbers start again at 0.
         call = Call(module.path, self._counts[module.path] % self._calls[module.path])

@@ -34,16 +34,20 @@ def best(found: Collection[str], maps: Collection[Mapping[str, Path]]) -> tuple[
     return max(fits, key=lambda each: len(each[0].pairs))
 
 
-def faults(fit: Fit) -> list[str]:
-    """One clause of an error message for each missing or unknown tensor, or one for all if nearly all are missing."""
+def faults(fit: Fit, translatable: bool) -> list[str]:
+    """One clause of an error message for each missing or unknown tensor, or one for all if nearly all are missing.
+
+    translatable: whether a function of the user could translate the names.
+    """
     wanted = len(fit.missing) + len(fit.pairs)
     if len(fit.missing) > MOST * wanted:
         if not fit.unknown:
             return [f"{len(fit.missing)} of its {wanted} tensors are missing, such as {fit.missing[0]}"]
         return [
             f"{len(fit.missing)} of its {wanted} tensors are missing and {len(fit.unknown)} others are unknown, because the "
-            f"network's names are like {fit.missing[0]} and the names in the weights like {fit.unknown[0]} "
-            "(a function in teacher.names can translate the names in a file)"
+            f"network's names are like {fit.missing[0]} and the names in the weights like {fit.unknown[0]}"
+            + " (a function in teacher.names can translate the names in a file)"
+            * translatable
         ]
     return [f"{name} is missing" for name in fit.missing] + [f"{name} is unknown" for name in fit.unknown]
 

@@ -161,7 +161,7 @@ def from_state_dict(
     expected = flatten_dict(abstract_variables(model, image, call))
     maps = [_name_map(expected, names)] if names else _library_maps(model, expected)
     fit, chosen = name_fit.best(state, maps)
-    faults = keras_files.doubts(fit.unknown, chosen) + name_fit.faults(fit)
+    faults = keras_files.doubts(fit.unknown, chosen) + name_fit.faults(fit, translatable=names is None)
     variables: dict[tuple[str, ...], jax.Array] = {}
     for name, ours in sorted(fit.pairs.items()):
         try:
