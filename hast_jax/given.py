@@ -84,7 +84,7 @@ class Setting:
                 "teacher.std": self.std,
                 "teacher.call": _as_json(call) if call else "",
                 "eval.dataset": "none",
-                "eval.batch": max(1, min(self.config.eval.batch, MAX_BATCH_VALUES // math.prod(self.image))),
+                "eval.batch": evaluation_batch(self.image),
                 **sizes,
                 **(fields or {}),
             }
@@ -113,6 +113,11 @@ GIVEN_OTHERWISE = (
     "synthesis.real_split",
     "bits.",
 )
+
+
+def evaluation_batch(image: tuple[int, ...]) -> int:
+    """The default of `eval.batch`, or fewer images if so many would take more than 2 GiB."""
+    return max(1, min(FIELDS["eval.batch"].default, MAX_BATCH_VALUES // math.prod(image)))
 
 
 def _check_fields(fields: Mapping[str, Any] | None) -> None:

@@ -20,7 +20,16 @@ from hast_jax.data.datasets import real_images
 from hast_jax.deliver.console import library_bar
 from hast_jax.errors import InputError
 from hast_jax.fields import GIVEN
-from hast_jax.given import NORMALISED, Setting, check_batch, check_ranges, given_images, normalised_images, range_names
+from hast_jax.given import (
+    NORMALISED,
+    Setting,
+    check_batch,
+    check_ranges,
+    evaluation_batch,
+    given_images,
+    normalised_images,
+    range_names,
+)
 from hast_jax.runs import parallel
 from hast_jax.runs.progress import Progress
 from hast_jax.stages import calibrate as calibrate_stage
@@ -225,7 +234,7 @@ def evaluate(
         shape = model.image
         network, variables, mean, std = model.network, model.variables, model.mean, model.std
         config = config_lib.default()
-        config.teacher.mean, config.teacher.std = mean, std
+        config.teacher.mean, config.teacher.std, config.eval.batch = mean, std, evaluation_batch(shape)
     else:
         if variables is None or mean is None or std is None or len(shape) != 3:
             raise InputError("evaluate needs variables, images, labels, mean and std of a network that is not a Student.")
