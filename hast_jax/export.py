@@ -128,7 +128,8 @@ def table(found: Exported, title: str) -> Table:
         made.add_row("time for an image, one thread", f"{found.milliseconds:.2f} ms", f"{found.float_milliseconds:.2f} ms")
     for each in found.comparisons:
         rounded = "" if each.rounded is None else f"; rounding alone changes {each.rounded}"
-        made.add_row("another class than the student's", f"{each.different} of {each.images} {each.name}{rounded}", "")
+        name = "synthetic images" if each.name == "images" else each.name
+        made.add_row("another class than the student's", f"{each.different} of {each.images:,} {name}{rounded}", "")
         made.add_row("largest difference of a logit", f"{each.largest_difference:.2g}", "")
         if each.top1 is not None:
             made.add_row("top-1 of file and student", f"{each.top1:.2f} and {each.student_top1:.2f} %", "")

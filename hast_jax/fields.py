@@ -41,12 +41,18 @@ FIELDS: dict[str, Field] = {
     "devices": Field(
         0,
         "Local devices that a process uses. 0: all accelerators. On a CPU, 0 means one device for each core, at most 8, "
-        "reduced to a divisor of `finetune.batch`.",
+        "reduced to a divisor of `finetune.batch`; in Python, one device.",
         between(0, 1024),
         free=True,
         own=True,
     ),
-    "steps_per_call": Field(0, "Steps in one XLA call. 0: one on a CPU, 50 on an accelerator.", count_or_zero, free=True),
+    "steps_per_call": Field(
+        0,
+        "Most steps in one XLA call. A smaller number is taken if this one does not divide an epoch, or "
+        "`synthesis.iterations`. 0: one on a CPU, 50 on an accelerator.",
+        count_or_zero,
+        free=True,
+    ),
     "log_every": Field(
         50,
         "Steps between two log lines, but at least `steps_per_call`. A run in several processes stops for SIGTERM only at a "
@@ -141,7 +147,9 @@ FIELDS: dict[str, Field] = {
         own=True,
     ),
     "synthesis.real_split": Field(
-        "", "Split of `eval.dataset` to learn from instead of synthetic images. This upper bound is not data-free."
+        "",
+        "Split of `eval.dataset` from which `synthesis.images` random images take the place of synthetic ones. This upper "
+        "bound is not data-free.",
     ),
     "synthesis.images": Field(5120, "Number of synthetic images: a multiple of `synthesis.batch`.", count),
     "synthesis.batch": Field(256, "Images that are made together. Batch-norm statistics are computed over one batch.", count),
@@ -179,14 +187,18 @@ FIELDS: dict[str, Field] = {
         "the last step.",
         choices=IMAGE_SCHEDULES,
     ),
-    "synthesis.patience": Field(50, "Steps without improvement after which the images' learning rate falls.", count_or_zero),
-    "synthesis.threshold": Field(1e-4, "Share by which the loss must fall to count as improved.", not_negative),
+    "synthesis.patience": Field(
+        50, "Schedule plateau: the learning rate falls after more steps without improvement than this.", count_or_zero
+    ),
+    "synthesis.threshold": Field(
+        1e-4, "Schedule plateau: share by which the loss must fall to count as improved.", not_negative
+    ),
     "synthesis.factor": Field(
         0.1,
-        "Factor by which the images' learning rate is multiplied when it falls.",
+        "Schedule plateau: factor by which the images' learning rate is multiplied when it falls.",
         holds(lambda value: 0 < value < 1, "between 0 and 1, neither included"),
     ),
-    "synthesis.min_lr": Field(1e-4, "Lowest learning rate of the images.", positive),
+    "synthesis.min_lr": Field(1e-4, "Schedule plateau: lowest learning rate of the images.", positive),
     "synthesis.return_to_best": Field(
         False, "Go back to the images of the lowest loss whenever the learning rate falls, and at the end."
     ),
@@ -239,7 +251,8 @@ FIELDS: dict[str, Field] = {
     ),
     "finetune.lr_drops": Field(
         (16, 36, 56),
-        "Epochs after which the learning rate falls to a tenth. The authors' 20, 40, 60 include 4 epochs of calibration.",
+        "Schedule step: epochs after which the learning rate falls to a tenth. The authors' 20, 40, 60 include 4 epochs of "
+        "calibration.",
         holds(lambda epochs: all(not count(epoch) for epoch in epochs), "positive epochs, each at most 2**31 - 1"),
     ),
     "finetune.straight_through": Field(

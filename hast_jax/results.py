@@ -39,7 +39,7 @@ def row(name: str, result: dict[str, Any]) -> str:
         f"{result['best']:.2f} ({result['best_epoch']})",
         str(result["seed"]),
         format_images(result),
-        f"{result['steps']} x {result['batch']}",
+        f"{result['steps']:,} x {result['batch']}",
         f"{format_seconds(sum(result['seconds'].values()))}, {result['hardware']}",
     ]
     return markdown_row(cells)

@@ -202,7 +202,7 @@ def run(learned_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_exports_the_student_of_a_run_and_tells_what_it_found(run: Path) -> None:
     said = tiny.call([*tiny.module("export"), f"--workdir={run}", "--format=onnx"])
     assert said.returncode == 0, said.stderr
-    for words in ("student.onnx", "0 of 96 images", "0 of 719 test images", "top-1 of file and student", "9 Conv"):
+    for words in ("student.onnx", "0 of 96 synthetic images", "0 of 719 test images", "top-1 of file and student", "9 Conv"):
         assert words in " ".join(said.stdout.split()), words
     its = hast_jax.load(run / "student")
     images = random_images(its)

@@ -34,7 +34,7 @@ def test_a_row_shows_the_last_epoch_the_drop_and_the_best_only_beside_it(tmp_pat
     (tmp_path / "result.json").write_text(json.dumps(RESULT))
     text = results.table([tmp_path])
     assert (
-        "| 67.62 | 13.17 | 50.00 | 17.62 | 51.00 (16) | 0 | 1536 images x 500 iterations | 4000 x 64 | 2 min 05 s, 2 x cpu |"
+        "| 67.62 | 13.17 | 50.00 | 17.62 | 51.00 (16) | 0 | 1,536 images x 500 iterations | 4,000 x 64 | 2 min 05 s, 2 x cpu |"
         in text
     )
     assert text.count("|---") == results.HEADER.count("|") - 1 and "selected on test data" in text
@@ -106,5 +106,6 @@ def test_top1_is_shown_over_the_time_of_the_whole_job(finished, tmp_path) -> Non
     above = Path(os.path.commonpath([finished, other]))
     assert all(text.count(f"\n| {folder.relative_to(above)} |") == len(points) for folder in (finished, other))
     assert f"{untested} was run without evaluation data" in text and not (tmp_path / "curve.png.png").exists()
-    with pytest.raises(UserError, match=r"nothing to draw: [^.]*config.json[^.]*; [^.]* evaluation data[^.]*\.$"):
+    words = r"nothing to draw: \S+ has no result.json: let its run finish; \S+ was run without evaluation data: [^.]*\.$"
+    with pytest.raises(UserError, match=words):
         results.over_time_table([tmp_path, untested], tmp_path / "curve")

@@ -21,7 +21,7 @@ from students import student
 
 import hast_jax
 from hast_jax import from_config, networks
-from hast_jax.deliver import measure, report
+from hast_jax.deliver import console, measure, report
 from hast_jax.deliver.measure import Cost, Sensitivity
 from hast_jax.errors import Notice
 from hast_jax.fields import GIVEN
@@ -176,6 +176,34 @@ def test_a_run_ends_with_a_report_and_a_card_that_need_nothing_else(learned_run:
         assert each in card, each
     assert words.count("weights:") == 10 and "init_block/conv" in words and "of the images it learned from" in words
     assert text.count("<svg") >= 13 and "base64," in text
+
+
+def test_the_tiles_show_a_gain_as_a_gain_and_prefer_images_that_the_student_has_not_seen(learned_run: Path) -> None:
+    folder, its = run_folder.open_for_reading(learned_run)[0], hast_jax.load(learned_run / "student")
+    costs = measure.costs(its.network, its.variables, its.image)
+    better = its.record | {"last": its.record["teacher"] + 0.14}
+    assert ("0.14", "points gained") in [tile[:2] for tile in report._tiles(folder, better, costs, its, 100.0)]
+    unseen = its.record | {"teacher": None, "held_out": {"agreement": 88.3, "images": 1024, "kl": 0.1}}
+    value, label, note = report._tiles(folder, unseen, costs, its, 100.0)[0]
+    assert (value, label) == ("88.3 %", "agree with the teacher") and "1,024 synthetic images that it was not trained" in note
+
+
+def test_the_size_after_quantization_is_that_of_the_arrays_of_a_packed_file(learned_run: Path, tmp_path: Path) -> None:
+    its = hast_jax.load(learned_run / "student")
+    _, after = report._sizes(measure.costs(its.network, its.variables, its.image), its)
+    content = hast_jax.export(its, tmp_path / "student.safetensors", "safetensors", weights="packed").path.read_bytes()
+    arrays = len(content) - 8 - int.from_bytes(content[:8], "little")
+    assert arrays == pytest.approx(after, abs=len(its.codes()))  # each kernel ends in a whole byte
+
+
+def test_a_long_list_of_rules_stands_in_one_place_and_is_whole(learned_run: Path) -> None:
+    rules = "; ".join(f"^stage{i}_unit1/conv1=w{2 + i % 6}a4" for i in range(20))
+    record = hast_jax.load(learned_run / "student").record
+    record = record | {"bits": record["bits"] | {"rules": rules}}
+    record["config"] = record["config"] | {"bits": record["bits"]}
+    assert console.short_bits(record["bits"]) == "W3A3, some layers otherwise"
+    rows = {name: value for name, value, _ in report._made(record)}
+    assert rows["bits of some layers"] == rules and f"bits.rules={rules!r}" in "".join(rows.values())
 
 
 def test_what_the_report_suggests_can_be_run(learned_run: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from hast_jax.deliver.measure import Histogram
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 240, 56, 34, 12
-SMALL_WIDTH, SMALL_HEIGHT, SMALL_BOTTOM = 240, 90, 16
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 640, 250, 72, 12, 48, 12  # room for large letters on a phone
+SMALL_WIDTH, SMALL_HEIGHT, SMALL_TOP, SMALL_BOTTOM = 240, 102, 12, 16  # SMALL_TOP: room for the arrow
 MOST_LINES, MOST_POINTS = 20, 400  # grid lines of a histogram; points of a curve
 
 
@@ -32,7 +32,7 @@ def curves(series: Mapping[str, Points], x: str, y: str) -> str:
     right = max(xs)
 
     def place_x(v):
-        return LEFT + (WIDTH - LEFT - 12) * (v / right if right else 0)
+        return LEFT + (WIDTH - LEFT - RIGHT) * (v / right if right else 0)
 
     def place_y(v):
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * ((scale(v) - bottom) / ((top - bottom) or 1))
@@ -40,30 +40,31 @@ def curves(series: Mapping[str, Points], x: str, y: str) -> str:
     parts = []
     for tick in ticks:
         at = place_y(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 12}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
     for tick in _ticks(0, right, False):
         if tick <= right:
-            parts.append(f'<text x="{place_x(tick):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{_number(tick)}</text>')
+            at, anchor = (WIDTH, "end") if tick > 0.96 * right else (place_x(tick), "middle")
+            parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 28}" text-anchor="{anchor}">{_number(tick)}</text>')
     for i, (name, each) in enumerate(series.items()):
         thin = [each[j] for j in np.unique(np.linspace(0, len(each) - 1, min(len(each), MOST_POINTS)).astype(int))]
         path = " ".join(f"{place_x(a):.1f},{place_y(b):.1f}" for a, b in thin if math.isfinite(b))
         parts.append(f'<polyline class="line line{i}" points="{path}"><title>{html.escape(name)}</title></polyline>')
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 2}" text-anchor="middle">{html.escape(x)}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">{html.escape(x)}</text>')
     label = f"{y} over {x}: {', '.join(series)}"
     head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">'
     return head + "".join(parts) + "</svg>"
 
 
-def histogram(values: Histogram) -> str:
+def histogram(values: Histogram, label: str) -> str:
     """Bars that count the values, and a line at each integer of their grid if these are at most 20.
 
-    The highest bar may be cut, so that the others can be seen. An arrow then marks it.
+    The highest bar may be cut, so that the others can be seen. An arrow above it then marks it. label: for screen readers.
     """
     counts, edges = values.counts, values.edges
     ordered = np.sort(counts)
     top = max(1, min(ordered[-1], 2 * ordered[-2] if len(ordered) > 1 else ordered[-1]))
-    height = SMALL_HEIGHT - SMALL_BOTTOM
+    floor, height = SMALL_HEIGHT - SMALL_BOTTOM, SMALL_HEIGHT - SMALL_BOTTOM - SMALL_TOP
 
     def place(step):
         return SMALL_WIDTH * (step - edges[0]) / (edges[-1] - edges[0])
@@ -71,13 +72,14 @@ def histogram(values: Histogram) -> str:
     parts = []
     if values.highest - values.lowest < MOST_LINES:
         for step in np.arange(values.lowest, values.highest + 1):
-            parts.append(f'<line class="grid" x1="{place(step):.1f}" x2="{place(step):.1f}" y1="0" y2="{height}"/>')
+            at = f'x1="{place(step):.1f}" x2="{place(step):.1f}" y1="{SMALL_TOP}" y2="{floor}"'
+            parts.append(f'<line class="integer" {at}/>')
     bars = []
     for i, count in enumerate(counts):
         tall = height * min(count / top, 1)
         if tall >= 0.05:
             width = place(edges[i + 1]) - place(edges[i]) - 0.3
-            bars.append(f"M{place(edges[i]):.1f} {height}v{-tall:.1f}h{width:.1f}v{tall:.1f}z")
+            bars.append(f"M{place(edges[i]):.1f} {floor}v{-tall:.1f}h{width:.1f}v{tall:.1f}z")
     parts.append(f'<path class="bar" d="{"".join(bars)}"/>')
     if ordered[-1] > top:
         at = place((edges[counts.argmax()] + edges[counts.argmax() + 1]) / 2)
@@ -85,7 +87,7 @@ def histogram(values: Histogram) -> str:
     ends = ((values.lowest, "start"), (values.highest, "end"))
     for step, anchor in ends:
         parts.append(f'<text x="{place(step):.1f}" y="{SMALL_HEIGHT - 3}" text-anchor="{anchor}">{step:.0f}</text>')
-    head = f'<svg class="small" viewBox="0 0 {SMALL_WIDTH} {SMALL_HEIGHT}" role="img" aria-label="values against their grid">'
+    head = f'<svg class="small" viewBox="0 0 {SMALL_WIDTH} {SMALL_HEIGHT}" role="img" aria-label="{html.escape(label)}">'
     return head + "".join(parts) + "</svg>"
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from hast_jax.runs.progress import Update, silent
 
 SHOWN = ("loss", "kl", "fa", "hard", "lr")  # metrics beside the progress bar
+STAGE_NAMES = {"synthesis": "synthesis", "calibrate": "calibration", "finetune": "fine-tuning"}  # for people
 TEACHER, EVALUATION = "teacher", "evaluate"  # stages: the teacher's accuracy is known; a network is evaluated
 
 
@@ -39,7 +40,8 @@ class Bar:
     def _move(self, update: Update) -> None:
         bar = self._bar = self._bar or self._start(update)
         if update.stage not in self._tasks:
-            self._tasks[update.stage] = bar.add_task(update.stage, total=update.total, shown="", speed="")
+            name = STAGE_NAMES.get(update.stage, update.stage)
+            self._tasks[update.stage] = bar.add_task(name, total=update.total, shown="", speed="")
         before = self._previous.get(update.stage, update)
         self._previous[update.stage] = update
         seconds = update.seconds - before.seconds
@@ -71,9 +73,10 @@ class Bar:
                 self._stop()
         if update.stage == TEACHER:
             top1, images = update.metrics["top1"], int(update.metrics["images"])
-            self.console.print(f"teacher: top-1 {top1:.2f} % of {images} images", highlight=False)
+            self.console.print(f"teacher: top-1 {top1:.2f} % of {images:,} images", highlight=False)
         elif update.stage != EVALUATION and not live:
-            self.console.print(f"{update.stage}: {update.total} steps in {format_seconds(update.seconds)}")
+            name = STAGE_NAMES.get(update.stage, update.stage)
+            self.console.print(f"{name}: {update.total:,} steps in {format_seconds(update.seconds)}")
 
     def _stop(self) -> None:
         if self._bar is not None:
@@ -97,6 +100,7 @@ def library_bar(visible: bool | None) -> contextlib.AbstractContextManager[Calla
 
 def format_seconds(seconds: float) -> str:
     """A duration for people: 12.3 s, 4 min 05 s, 2 h 03 min."""
+    seconds = round(seconds, 1)
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -106,14 +110,22 @@ def format_seconds(seconds: float) -> str:
 def format_images(result: Mapping[str, Any]) -> str:
     """The number of images that the student learned from, and their origin. result: as in `result.json`."""
     if result.get("real_split"):  # older results lack it
-        return f"{result['images']} real images ({result['real_split']} split)"
-    made = "made elsewhere" if result["iterations"] is None else f"x {result['iterations']} iterations"
-    return f"{result['images']} images {made}"
+        return f"{result['images']:,} real images ({result['real_split']} split)"
+    made = "made elsewhere" if result["iterations"] is None else f"x {result['iterations']:,} iterations"
+    return f"{result['images']:,} images {made}"
+
+
+def held_out_words(held_out: Mapping[str, Any]) -> str:
+    """The agreement on synthetic images of another seed, in words. held_out: as in `result.json`."""
+    return (
+        f"The student agrees with the teacher on {held_out['agreement']:.1f} % of {held_out['images']:,} synthetic images that "
+        f"it was not trained on (KL divergence {held_out['kl']:.3f})."
+    )
 
 
 def show_result(console: Console, result: dict[str, Any]) -> None:
     """Print the table at the end of a run. result: as in `result.json`."""
-    title = f"{result['network']} on {result['dataset']}, {format_bits(result['bits'])}, seed {result['seed']}"
+    title = f"{result['network']} on {result['dataset']}, {short_bits(result['bits'])}, seed {result['seed']}"
     if result["teacher"] is not None:
         table = Table("", "top-1 %", "drop", title=escape(title))
         rows = {
@@ -127,14 +139,21 @@ def show_result(console: Console, result: dict[str, Any]) -> None:
         console.print(table)
     else:
         console.print(f"{escape(title)}: no evaluation data (config.eval.dataset is none)")
-    times = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in result["seconds"].items())
-    console.print(f"{format_images(result)}, {result['steps']} steps of {result['batch']}")
+    if result.get("held_out"):
+        console.print(held_out_words(result["held_out"]))
+    times = ", ".join(f"{STAGE_NAMES[name]} {format_seconds(seconds)}" for name, seconds in result["seconds"].items())
+    console.print(f"{format_images(result)}, {result['steps']:,} steps of {result['batch']}")
     console.print(f"{times}; {result['hardware']}")
 
 
 def markdown_row(cells: Iterable[str]) -> str:
     """A row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def short_bits(bits: dict[str, Any]) -> str:
+    """Bits as W3A3. Rules for single layers are only mentioned."""
+    return format_bits({**bits, "rules": ""}) + (", some layers otherwise" if bits.get("rules") else "")
 
 
 def format_bits(bits: dict[str, Any]) -> str:

@@ -16,11 +16,10 @@ from flax.traverse_util import flatten_dict
 from hast_jax import __version__, networks
 from hast_jax import config as config_lib
 from hast_jax.deliver import charts, measure
-from hast_jax.deliver.console import format_bits, format_images, format_seconds
+from hast_jax.deliver.console import STAGE_NAMES, format_images, format_seconds, held_out_words, short_bits
 from hast_jax.deliver.measure import Cost, Sensitivity
 from hast_jax.deliver.pictures import grid
 from hast_jax.fields import FULL_PRECISION, GIVEN
-from hast_jax.kinds import shown
 from hast_jax.networks import Network
 from hast_jax.networks.rules import ALL, form
 from hast_jax.networks.sites import sites
@@ -46,7 +45,10 @@ def write(folder: RunFolder, student: Student, teacher: Teacher, images: np.ndar
     """
     facts = _facts(folder, student, teacher, images, average)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hast_jax.deliver", "."), autoescape=jinja2.select_autoescape(["html.j2"]), trim_blocks=True
+        loader=jinja2.PackageLoader("hast_jax.deliver", "."),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
+        trim_blocks=True,
+        keep_trailing_newline=True,
     )
     for template, path in (("report.html.j2", folder.report), ("card.md.j2", folder.card)):
         write_text(path, environment.get_template(template).render(facts))
@@ -68,7 +70,7 @@ def _facts(folder: RunFolder, student: Student, teacher: Teacher, images: np.nda
     parts = measure.sensitivities(*teacher, student.network, student.variables, few)
     network, variables = teacher
     agreed, divergence = networks.agreement(network, student.network, (variables, student.variables), few, len(few))
-    bits = format_bits(record["bits"])
+    bits = short_bits(record["bits"])
     where = "" if record["dataset"] in UNNAMED else f" for {record['dataset']}"
     weights = _average(costs)
     return {
@@ -115,7 +117,11 @@ def _tiles(
         low, high = interval(record["last"], tested)
         drop = record["teacher"] - record["last"]
         tiles.append((f"{record['last']:.2f} %", "top-1, quantized", f"{low:.1f} to {high:.1f} (95 %), {tested:,} images"))
-        tiles.append((f"{drop:.2f}", "points lost", f"of the teacher's {record['teacher']:.2f} %"))
+        label = "points lost" if drop >= 0 else "points gained"
+        tiles.append((f"{abs(drop):.2f}", label, f"the teacher has {record['teacher']:.2f} %"))
+    elif held_out := record.get("held_out"):
+        note = f"of {held_out['images']:,} synthetic images that it was not trained on; there were no test images"
+        tiles.append((f"{held_out['agreement']:.1f} %", "agree with the teacher", note))
     else:
         tiles.append((f"{agreed:.1f} %", "agree with the teacher", "of its training images; there were no test images"))
     before, after = _sizes(costs, student)
@@ -161,25 +167,28 @@ def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few
         )
     held_out = record.get("held_out")
     if held_out:
-        words = f"The student agrees with the teacher on {held_out['agreement']:.1f} % of {held_out['images']:,} synthetic"
-        notes.append(f"{words} images that it was not trained on (KL divergence {held_out['kl']:.3f}).")
+        notes.append(held_out_words(held_out))
     else:
         words = f"The student agrees with the teacher on {agreed:.1f} % of {few} images that it was trained on"
         notes.append(f"{words}. This is a weak sign, because the student has seen these images.")
     notes.append(
-        "Packed: each quantized weight takes its own bits, and every other parameter takes 32. A file may take more: student/ "
-        "keeps all parameters in 32 bits. An exported integer takes 8 bits, 4 in an int4 file if it needs no more, and its own "
-        "bits in a packed file. Bit operations: each multiplication counts as the product of the bits of both factors. A "
-        "factor that is not quantized has 32 bits."
+        "Packed: each quantized weight takes its own bits, the grid of each output channel takes 8 bytes, and every other "
+        "parameter takes 32 bits. A packed file adds a header. In other files an integer takes 8 bits, or 4 in an int4 file if "
+        "it needs no more. student/ keeps all parameters in 32 bits. Bit operations: each multiplication counts as the product "
+        "of the bits of both factors. A factor that is not quantized has 32 bits."
     )
     return notes
 
 
 def _sizes(costs: Sequence[Cost], student: Student) -> tuple[float, float]:
-    """Bytes of all parameters and statistics, before and after quantization."""
+    """Bytes of all parameters and statistics, before and after quantization.
+
+    After it, a grid for each output channel of a kernel is among them: its step and its lowest integer, of 4 bytes each.
+    """
     trees = {name: tree for name, tree in student.variables.items() if name != "ranges"}
     everything = 4 * sum(leaf.size for leaf in jax.tree.leaves(trees))
-    return everything, everything - sum(each.parameters * (FULL - each.weights) / 8 for each in costs)
+    grids = 8 * sum(codes.step.size for codes in student.codes().values())
+    return everything, everything - sum(each.parameters * (FULL - each.weights) / 8 for each in costs) + grids
 
 
 def _average(costs: Sequence[Cost]) -> float:
@@ -216,7 +225,10 @@ def _curves(folder: RunFolder, record: Mapping[str, Any]) -> list[tuple[str, str
     found: list[tuple[str, str, list[str]]] = []
     loss = series("synthesis", "loss")
     if loss:
-        words = "Synthesis of the images: the loss of each batch, one batch after another."
+        words = (
+            "Synthesis of the images: the mean loss of the batches that were made at once, one group of batches after another. "
+            "The iterations of all batches are counted."
+        )
         found.append((words, charts.curves({"loss": loss}, "iterations", "loss"), []))
     kl = {"clean images": series("finetune", "kl"), "images made harder": series("finetune", "kl_promoted")}
     kl = {name: points for name, points in kl.items() if points}
@@ -284,38 +296,40 @@ def _histograms(student: Student, images: np.ndarray) -> list[tuple[str, str, st
     found = []
     for (name, kind), each in measure.histograms(student.network, student.variables, images).items():
         words = f"{kind}: {100 * each.used:.0f} % of the integers are used, {100 * each.cut:.2g} % of the values lie outside"
-        found.append((name, words, charts.histogram(each)))
+        found.append((name, words, charts.histogram(each, f"{name}, {kind}: values against their grid")))
     return found
 
 
-def _made(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How the run was made, as rows of a table."""
+def _made(record: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
+    """How the run was made, as rows of a table: name, value, and whether the value is text for a computer."""
     segments = record["segments"]
     # Segments of version 0.2.0 record neither the command nor the version.
     commands = dict.fromkeys(each["command"] or "a call in Python" for each in segments if "command" in each)
     versions = dict.fromkeys(f"hast_jax {each['hast_jax']}, jax {each['jax']}" for each in segments if "hast_jax" in each)
     seconds = record["seconds"]
-    times = ", ".join(f"{name} {format_seconds(each)}" for name, each in seconds.items())
+    times = ", ".join(f"{STAGE_NAMES[name]} {format_seconds(each)}" for name, each in seconds.items())
+    changes = "; ".join(_changes(record["config"]))
     rows = [
-        ("command", ", then ".join(commands)),
-        ("seed", str(record["seed"])),
-        ("images", format_images(record)),
-        ("fine-tuning", f"{record['steps']} steps of {record['batch']} images"),
-        ("time", f"{format_seconds(sum(seconds.values()))} ({times})"),
-        ("hardware", record["hardware"]),
-        ("started", ", then ".join(each["started"] for each in segments)),
-        ("versions", ", then ".join(versions)),
-        ("settings other than the default config's (a recipe sets many)", "; ".join(_changes(record["config"]))),
-        ("report made with", f"hast_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}"),
+        ("command", ", then ".join(commands), True),
+        ("bits of some layers", record["bits"].get("rules", ""), True),
+        ("seed", str(record["seed"]), False),
+        ("images", format_images(record), False),
+        ("fine-tuning", f"{record['steps']:,} steps of {record['batch']} images", False),
+        ("time", f"{format_seconds(sum(seconds.values()))} ({times})", False),
+        ("hardware", record["hardware"], False),
+        ("started", ", then ".join(each["started"] for each in segments), False),
+        ("versions", ", then ".join(versions), False),
+        ("settings other than the default config's (a recipe sets many)", changes, True),
+        ("report made with", f"hast_jax {__version__}, jax {jax.__version__}, Python {platform.python_version()}", False),
     ]
-    return [(name, ESCAPES.sub(" ", value)) for name, value in rows if value]
+    return [(name, ESCAPES.sub(" ", value), code) for name, value, code in rows if value]
 
 
 def _changes(values: dict[str, Any]) -> list[str]:
     """The fields that differ from their defaults, such as "finetune.lr=0.0003"."""
     known = flatten_dict(config_lib.to_dict(config_lib.default()), sep=".")
     found = flatten_dict(values, sep=".")
-    return [f"{name}={shown(value)}" for name, value in found.items() if known.get(name) != value]
+    return [f"{name}={value!r}" for name, value in found.items() if known.get(name) != value]
 
 
 def _bytes(count: float) -> str:
