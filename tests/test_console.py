@@ -51,7 +51,8 @@ def test_without_real_images_the_end_of_a_run_tells_the_agreement_on_held_out_im
     show_result(Console(file=plain, width=200), result | {"held_out": {"agreement": 88.3, "images": 1024, "kl": 0.1234}})
     assert plain.getvalue().splitlines() == [
         "resnet8 on none, W3A3, some layers otherwise, seed 0: no evaluation data (config.eval.dataset is none)",
-        "The student agrees with the teacher on 88.3 % of 1,024 synthetic images that it was not trained on (KL divergence 0.123).",
+        "The student agrees with the teacher on 88.3 % of 1,024 synthetic images that it was not trained on (KL divergence "
+        "0.123).",
         "1,024 images x 200 iterations, 2,400 steps of 64",
         "fine-tuning 1 min 01 s; 2 x cpu",
     ]
