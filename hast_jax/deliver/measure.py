@@ -29,7 +29,7 @@ Array = jax.Array
 Variables = Mapping[str, Any]
 
 FULL = 32  # bits of a value that is not quantized
-BINS_OF_A_STEP, MOST_BINS = 6, 120
+BINS_OF_A_STEP, MOST_BINS = 5, 120  # of a histogram. Odd, so that each integer lies in the middle of a bin
 
 
 class Cost(NamedTuple):
