@@ -13,7 +13,7 @@ from hast_jax import config as config_lib
 # (network, data set) -> the teacher's published accuracy. For other pairs the paper has no numbers to compare with.
 PAPER_TEACHERS = {("resnet20", "cifar10"): 94.03, ("resnet20", "cifar100"): 70.33, ("resnet18", "imagenet2012"): 71.47}
 RECIPE_LAM = 100.0  # takes the place of `finetune.lam` in experiments about alignment if the config, as `best`, has none
-PAPER_BUDGET = "5120 images x 1000 iterations, 29400 steps of 256 (ImageNet: 16)"
+PAPER_BUDGET = "5,120 images x 1,000 iterations, 29,400 steps of 256 (ImageNet: 16)"
 
 Paper = dict[tuple[str, str], dict[str, float]]
 

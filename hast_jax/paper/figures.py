@@ -24,7 +24,7 @@ def sensitivity(panels: dict[str, list[tuple[float, float, float | None]]], teac
         values, means, deviations = zip(*points)
         bars = None if None in deviations else deviations
         axis.errorbar(values, means, bars, color=COLOURS[0], capsize=3, **STYLES[0])
-        axis.set_xlabel(name)
+        axis.set_xlabel("lambda" if name == "lam" else name)
     figure.axes[0].set_ylabel("top-1, %")
     figure.suptitle(f"Sensitivity (teacher: {teacher:.2f} %)")
     save(figure, path)

@@ -114,8 +114,8 @@ def draw_sensitivity(rows: list[Row], path: Path) -> bool:
 def context(sweep: Sweep, devices: int) -> str:
     """A text with what all tables have in common: network, bits, budget, seeds."""
     config = sweep.config
-    made = f"{config.synthesis.images} images x {config.synthesis.iterations} iterations"
-    steps = f"{config.finetune.epochs * config.finetune.steps_per_epoch} steps of {config.finetune.batch}"
+    made = f"{config.synthesis.images:,} images x {config.synthesis.iterations:,} iterations"
+    steps = f"{config.finetune.epochs * config.finetune.steps_per_epoch:,} steps of {config.finetune.batch}"
     seeds = ", ".join(map(str, sweep.seeds))
     if config.synthesis.source and len(sweep.seeds) > 1:
         seeds += f" on the images of seed {config.seed}"
@@ -123,7 +123,7 @@ def context(sweep: Sweep, devices: int) -> str:
     hardware = f"{devices} x {jax.devices()[0].device_kind}"
     return (
         f"{config.teacher.network} on {config.eval.dataset}, {bits}: {made}, {steps}, seed {seeds}, {hardware}. Top-1 in per "
-        f"cent on {sweep.test_images} real images at the last epoch. In a table, ± is the standard deviation over seeds. The "
+        f"cent on {sweep.test_images:,} real images at the last epoch. In a table, ± is the standard deviation over seeds. The "
         f"drop is measured from the full-precision teacher. The paper: {experiments.PAPER_BUDGET}."
     )
 
