@@ -7,11 +7,13 @@ import re
 import shutil
 from collections.abc import Callable
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # whatever else the machine has
 os.environ.setdefault("PJRT_NPROC", "8")  # as parallel.setup does: more threads than devices
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # many tests and commands share small programs
 
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 import tiny
@@ -28,6 +30,11 @@ jax.config.update("jax_num_cpu_devices", 4)
 os.environ.setdefault("HAST_JAX_CACHE", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled"))
 jax.config.update("jax_compilation_cache_dir", os.environ["HAST_JAX_CACHE"])
 jax.config.update("jax_numpy_rank_promotion", "raise")
+for name in list(os.environ):  # of the user's, these would change what commands print, or how many processes a run has
+    if name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS", "HAST_JAX_DEBUG") or name.startswith(("SLURM_", "OMPI_")):
+        del os.environ[name]
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 gc.set_threshold(100_000, 20, 20)  # traces make many objects, among which there is little to collect
 assert jax.local_device_count() == 4  # up now, so that no test's parallel.setup can change their number
 
@@ -58,6 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert done.returncode == 0, done.stderr
         assert "full precision (teacher)" in done.stdout and "quantized, no fine-tuning" in done.stdout
         assert f"python -m hast_jax.export --workdir={workdir} --format=onnx" in done.stdout
+        workdir.with_suffix(".stdout").write_text(done.stdout)
 
     return _once(tmp_path_factory, "finished", make)
 

@@ -1,9 +1,7 @@
 """Any network written in Flax is quantized as it is: the arrays that its layers get in the compiled program say so."""
 
 import functools
-import json
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,6 @@ import numpy as np
 import optax
 import plain_networks
 import pytest
-import tiny
 from flax.linen import linear
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
@@ -34,6 +31,7 @@ BITS = 3
 # Of a run of seconds.
 FIELDS = {
     "devices": 1,
+    "report": False,
     "steps_per_call": 1,
     "synthesis.images": 32,
     "synthesis.batch": 16,
@@ -258,7 +256,9 @@ def test_every_stage_works_and_leaves_nothing_behind(name: str, tmp_path: Path, 
     assert logits.shape == (4, 10) and np.isfinite(logits).all()
     student.save(tmp_path / "student")
     np.testing.assert_array_equal(hast_jax.load(tmp_path / "student", its.module)(its.images), logits)
-    assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(student.variables), jax.tree.leaves(its.variables)))
+    # Kernels move onto their grids even without training; other parameters move only by training.
+    before, after = flatten_dict(its.variables["params"]), flatten_dict(student.variables["params"])
+    assert any(not np.array_equal(before[path], after[path]) for path in before if path[-1] != "kernel")
 
 
 def quantize(its: SimpleNamespace, fields: dict, **arguments: Any) -> hast_jax.Student:
@@ -268,25 +268,6 @@ def quantize(its: SimpleNamespace, fields: dict, **arguments: Any) -> hast_jax.S
     return hast_jax.quantize(
         its.module, its.variables, image=its.image, mean=zeros, std=ones, bits=bits, budget="trial", fields=fields, **arguments
     )
-
-
-def test_a_workdir_is_unlocked_after_the_call(tmp_path: Path) -> None:
-    """For another process, which goes on with the run, and for this one."""
-    its = given("frozen")
-    images = np.asarray(jax.random.normal(jax.random.key(2), (32, *its.image))), np.arange(32) % 10
-    student = quantize(its, FIELDS, images=images, workdir=tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 3
-    lines = [
-        "import json, sys, pathlib",
-        "from hast_jax import config",
-        "from hast_jax.runs import run_folder",
-        "path = pathlib.Path(sys.argv[1])",
-        "run_folder.open_for_run(path, config.from_dict(json.loads((path / 'config.json').read_text())))",
-    ]
-    done = tiny.call([sys.executable, "-c", "\n".join(lines), str(tmp_path / "run")])
-    assert done.returncode == 0, done.stderr
-    again = quantize(its, FIELDS, images=images, workdir=tmp_path / "run")
-    np.testing.assert_array_equal(again(its.images), student(its.images))
 
 
 def test_residual_branches_end_at_their_last_batch_norm() -> None:
@@ -358,7 +339,7 @@ def test_a_network_with_a_compiled_part_is_not_mistaken_for_its_student() -> Non
     teacher, student = networks.create(module, image), networks.create(module, image, rules=rules.normalise("w3a3"))
     quantized = {**variables, "ranges": networks.observe(student, variables, {}, images)}
     logits, taps = networks.apply(student, quantized, images)
-    assert sorted(map(levels, taps.activations.values())) <= [2**BITS] * 2 and len(taps.activations) == 2
+    assert len(taps.activations) == 2 and all(levels(each) <= 2**BITS for each in taps.activations.values())
     full, _ = networks.apply(teacher, variables, images)
     close(full, module.apply(variables, images), 1e-6)
     assert np.abs(full - logits).max() > 0.01

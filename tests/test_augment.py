@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from hast_jax.method import augmentation
+from hast_jax.runs import parallel
+from hast_jax.stages import batches, synthesize
 
 SIZE = 16
 
@@ -71,3 +74,16 @@ def test_it_is_linear_in_the_images_so_that_gradients_flow_through_it() -> None:
 
     _, tangent = jax.jvp(see, (images,), (2 * images,))
     np.testing.assert_allclose(tangent, 2 * see(images), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_each_stage_flips_images_only_if_its_field_says_so(flip: bool, monkeypatch) -> None:
+    monkeypatch.setattr(parallel, "device_share", lambda everything: everything)
+    whole = {"finetune__crop_scale": 1.0, "synthesis__crop_scale": 1.0, "synthesis__crop_probability": 1.0}
+    config = tiny.config(finetune__flip=flip, synthesis__flip=flip, synthesis__crop="image", **whole)
+    rising = np.tile(np.arange(8, dtype=np.float32)[None, None, :, None], (16, 8, 1, 1))
+    fixed = batches.fixed_inputs({}, {}, jnp.asarray(rising), jnp.zeros(16, jnp.int32), config)
+    drawn, _ = batches.draw(fixed, jnp.asarray(0), config.finetune)
+    seen = synthesize._see_through_crop(jnp.asarray(rising), jax.random.key(0), config.synthesis)
+    for found in (drawn, seen):
+        assert any(image[0, 0, 0] > image[0, -1, 0] for image in found) == flip

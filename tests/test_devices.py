@@ -196,8 +196,16 @@ def test_devices_that_are_not_there_are_refused() -> None:
         parallel.setup(3, 64)
 
 
-def test_by_default_the_devices_divide_the_batch() -> None:
-    assert 1 <= parallel.setup(0, 7) <= 4 and 7 % parallel.setup(0, 7) == 0
+@pytest.mark.parametrize(("cores", "batch", "devices"), [(1, 64, 1), (3, 6, 3), (3, 64, 2), (8, 64, 4), (16, 7, 1), (16, 6, 3)])
+def test_by_default_the_devices_divide_the_batch(cores: int, batch: int, devices: int, monkeypatch) -> None:
+    """The tests have four devices, however many cores there are."""
+    monkeypatch.setattr(parallel, "_cores", lambda: cores)
+    assert parallel.setup(0, batch) == devices
+
+
+def test_a_call_in_python_uses_one_device_of_a_cpu(monkeypatch) -> None:
+    monkeypatch.delenv("PJRT_NPROC")  # which commands set, because several devices need more threads
+    assert parallel.choose(0, 64) == 1
 
 
 @pytest.mark.parametrize(("batch", "parts"), [(256, 8), (64, 2), (32, 1), (67, 1), (97, 1), (48, 2), (254, 2), (1, 1)])

@@ -93,7 +93,17 @@ def test_every_command_that_a_page_names_exists() -> None:
     assert named <= known, named - known
 
 
-def test_the_version_is_the_same_everywhere() -> None:
+def test_every_message_that_the_page_explains_exists() -> None:
+    page = (tiny.ROOT / "docs" / "troubleshooting.md").read_text().partition("## Errors")[2]
+    cells = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    messages = [message for cell in cells for message in re.findall("`([^`]+)`", cell)]
+    code = "".join(path.read_text() for path in (tiny.ROOT / "hast_jax").rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"|\{[^{}]*\}', "", code)  # a message may go on in the next line, and hold values
+    parts = [part.strip() for message in messages for part in re.split(r"\.\.\.|^synthesis|^finetune", message) if part.strip()]
+    assert len(messages) > 15 and not [part for part in parts if part not in code]
+
+
+def test_the_version_is_the_same_in_the_package_the_citation_and_the_changes() -> None:
     citation = yaml.safe_load((tiny.ROOT / "CITATION.cff").read_text())
     changes = (tiny.ROOT / "CHANGELOG.md").read_text()
     assert citation["version"] == hast_jax.__version__ == re.search(r"^## (\d+\.\d+\.\d+)", changes, re.M)[1]

@@ -15,10 +15,9 @@ from hast_jax.errors import UserError
 from hast_jax.runs import run_folder
 
 
-def start(workdir: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        tiny.command(workdir), cwd=tiny.ROOT, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(workdir: Path, *arguments: str) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(tiny.command(workdir, *arguments), cwd=tiny.ROOT, env=tiny.environment(), text=True, **pipes)
 
 
 @pytest.mark.parametrize(("stage", "step"), [pytest.param("synthesis", 20, marks=pytest.mark.slow), ("finetune", 5)])
@@ -38,9 +37,10 @@ def test_sigterm_saves_and_ends_the_run_with_a_status_of_its_own(finished: Path,
 
 def test_a_second_run_in_the_same_folder_refuses_while_the_first_goes_on(tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    process = start(workdir)
+    endless = "--config.synthesis.iterations=1000000"
+    process = start(workdir, endless)
     tiny.wait_until(process, (workdir / "config.json").exists)
-    done = tiny.call(tiny.command(workdir))
+    done = tiny.call(tiny.command(workdir, endless))
     assert done.returncode == 1 and "another run is using" in done.stderr and "Traceback" not in done.stderr
     process.kill()
     process.communicate()

@@ -6,7 +6,6 @@ Each case is one that a person could meet: a file of another tool, a damaged dow
 
 import io
 import re
-import resource
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -45,9 +44,9 @@ def many(count):
 
 @pytest.fixture(autouse=True)
 def memory():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
-    assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < MOST_MEMORY
+    with tiny.Memory() as found:
+        yield
+    assert found.most < MOST_MEMORY
 
 
 def one_sentence_or(attempt: Callable[[], Any]) -> Any:

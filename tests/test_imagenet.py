@@ -82,5 +82,6 @@ def test_a_mobilenet_runs_through_all_stages(network: str, data_dir: Path, tmp_p
 
 
 def test_without_weights_the_run_is_refused(tmp_path: Path) -> None:
-    done = tiny.call([*tiny.module("main"), f"--config={tiny.ROOT}/configs/imagenet.py:small", f"--workdir={tmp_path}/run"])
+    config = f"--config={tiny.ROOT}/configs/imagenet.py:small"
+    done = tiny.call_in_fork([*tiny.module("main"), config, f"--workdir={tmp_path}/run"])
     assert done.returncode == 1 and "config.teacher.weights is empty" in done.stderr and "Traceback" not in done.stderr

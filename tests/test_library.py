@@ -36,6 +36,7 @@ FEW_STEPS = {
     "finetune.steps_per_epoch": 10,
     "finetune.lr": 1e-4,
     "log_every": 5,
+    "report": False,
     "devices": 1,
 }
 
@@ -170,8 +171,8 @@ def test_each_stage_stands_alone_on_plain_arrays(network: tuple, digits: dataset
     ranges = hast_jax.calibrate(model, variables, images, bits="w3a3", fields=FEW_STEPS)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ranges))
     trained = hast_jax.finetune(model, variables, ranges, images, labels, bits="w3a3", epochs=2, fields=FEW_STEPS)
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained["params"], variables["params"])
-    assert max(jax.tree.leaves(moved)) > 0
+    norm = ("init_block", "bn", "scale")  # kernels move onto their grids even without training
+    assert np.abs(flatten_dict(trained["params"])[norm] - flatten_dict(variables["params"])[norm]).max() > 0
     real = digits.images, digits.labels
     assert hast_jax.evaluate(model, variables, *real, mean=MEAN, std=STD).top1 > 99
     assert hast_jax.evaluate(model, trained, *real, mean=MEAN, std=STD, bits="w3a3").top1 > 50

@@ -13,12 +13,14 @@ import pytest
 from test_any_network import FIELDS, random_variables
 
 import hast_jax
+from hast_jax import config as config_lib
 from hast_jax import networks
 from hast_jax.deliver import measure
 from hast_jax.errors import Notice, UserError
 from hast_jax.given import Setting
 from hast_jax.method import pyramid
 from hast_jax.networks import rules
+from hast_jax.stages.batches import fixed_inputs
 
 pytestmark = pytest.mark.usefixtures("little_optimization")
 
@@ -197,11 +199,15 @@ def test_the_size_of_a_promotion_follows_the_units_of_the_network() -> None:
     unit = pyramid.unit_of((0.0,), (1 / 255,))
     assert unit is not None
     np.testing.assert_allclose([unit.offset.item(), unit.scale.item()], [0.5 * 255, 0.25 * 255], rtol=1e-6)
+    config = config_lib.default()
+    config.teacher.mean, config.teacher.std = (0.0,) * 3, (1 / 255,) * 3
+    strengths = fixed_inputs({}, {}, np.zeros((1, *IMAGE)), np.zeros(1), config).strengths
+    np.testing.assert_allclose(strengths.eps, config.finetune.eps * 0.25 * 255, rtol=1e-6)
 
 
 def test_names_of_modules_may_hold_a_slash(tmp_path: Path) -> None:
     module = Net(name_of_layer="block1/conv")
-    student = quantize(module, workdir=tmp_path / "run")
+    student = quantize(module, workdir=tmp_path / "run", fields=FIELDS | {"report": True})
     assert "block1/conv" in (tmp_path / "run" / "report.html").read_text()
     student.save(tmp_path / "student")
     images = np.random.default_rng(0).integers(0, 256, (3, *IMAGE), np.uint8)
@@ -229,6 +235,18 @@ def test_counters_and_variables_in_bfloat16_stay_as_they_are(tmp_path: Path) -> 
     assert again.variables["constants"]["half"].dtype == jnp.bfloat16 and again.variables["batch_stats"]["steps"] == 7
     images = np.random.default_rng(0).integers(0, 256, (3, *IMAGE), np.uint8)
     np.testing.assert_array_equal(again(images), student(images))
+
+
+def test_the_logits_may_be_an_entry_of_a_dict() -> None:
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
+            x = nn.BatchNorm(True)(nn.Conv(7, (3, 3))(x)).mean((1, 2))
+            return {"features": x, "logits": nn.Dense(5)(x)}
+
+    variables, images = random_variables(Named(), IMAGE, {}), jnp.ones((2, *IMAGE))
+    found = networks.logits(networks.create(Named(), IMAGE), variables, images)
+    np.testing.assert_allclose(found, Named().apply(variables, images)["logits"], rtol=1e-5)
 
 
 def test_of_several_arrays_it_is_said_which_are_the_logits() -> None:

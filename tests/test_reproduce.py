@@ -323,7 +323,7 @@ def test_a_killed_sweep_goes_on_and_ends_like_an_unbroken_one(tmp_path: Path) ->
 
 @pytest.mark.parametrize("arguments", [[], ["table9"], ["table1", "all"]])
 def test_an_unknown_experiment_is_refused_with_those_there_are(tmp_path: Path, arguments: list[str]) -> None:
-    done = tiny.call(
+    done = tiny.call_in_fork(
         [*tiny.module("reproduce"), *arguments, f"--config={tiny.ROOT}/configs/digits.py", f"--workdir={tmp_path}"]
     )
     assert done.returncode == 1 and "table1, table2" in done.stderr and done.stderr.count("\n") == 1

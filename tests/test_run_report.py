@@ -96,6 +96,10 @@ def test_histograms_count_every_value_and_say_how_much_of_a_grid_is_used() -> No
     kernel = its.variables["params"]["Conv_0"]["kernel"]
     weights = found["Conv_0", "weights"]
     assert weights.counts.sum() == kernel.size and (weights.lowest, weights.highest) == (0, 7)
+    for bits in range(2, 9):
+        edges = measure._histogram(np.zeros(1), 0, 2**bits - 1, 1.0).edges
+        middles = (edges[1:] + edges[:-1]) / 2
+        assert all(np.abs(middles - integer).min() < 1e-9 for integer in range(2**bits)) and len(middles) < 300
     codes = its.codes()["Conv_0/kernel"].integers.reshape(-1, kernel.shape[-1])
     assert weights.used == pytest.approx(np.mean([len(np.unique(each)) for each in codes.T]) / 8)
     _, taps = networks.apply(its.network, its.variables, images)

@@ -29,7 +29,7 @@ Array = jax.Array
 Variables = Mapping[str, Any]
 
 FULL = 32  # bits of a value that is not quantized
-BINS_OF_A_STEP, MOST_BINS = 5, 120  # of a histogram. Odd, so that each integer lies in the middle of a bin
+BINS_OF_A_STEP, MOST_BINS = 5, 120  # of a histogram
 
 
 class Cost(NamedTuple):
@@ -233,7 +233,8 @@ def _histogram(steps: np.ndarray, lowest: float, highest: float, used: float) ->
     Values further away are counted in the first or the last bin.
     """
     first, last = lowest - 1.5, highest + 1.5
-    bins = int(min(MOST_BINS, BINS_OF_A_STEP * (last - first)))
+    odd = [n for n in range(1, BINS_OF_A_STEP + 1, 2) if n * (last - first) <= MOST_BINS]
+    bins = round((last - first) * max(odd, default=1))  # an odd number for each step: integers lie in the middle of a bin
     counts, edges = np.histogram(np.clip(steps, first, last), bins, (first, last))
     cut = float(np.mean((steps < lowest - 0.5) | (steps > highest + 0.5)))
     return Histogram(edges, counts, lowest, highest, used, cut)
