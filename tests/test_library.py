@@ -134,13 +134,13 @@ def test_without_a_workdir_nothing_is_written_printed_or_changed(
     assert dict(os.environ) == before and not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")
     finished = [update.stage for update in updates if update.finished]
-    assert finished == ["synthesis", "calibrate", "finetune"]
+    assert finished == ["synthesis", "calibration", "fine-tuning"]
     assert all(0 <= update.done <= update.total for update in updates)
 
 
 def test_a_call_shows_its_progress_if_asked(network: tuple, capfd: pytest.CaptureFixture) -> None:
     quantize(network, progress=True)
-    assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines()] == ["synthesis", "calibrate", "finetune"]
+    assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines()] == ["synthesis", "calibration", "fine-tuning"]
     with pytest.raises(hast_jax.InputError, match="progress is 'bar': give True, False or a function"):
         quantize(network, progress="bar")
 
