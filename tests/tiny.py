@@ -108,7 +108,7 @@ def _become(arguments: list[str], place: Path, outputs: list[Path]) -> None:
 
 
 class Memory:
-    """Within this context, `most` grows to the largest number of bytes by which this process has grown."""
+    """After this context, `most` is the number of bytes by which the memory of this process grew at most within it."""
 
     def __enter__(self) -> "Memory":
         Path("/proc/self/clear_refs").write_text("5")  # the largest size begins anew
