@@ -134,7 +134,7 @@ def test_without_a_workdir_nothing_is_written_printed_or_changed(
     assert dict(os.environ) == before and not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")
     finished = [update.stage for update in updates if update.finished]
-    assert finished == ["synthesis", "calibration", "fine-tuning"]
+    assert finished == ["synthesis", "calibrate", "finetune"]
     assert all(0 <= update.done <= update.total for update in updates)
 
 
