@@ -209,9 +209,10 @@ def _wrong_flag(words: str) -> UserError:
 def _wrong_flag_of_command(words: str) -> UserError:
     """The error of a flag that is no field of a config. words: absl's."""
     if unknown := re.match(r"Unknown command line flag '([^']*)'", words):
+        if unknown[1] == "processes":
+            return UserError(ONE_PROCESS)
         names = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
-        words = f"there is no flag --{unknown[1]}{close(unknown[1], names)}: --help shows the flags"
-        return UserError(ONE_PROCESS if unknown[1] == "processes" else f"{words}.")
+        return UserError(f"there is no flag --{unknown[1]}{close(unknown[1], names)}: --help shows the flags.")
     if missing := re.match(r"Missing value for flag --?([\w.]+)", words):
         return UserError(f"--{missing[1]} has no value: write --{missing[1]}=VALUE.")
     if wrong := re.match(r"flag --(\w+)=(.*?): (.*)", words):

@@ -147,12 +147,12 @@ def _numbers(name: str, values: Any, count: int) -> tuple[Any, ...]:
 
 def _as_json(call: Mapping[str, Any]) -> str:
     try:
-        text = json.dumps(call)
+        kept = json.loads(json.dumps(call)) == dict(call)  # JSON has no tuples: the network would get a list
     except TypeError:
-        text = ""
-    if not text or json.loads(text) != dict(call):  # JSON has no tuples: the network would get a list
+        kept = False
+    if not kept:
         raise InputError(f"call is {call}: its values must be numbers, texts, True, False, None, or lists and dicts of these.")
-    return text
+    return json.dumps(call)
 
 
 def normalised_images(images: Any) -> np.ndarray:

@@ -90,7 +90,8 @@ def _finished(job: Job, given: Given | None) -> Student | None:
         student = load(folder, job.student.module)
     except UserError:
         return None
-    images, judged_now = None, False
+    to_judge = result.get("held_out") is None and bool(job.config.eval.held_out)
+    images = None
     if given is not None:
         images = given[0]
         processes.on_main(lambda: job.storage.check_images(*given))
@@ -98,16 +99,15 @@ def _finished(job: Job, given: Given | None) -> Student | None:
         shape, classes = tuple(job.config.teacher.image), job.teacher.classes
         with contextlib.suppress(UserError):  # gone, or damaged since
             images = synthetic_set.load(job.storage.synthetic, shape, classes)[0]
-    if result.get("held_out") is None and job.config.eval.held_out:
+    if to_judge:
         if images is not None:
             held_out.refuse_common(job.config, images)
-        judged_now = True
         result = {**result, "held_out": held_out.measure(job, student.variables)}
         student = dataclasses.replace(student, record=result)
         processes.on_main(lambda: student.save(folder))
         processes.on_main(lambda: job.storage.write_result(result))
     if images is not None:
-        processes.on_main(lambda: _report(job, student, images, anew=judged_now))
+        processes.on_main(lambda: _report(job, student, images, anew=to_judge))
     return student
 
 

@@ -98,15 +98,8 @@ def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: C
     first = jax.random.fold_in(key, 2**31 - 1)
     variables = model.init(first, jnp.zeros((1, *teacher.image)), **network.call)
     params = variables["params"]
-    given = {"params": params, "batch_stats": variables["batch_stats"]}
-    weights.check_collections(model, given, tuple(teacher.image), network.call)
     state = State(params, variables["batch_stats"], transform.init(params), jnp.zeros((), jnp.int32))
-    try:
-        jax.eval_shape(step, state)
-    except Exception as error:  # whatever the network does wrong in training, which inference does not do
-        words = sentence(error).rstrip(".")
-        advice = "; give its nn.BatchNorm no axis_name" if isinstance(error, NameError) else ""
-        raise UserError(f"{structure.name_of(model)} cannot be trained ({words}){advice}.") from error
+    _refuse_untrainable(network, step, state, tuple(teacher.image))
 
     def unchanged(batch_stats: Any) -> bool:
         return jax.tree.all(jax.tree.map(jnp.array_equal, batch_stats, variables["batch_stats"]))
@@ -125,6 +118,17 @@ def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: C
         if (epoch + 1) % 10 == 0 or epoch + 1 == settings.epochs:
             say(f"epoch {epoch + 1}: loss {float(loss):.4f}")
     return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def _refuse_untrainable(network: Network, step: Callable[[State], Any], state: State, image: tuple[int, ...]) -> None:
+    """Raise UserError if the network has variables that a weight file cannot hold, or if a step of its training fails."""
+    weights.check_collections(network.module, {"params": state.params, "batch_stats": state.batch_stats}, image, network.call)
+    try:
+        jax.eval_shape(step, state)
+    except Exception as error:  # whatever the network does wrong in training, which inference does not do
+        words = sentence(error).rstrip(".")
+        advice = "; give its nn.BatchNorm no axis_name" if isinstance(error, NameError) else ""
+        raise UserError(f"{structure.name_of(network.module)} cannot be trained ({words}){advice}.") from error
 
 
 def _finite(state: State) -> bool:

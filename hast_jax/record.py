@@ -42,8 +42,8 @@ def _command() -> str | None:
     words = sys.orig_argv[1:]
     if words and Path(words[0]).name == SCRIPT:
         return shlex.join([SCRIPT, *words[1:]])
-    module = words.index("-m") if "-m" in words else len(words)
-    return shlex.join(["python", *words[module:]]) if "".join(words[module + 1 :][:1]).startswith("hast_jax.") else None
+    words = words[words.index("-m") :] if "-m" in words else []
+    return shlex.join(["python", *words]) if len(words) > 1 and words[1].startswith("hast_jax.") else None
 
 
 def end_segment(job: Job, segment: dict[str, Any] | None) -> None:

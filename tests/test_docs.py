@@ -85,6 +85,10 @@ def test_the_recipes_table_of_gamma_and_eps_is_that_of_its_file() -> None:
         ]
         label = name if " = " in name else name.replace("=", " = ")
         assert [label, str(len(seeds)), *cells] in shown
+    full_length = rows((folder / "recipe.md").read_text(), 4)
+    for name, row in json.loads((folder / "recipe" / "sensitivity.json").read_text())["full_length"]["rows"].items():
+        cifar = [f"{row['cifar100']['agreement']:.1f}", f"{row['cifar100']['kl']:.3f}"] if "cifar100" in row else ["", ""]
+        assert [name, *cifar, f"{statistics.mean(row['digits_kl']):.4f}"] in full_length
 
 
 def test_every_command_that_a_page_names_exists() -> None:

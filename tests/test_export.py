@@ -166,6 +166,7 @@ def test_the_ending_of_another_format_is_refused(tmp_path: Path) -> None:
         ("onnx", {"images": np.zeros((2, 9, 9, 3), np.uint8)}, "the images have the shape"),
         ("onnx", {"images": np.zeros((2, 16, 16, 3), np.int64)}, "the images are int64: give uint8 images"),
         ("onnx", {"images": np.full((2, 16, 16, 3), np.nan)}, "the images are not all finite"),
+        ("onnx", {"images": jnp.full((2, 16, 16, 3), jnp.inf, jnp.bfloat16)}, "the images are not all finite"),
     ],
 )
 def test_an_impossible_export_ends_in_one_sentence(format: str, options: dict, words: str, tmp_path: Path) -> None:

@@ -61,8 +61,9 @@ def judged(student: Student, images: Any) -> Judged:
         raise InputError(f"the images have the shape {images.shape}: the student takes [n, {wanted}].")
     if images.dtype == np.uint8:
         return Judged("images", images)
-    if not np.issubdtype(images.dtype, np.floating) or not np.isfinite(images).all():
-        found = f"{images.dtype}" if not np.issubdtype(images.dtype, np.floating) else "not all finite"
+    floating = jnp.issubdtype(images.dtype, jnp.floating)  # bfloat16 too
+    if not floating or not np.isfinite(images).all():
+        found = "not all finite" if floating else str(images.dtype)
         raise InputError(f"the images are {found}: give uint8 images, or finite floating point ones that are normalised.")
     return Judged("images", to_pixels(images, student.mean, student.std))
 

@@ -29,7 +29,7 @@ Array = jax.Array
 Variables = Mapping[str, Any]
 
 FULL = 32  # bits of a value that is not quantized
-BINS_OF_A_STEP, MOST_BINS = 5, 120  # of a histogram
+BINS_OF_A_STEP, MOST_BINS = 5, 120  # of a histogram, but a step has at least one bin
 
 
 class Cost(NamedTuple):

@@ -129,7 +129,7 @@ def _results(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
         return _walk(graph, closed[0], [constant(each) for each in closed[1]], operands)
     shape = _shape(equation.outvars[0])
     if name == "convert_element_type" and operands[0].grid is not None and jnp.issubdtype(given["new_dtype"], jnp.floating):
-        return operands  # a kernel of a network that computes in bfloat16 keeps its integers
+        return operands  # a quantized value keeps its integers, also in a network that computes in bfloat16
     if all(each.array is not None for each in operands) and name not in (MARK, "broadcast_in_dim"):
         return _computed(equation, operands)
     if name == "split":

@@ -127,10 +127,10 @@ def _select(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...])
 
 
 def _convert(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
-    """A Cast. It is left out between floats if `x` still has a scale, a shift or a grid."""
+    """A Cast. It is left out between floats if `x` still has a scale or a shift."""
     (x,) = operands
     kind = np.dtype(given["new_dtype"]) if given["new_dtype"] != "bfloat16" else np.dtype(np.float32)
-    if kind.kind in "fV" and (x.grid is not None or x.scale is not None or x.shift is not None):
+    if kind.kind in "fV" and (x.scale is not None or x.shift is not None):
         return x
     targets = {"f": TensorProto.FLOAT, "V": TensorProto.FLOAT, "b": TensorProto.BOOL, "i": TensorProto.INT32}
     if kind.kind not in targets:

@@ -183,7 +183,7 @@ def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few
 def _sizes(costs: Sequence[Cost], student: Student) -> tuple[float, float]:
     """Bytes of all parameters and statistics, before and after quantization.
 
-    After it, a grid for each output channel of a kernel is among them: its step and its lowest integer, of 4 bytes each.
+    The size after it includes a grid for each output channel of a kernel: its step and its lowest integer, 4 bytes each.
     """
     trees = {name: tree for name, tree in student.variables.items() if name != "ranges"}
     everything = 4 * sum(leaf.size for leaf in jax.tree.leaves(trees))
@@ -276,16 +276,20 @@ def _suggestion(student: Student, bits: Mapping[str, int], record: Mapping[str, 
     usual = {call.path: site.bits for call, site in sites(network.structure, ((ALL, default),)).items()}
     inputs = {call.path: site.bits for call, site in network.sites.items()}
     weights = {layer.path: bits.get("/".join(layer.path), network.kernels.get(layer)) for layer in network.structure.layers}
+
+    def pattern(path):
+        return "^" + re.escape("/".join(path)).replace("\\-", "-")
+
     rules = {}
     for path in dict.fromkeys((*weights, *inputs, *usual)):
         pair = weights.get(path, default[0]), inputs.get(path)
         if pair != (default[0], usual.get(path)):
             kept = pair if path in weights else (None, pair[1])
-            rules["^" + re.escape("/".join(path)).replace("\\-", "-")] = form(kept)
+            rules[pattern(path)] = form(kept)
     if not rules and not given.get("rules"):
         return ""
     for path in network.structure.others:  # matrices that belong to no layer need their rule
-        rules["^" + re.escape("/".join(path)).replace("\\-", "-")] = form((None, None))
+        rules[pattern(path)] = form((None, None))
     if record["network"].endswith(GIVEN):
         return f"bits={ {'default': default} | rules }"
     words = "; ".join(f"{pattern}={each}" for pattern, each in rules.items())

@@ -43,11 +43,10 @@ def faults(fit: Fit, translatable: bool) -> list[str]:
     if len(fit.missing) > MOST * wanted:
         if not fit.unknown:
             return [f"{len(fit.missing)} of its {wanted} tensors are missing, such as {fit.missing[0]}"]
+        advice = " (a function in teacher.names can translate the names in a file)" if translatable else ""
         return [
             f"{len(fit.missing)} of its {wanted} tensors are missing and {len(fit.unknown)} others are unknown, because the "
-            f"network's names are like {fit.missing[0]} and the names in the weights like {fit.unknown[0]}"
-            + " (a function in teacher.names can translate the names in a file)"
-            * translatable
+            f"network's names are like {fit.missing[0]} and the names in the weights like {fit.unknown[0]}{advice}"
         ]
     return [f"{name} is missing" for name in fit.missing] + [f"{name} is unknown" for name in fit.unknown]
 
