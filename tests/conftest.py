@@ -61,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run, made by the command."""
 
     def make(workdir: Path) -> None:
-        done = tiny.call(tiny.command(workdir))
+        done = tiny.call_anew(tiny.command(workdir))
         assert done.returncode == 0, done.stderr
         assert "full precision (teacher)" in done.stdout and "quantized, no fine-tuning" in done.stdout
         assert f"python -m hast_jax.export --workdir={workdir} --format=onnx" in done.stdout
@@ -75,7 +75,7 @@ def learned_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run with learned ranges and a report, made by the command."""
 
     def make(workdir: Path) -> None:
-        done = tiny.call(tiny.learned_command(workdir))
+        done = tiny.call_anew(tiny.learned_command(workdir))
         assert done.returncode == 0, done.stderr
 
     return _once(tmp_path_factory, "learned", make)

@@ -128,7 +128,7 @@ def test_the_address_of_a_bucket_is_no_path_and_the_home_folder_is(address: str)
 def test_the_address_of_a_bucket_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     address = "gs://bucket/run"
     for flag in (f"--workdir={address}", "--config.synthesis.source=" + address, "--config.teacher.weights=" + address):
-        done = tiny.call_in_fork([*tiny.command(tmp_path / "run"), flag], tmp_path)
+        done = tiny.call([*tiny.command(tmp_path / "run"), flag], tmp_path)
         assert (
             done.returncode == 1 and f"{address} is no path of this machine" in done.stderr and "Traceback" not in done.stderr
         )
@@ -187,7 +187,7 @@ def test_missing_evaluation_data_are_refused_before_synthesis_with_the_way_to_ge
 
 
 def test_a_folder_that_is_no_run_cannot_be_evaluated(tmp_path: Path) -> None:
-    done = tiny.call_in_fork(tiny.evaluate(tmp_path))
+    done = tiny.call(tiny.evaluate(tmp_path))
     assert done.returncode == 1 and "is no run folder" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -210,7 +210,7 @@ def test_a_run_that_is_not_calibrated_yet_holds_no_student(copy: Path) -> None:
     ],
 )
 def test_a_mistake_on_the_command_line_ends_in_one_sentence(tmp_path: Path, argument: str, words: str) -> None:
-    done = tiny.call_in_fork([*tiny.command(tmp_path / "run"), argument])
+    done = tiny.call([*tiny.command(tmp_path / "run"), argument])
     assert done.returncode == 1, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
@@ -224,10 +224,10 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(finished: Path, tmp_pa
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small file system can only be mounted by root")
     try:
-        done = tiny.call(tiny.command(disk / "run"))
+        done = tiny.call_anew(tiny.command(disk / "run"))
         assert done.returncode == 1 and "the disk is full" in done.stderr and done.stderr.count("\n") == 1, done.stderr
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
-        done = tiny.call(tiny.command(disk / "run"))
+        done = tiny.call_anew(tiny.command(disk / "run"))
         assert done.returncode == 0, done.stderr
         assert tiny.outcome(disk / "run") == tiny.outcome(finished)
     finally:

@@ -49,7 +49,7 @@ def test_a_kind_of_device_that_is_not_there_is_refused() -> None:
     "command", [["benchmark", "--compile_only"], ["pretrain", "--output=a.safetensors"], ["reproduce", "table1", "--workdir=a"]]
 )
 def test_what_works_in_one_process_refuses_several(command: list[str]) -> None:
-    done = tiny.call_in_fork([*tiny.module(command[0]), DIGITS, *command[1:], "--processes=auto"])
+    done = tiny.call([*tiny.module(command[0]), DIGITS, *command[1:], "--processes=auto"])
     assert done.returncode == 1 and "leave out --processes" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -66,7 +66,7 @@ def test_what_works_in_one_process_refuses_several(command: list[str]) -> None:
     ],
 )
 def test_words_without_a_flag_and_unusable_flags_are_refused(command: list[str], words: str, tmp_path) -> None:
-    done = tiny.call_in_fork([*tiny.module(command[0]), *command[1:]], tmp_path)
+    done = tiny.call([*tiny.module(command[0]), *command[1:]], tmp_path)
     assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -91,7 +91,7 @@ def test_a_pretrained_teacher_is_a_weight_file_with_its_metadata(tmp_path) -> No
     ],
 )
 def test_pretraining_that_could_not_end_well_is_refused_before_it_begins(tmp_path, argument: str, words: str) -> None:
-    done = tiny.call_in_fork([*tiny.module("pretrain"), DIGITS, f"--output={tmp_path}/a.safetensors", argument])
+    done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={tmp_path}/a.safetensors", argument])
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -138,7 +138,7 @@ def test_pretraining_that_gives_no_teacher_is_refused_or_ends_early(tmp_path: Pa
 
 def test_a_teacher_that_would_not_fit_on_the_disk_is_not_trained(tmp_path: Path) -> None:
     command = " ".join([*tiny.module("pretrain"), DIGITS, f"--output={tmp_path}/a.safetensors"])
-    done = tiny.call(["bash", "-c", f"ulimit -f 100; {command}"])
+    done = tiny.call_anew(["bash", "-c", f"ulimit -f 100; {command}"])
     assert done.returncode == 1 and "cannot be written (File too large): choose another place" in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -151,7 +151,7 @@ def test_a_shipped_config_is_found_from_any_folder(form: list[str], tmp_path) ->
 
 @pytest.mark.parametrize("name", ["main", "evaluate", "pretrain", "benchmark"])
 def test_a_command_without_its_flags_says_which(name: str) -> None:
-    done = tiny.call_in_fork(tiny.module(name))
+    done = tiny.call(tiny.module(name))
     assert done.returncode == 1 and re.fullmatch("hast_jax: --(config|workdir) is missing.*\n", done.stderr)
 
 
@@ -160,6 +160,6 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("HAST_JAX_CACHE")
-    done = tiny.call(tiny.evaluate(finished))
+    done = tiny.call_anew(tiny.evaluate(finished))
     assert done.returncode == 0, done.stderr
     assert any((tmp_path / ".cache" / "hast_jax").iterdir())

@@ -308,14 +308,14 @@ def get_config():
 )
 def test_a_mistake_in_a_config_file_ends_in_one_sentence(tmp_path: Path, line: str, words: str) -> None:
     (tmp_path / "mine.py").write_text(CONFIG_FILE.format(line))
-    done = tiny.call_in_fork([*tiny.module("main"), f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run"])
+    done = tiny.call([*tiny.module("main"), f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run"])
     assert done.returncode == 1, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_a_config_file_that_is_not_there_is_told_with_the_shipped_ones(tmp_path: Path) -> None:
-    done = tiny.call_in_fork([*tiny.module("main"), "--config=configs/digit.py:w3a3", f"--workdir={tmp_path}/run"])
+    done = tiny.call([*tiny.module("main"), "--config=configs/digit.py:w3a3", f"--workdir={tmp_path}/run"])
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "there is no config file 'configs/digit.py': give the path of one, or the name of a shipped config" in done.stderr
     assert "cifar10, cifar100, digits, imagenet" in done.stderr
@@ -331,18 +331,18 @@ def test_a_config_file_that_is_not_there_is_told_with_the_shipped_ones(tmp_path:
     ],
 )
 def test_a_value_of_another_kind_is_refused_in_the_words_of_the_field(tmp_path: Path, flag: str, words: str) -> None:
-    done = tiny.call_in_fork([*tiny.command(tmp_path / "run"), flag])
+    done = tiny.call([*tiny.command(tmp_path / "run"), flag])
     assert done.returncode == 1 and done.stderr == f"hast_jax: {words}\n"
 
 
 @pytest.mark.parametrize("flag", ["--config.finetune.epss=1", "--config.finetunee.eps=1", "--noconfig.finetune.epss"])
 def test_an_unknown_field_on_the_command_line_is_told_with_a_close_one(tmp_path: Path, flag: str) -> None:
-    done = tiny.call_in_fork([*tiny.command(tmp_path / "run"), flag])
+    done = tiny.call([*tiny.command(tmp_path / "run"), flag])
     assert done.returncode == 1 and "is unknown (did you mean finetune.eps?)" in done.stderr, done.stderr
 
 
 def test_the_help_of_main_lists_all_fields_with_their_defaults() -> None:
-    done = tiny.call_in_fork([*tiny.module("main"), "--helpfull"])
+    done = tiny.call([*tiny.module("main"), "--helpfull"])
     text = " ".join(done.stdout.split())
     for path, field in fields.FIELDS.items():
         assert f"{path} ({field.default}): ".replace("()", '("")') in text

@@ -31,7 +31,7 @@ def test_sigterm_saves_and_ends_the_run_with_a_status_of_its_own(finished: Path,
     assert not (workdir / "result.json").exists()
     saved = workdir / "checkpoints" / ("latest" if stage == "finetune" else "synthesis")
     assert any(int(path.name) >= step for path in saved.iterdir() if path.name.isdigit())
-    assert tiny.call(tiny.command(workdir)).returncode == 0
+    assert tiny.call_anew(tiny.command(workdir)).returncode == 0
     assert tiny.outcome(workdir) == tiny.outcome(finished)
 
 
@@ -40,7 +40,7 @@ def test_a_second_run_in_the_same_folder_refuses_while_the_first_goes_on(tmp_pat
     endless = "--config.synthesis.iterations=1000000"
     process = start(workdir, endless)
     tiny.wait_until(process, (workdir / "config.json").exists)
-    done = tiny.call(tiny.command(workdir, endless))
+    done = tiny.call_anew(tiny.command(workdir, endless))
     assert done.returncode == 1 and "another run is using" in done.stderr and "Traceback" not in done.stderr
     process.kill()
     process.communicate()

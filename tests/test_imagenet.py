@@ -61,7 +61,7 @@ def check(workdir: Path) -> None:
 @pytest.mark.slow
 def test_resnet18_runs_through_all_stages_and_goes_on_where_it_was_killed(data_dir: Path, tmp_path: Path) -> None:
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    done = tiny.call(command("resnet18", data_dir, unbroken))
+    done = tiny.call_anew(command("resnet18", data_dir, unbroken))
     assert done.returncode == 0, done.stderr
     check(unbroken)
     for stage, step in (("synthesis", 20), ("finetune", 5)):
@@ -83,5 +83,5 @@ def test_a_mobilenet_runs_through_all_stages(network: str, data_dir: Path, tmp_p
 
 def test_without_weights_the_run_is_refused(tmp_path: Path) -> None:
     config = f"--config={tiny.ROOT}/configs/imagenet.py:small"
-    done = tiny.call_in_fork([*tiny.module("main"), config, f"--workdir={tmp_path}/run"])
+    done = tiny.call([*tiny.module("main"), config, f"--workdir={tmp_path}/run"])
     assert done.returncode == 1 and "config.teacher.weights is empty" in done.stderr and "Traceback" not in done.stderr

@@ -222,7 +222,7 @@ def test_the_students_codes_are_integers_in_range_that_give_its_weights(learned_
 def test_a_run_killed_while_fine_tuning_goes_on_and_ends_like_an_unbroken_one(learned_run: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "killed"
     tiny.kill_when(tiny.learned_command(workdir), tiny.logged(workdir, "finetune", 15))
-    done = tiny.call(tiny.learned_command(workdir))
+    done = tiny.call_anew(tiny.learned_command(workdir))
     assert done.returncode == 0, done.stderr
     assert tiny.outcome(workdir) == tiny.outcome(learned_run)
     whole, resumed = (flatten_dict(hast_jax.load(place / "student").variables["ranges"]) for place in (learned_run, workdir))

@@ -152,7 +152,7 @@ def test_a_run_in_a_workdir_goes_on_holds_no_lock_and_its_result_never_changes(
     first = quantize(network, workdir=workdir)
     result = (workdir / "result.json").read_bytes()
     code = f"from pathlib import Path\nfrom hast_jax.runs import run_folder as r\nr._hold(Path({str(workdir / '.lock')!r}))"
-    assert tiny.call([sys.executable, "-c", code]).returncode == 0  # another process may hold it now
+    assert tiny.call_anew([sys.executable, "-c", code]).returncode == 0  # another process may hold it now
     again = quantize(network, workdir=str(workdir), fields=FEW_STEPS | {"devices": 2})
     np.testing.assert_array_equal(again(digits.images), first(digits.images))
     assert (workdir / "result.json").read_bytes() == result
@@ -338,7 +338,7 @@ assert not (set(sys.modules) - before) & {heavy}
 import hast_jax.main, hast_jax.evaluate, hast_jax.reproduce, hast_jax.benchmark, hast_jax.pretrain, hast_jax.results
 assert callable(hast_jax.evaluate) and hast_jax.__version__
 """
-    done = tiny.call([sys.executable, "-c", code])
+    done = tiny.call_anew([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
 
 

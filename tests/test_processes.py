@@ -59,7 +59,7 @@ def end(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run in one process, on four devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    done = tiny.call(tiny.command(workdir, *WHOLE, "--config.devices=4"))
+    done = tiny.call_anew(tiny.command(workdir, *WHOLE, "--config.devices=4"))
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -107,7 +107,7 @@ def test_two_processes_give_the_images_and_the_student_of_one_and_process_0_alon
     assert_same(workdir, alone)
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == len((alone / "metrics.jsonl").read_text().splitlines())
-    done = tiny.call(tiny.evaluate(workdir, "--devices=1"))
+    done = tiny.call_anew(tiny.evaluate(workdir, "--devices=1"))
     assert done.returncode == 0, done.stderr
     found = float(re.search(r"student[^│]*│ *([\d.]+)", done.stdout)[1])
     assert found == pytest.approx(json.loads((workdir / "result.json").read_text())["last"], abs=0.2)
@@ -141,7 +141,7 @@ def test_a_run_goes_on_with_other_devices_and_processes(alone: Path, tmp_path: P
         each.kill()
     end(processes)
     assert not (workdir / "result.json").exists()
-    done = tiny.call(tiny.command(workdir, *WHOLE, "--config.devices=1"))
+    done = tiny.call_anew(tiny.command(workdir, *WHOLE, "--config.devices=1"))
     assert done.returncode == 0, done.stderr
     assert_same(workdir, alone)
 
@@ -228,7 +228,7 @@ processes.share_failures(Path({str(tmp_path)!r}))
 processes.tell_failure("synthesis diverged; lower config.synthesis.lr.")
 processes.leave_broken("Connection closed by peer")
 """
-    done = tiny.call([sys.executable, "-c", code])
+    done = tiny.call_anew([sys.executable, "-c", code])
     words = "hast_jax: another process of this run has ended, process 0: synthesis diverged; lower config.synthesis.lr."
     assert done.returncode == 1 and done.stderr.strip() == words
 
@@ -262,7 +262,7 @@ def test_the_benchmark_times_a_step_that_two_processes_take_together() -> None:
     [("two", "it must be auto, or HOST:PORT"), ("127.0.0.1:1,2,x", "it must be auto, or HOST:PORT"), ("auto", "did not come")],
 )
 def test_processes_that_cannot_come_together_are_refused(tmp_path: Path, processes: str, words: str) -> None:
-    done = tiny.call(tiny.command(tmp_path / "run", f"--processes={processes}"))
+    done = tiny.call_anew(tiny.command(tmp_path / "run", f"--processes={processes}"))
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
 
 

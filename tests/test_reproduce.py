@@ -311,7 +311,7 @@ def test_a_killed_sweep_goes_on_and_ends_like_an_unbroken_one(tmp_path: Path) ->
         return [*tiny.module("reproduce"), "table1", config, f"--workdir={workdir}", *fields]
 
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    done = tiny.call(command(unbroken))
+    done = tiny.call_anew(command(unbroken))
     assert done.returncode == 0, done.stderr
     tiny.kill_when(command(killed), tiny.logged(killed / "cells" / "direction=kl-seed0", "finetune", 15))
     assert tiny.call(command(killed)).returncode == 0
@@ -323,7 +323,7 @@ def test_a_killed_sweep_goes_on_and_ends_like_an_unbroken_one(tmp_path: Path) ->
 
 @pytest.mark.parametrize("arguments", [[], ["table9"], ["table1", "all"]])
 def test_an_unknown_experiment_is_refused_with_those_there_are(tmp_path: Path, arguments: list[str]) -> None:
-    done = tiny.call_in_fork(
+    done = tiny.call(
         [*tiny.module("reproduce"), *arguments, f"--config={tiny.ROOT}/configs/digits.py", f"--workdir={tmp_path}"]
     )
     assert done.returncode == 1 and "table1, table2" in done.stderr and done.stderr.count("\n") == 1

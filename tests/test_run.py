@@ -40,7 +40,7 @@ def test_the_result_reports_teacher_last_and_best(finished: Path) -> None:
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(finished: Path, tmp_path: Path) -> None:
-    assert tiny.call(tiny.command(tmp_path / "again")).returncode == 0
+    assert tiny.call_anew(tiny.command(tmp_path / "again")).returncode == 0
     assert tiny.outcome(tmp_path / "again") == tiny.outcome(finished)
 
 
@@ -58,7 +58,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_like_an_unbroken_one(
 ) -> None:
     workdir = tmp_path / "killed"
     tiny.kill_when(tiny.command(workdir), tiny.logged(workdir, stage, step))
-    done = tiny.call(tiny.command(workdir))
+    done = tiny.call_anew(tiny.command(workdir))
     assert done.returncode == 0, done.stderr
     assert tiny.outcome(workdir) == tiny.outcome(finished)
     result = json.loads((workdir / "result.json").read_text())

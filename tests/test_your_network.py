@@ -111,7 +111,7 @@ def test_code_that_a_run_folder_names_is_not_run(copy: Path, name: str, words: s
     py_compile.compile(str(trap), str(copy / "trap.pyc"))
     config["teacher"]["network"] = f"{copy}/{name}:Net"
     (copy / "config.json").write_text(json.dumps(config))
-    done = tiny.call_in_fork(tiny.evaluate(copy))
+    done = tiny.call(tiny.evaluate(copy))
     assert done.returncode == 1 and words in done.stderr and not (copy / "caught").exists()
 
 

@@ -36,9 +36,11 @@ FIELDS = {
     "eval.every": 1,
 }
 
-# A process that has imported what commands import; `call_in_fork` forks it.
+# A process that has imported what commands import; `call` forks it.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["hast_jax.cli", "hast_jax.pipeline", "hast_jax.deliver.console", "hast_jax.paper.tables"])
+FORKS.set_forkserver_preload(
+    ["hast_jax.cli", "hast_jax.pipeline", "hast_jax.deliver.console", "hast_jax.paper.tables", "sklearn.datasets"]
+)
 
 LEARNED = {"finetune.ranges": "learned", "finetune.optimizer": "adam", "finetune.lr": 1e-3, "finetune.ranges_lr": 1e-2}
 
@@ -85,26 +87,28 @@ def environment() -> dict[str, str]:
 
 
 def call(arguments: list[str], place: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run a command to its end, in a folder."""
-    return subprocess.run(arguments, cwd=place, env=environment(), capture_output=True, text=True, check=False)
-
-
-def call_in_fork(arguments: list[str], place: Path = ROOT) -> subprocess.CompletedProcess:
-    """As `call`, for one of the package's commands that ends before it computes. This saves the time of its imports."""
+    """Run one of the package's commands to its end, in a folder, as a fork of FORKS. This saves the time of its imports."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / "stdout", Path(folder) / "stderr"]
-        process = FORKS.Process(target=_become, args=(arguments[2:], place, outputs))
+        process = FORKS.Process(target=_become, args=(arguments[2:], place, outputs, environment()))
         process.start()
         process.join()
         return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in outputs))
 
 
-def _become(arguments: list[str], place: Path, outputs: list[Path]) -> None:
+def _become(arguments: list[str], place: Path, outputs: list[Path], environment: dict[str, str]) -> None:
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(place)
     sys.argv = arguments
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+def call_anew(arguments: list[str]) -> subprocess.CompletedProcess:
+    """Run any command to its end, as a process that begins with nothing, such as a user's."""
+    return subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
 
 class Memory:
