@@ -16,7 +16,7 @@ from hast_jax.data.datasets import check_labels
 from hast_jax.errors import InputError
 from hast_jax.fields import FIELDS, FULL_PRECISION, GIVEN
 from hast_jax.method.pyramid import PIXEL_MEAN, PIXEL_STD
-from hast_jax.networks import Network, rules, structure, weights
+from hast_jax.networks import Network, inference, rules, structure, weights
 from hast_jax.runs import parallel, processes
 from hast_jax.runs.memory import MemoryRun
 from hast_jax.runs.progress import Progress, Recorder
@@ -50,7 +50,7 @@ class Setting:
 
         defaults: the mean and the standard deviation of each channel if `mean` and `std` are None.
         """
-        _check_fields(fields)
+        chosen = _dotted(fields)
         self.image = _numbers("image", image, 3)
         channels = self.image[-1]
         if (mean is None) != (std is None):
@@ -59,7 +59,7 @@ class Setting:
         self.std = _numbers("std", std, channels) if std is not None else defaults[1:] * channels
         self.rules = rules.normalise(bits)
         structure.forget()
-        self.call = structure.inference_arguments(model, call or {})
+        self.call = inference.arguments(model, call or {})
         self.model = model
         found = structure.inspect(model, self.image, self.call)
         self.classes = found.classes
@@ -86,7 +86,7 @@ class Setting:
                 "eval.dataset": "none",
                 "eval.batch": evaluation_batch(self.image),
                 **sizes,
-                **(fields or {}),
+                **chosen,
             }
         )
         config_lib.validate(self.config)
@@ -120,12 +120,15 @@ def evaluation_batch(image: tuple[int, ...]) -> int:
     return max(1, min(FIELDS["eval.batch"].default, MAX_BATCH_VALUES // math.prod(image)))
 
 
-def _check_fields(fields: Mapping[str, Any] | None) -> None:
+def _dotted(fields: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The user's fields by their paths. {"finetune": {"epochs": 1}} becomes {"finetune.epochs": 1}."""
     if not isinstance(fields or {}, Mapping):
         raise InputError(f'fields is a {type(fields).__name__}: give a dict such as {{"finetune.lam": 0.0}}.')
-    for path in fields or {}:
-        if str(path).startswith(GIVEN_OTHERWISE) and path != "teacher.arithmetic":
+    found = {".".join(map(str, path)): value for path, value in flatten_dict(dict(fields or {})).items()}
+    for path in found:
+        if path.startswith(GIVEN_OTHERWISE) and path != "teacher.arithmetic":
             raise InputError(f"{path} cannot be set for a network that is given in Python: use the arguments of the function.")
+    return found
 
 
 def _numbers(name: str, values: Any, count: int) -> tuple[Any, ...]:

@@ -160,7 +160,7 @@ def _prepare(
             raise UserError("the network has no batch norms whose outputs could be aligned: set finetune.lam to 0.")
         if given is not None:
             _check_enough(config, len(given[0]))
-        _refuse_overflow(teacher, variables, tuple(config.teacher.image))
+        _check_logits(teacher, variables, tuple(config.teacher.image))
         held_out.images_of(config)
     recorder = Recorder(workdir, progress, writing=processes.is_main())
 
@@ -192,8 +192,11 @@ def _prepare(
     return job(storage), given, dataset
 
 
-def _refuse_overflow(teacher: networks.Network, variables: weights.Variables, image: tuple[int, ...]) -> None:
-    """Raise UserError if the teacher's logits or batch-norm statistics are not finite on noise, from which synthesis starts."""
+def _check_logits(teacher: networks.Network, variables: weights.Variables, image: tuple[int, ...]) -> None:
+    """Look at the teacher on noise, from which synthesis starts.
+
+    Raises UserError if its logits or batch-norm statistics are not finite. Warns if its logits are probabilities.
+    """
 
     @jax.jit
     def look(variables: weights.Variables, images: jax.Array) -> tuple[jax.Array, ...]:
@@ -205,6 +208,14 @@ def _refuse_overflow(teacher: networks.Network, variables: weights.Variables, im
         raise UserError(
             "the teacher's logits or the inputs of its batch norms are not finite on images of noise: give other weights, "
             "because these are damaged or too large for float32."
+        )
+    logits = np.asarray(found[0])
+    if np.all(logits >= 0) and np.allclose(logits.sum(1), 1, atol=1e-3):
+        warnings.warn(
+            "the teacher's outputs are probabilities: let the network return what it computes before its softmax, because the "
+            "student loses less accuracy with logits.",
+            Notice,
+            stacklevel=2,
         )
 
 

@@ -22,7 +22,7 @@ from hast_jax import config as config_lib
 from hast_jax.cross_checks import base_splits
 from hast_jax.data import datasets
 from hast_jax.errors import UserError, sentence
-from hast_jax.networks import Network, structure, weights
+from hast_jax.networks import Network, inference, structure, weights
 from hast_jax.runs import parallel
 from hast_jax.runs.files import write_bytes
 from hast_jax.runs.progress import silent
@@ -74,7 +74,7 @@ def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: C
     warm_up = min(max(1, steps // 10), steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0, settings.lr, warm_up, steps)
     transform = optax.chain(optax.add_decayed_weights(settings.weight_decay), optax.sgd(schedule, 0.9, nesterov=True))
-    key, training = jax.random.key(config.seed), {**network.call, **structure.training_arguments(model)}
+    key, training = jax.random.key(config.seed), {**network.call, **inference.training_arguments(model)}
 
     @jax.jit
     def step(state: State) -> tuple[State, Array]:
@@ -108,7 +108,7 @@ def train(network: Network, dataset: datasets.Arrays, config: ConfigDict, say: C
         for number in range(steps // settings.epochs):
             state, loss = step(state)
             if epoch == number == 0 and unchanged(state.batch_stats):
-                names = ", ".join(structure.TRAINING)
+                names = ", ".join(inference.TRAINING)
                 raise UserError(
                     f"the batch norms of {structure.name_of(model)} keep no statistics in training: "
                     f"give its call an argument for training, with one of these names: {names}."

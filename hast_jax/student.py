@@ -69,6 +69,10 @@ class Student:
             raise InputError(f"the images are {images.dtype}: give uint8 images, or floating point ones that are normalised.")
         return self._logits(self.variables, jnp.asarray(images, jnp.float32))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the compiled function, which cannot be pickled."""
+        return {name: value for name, value in self.__dict__.items() if name != "_logits"}
+
     @cached_property
     def _logits(self) -> Any:
         return jax.jit(partial(networks.logits, self.network))

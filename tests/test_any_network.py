@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 
 import hast_jax
 from hast_jax import networks
-from hast_jax.networks import conv, rules, structure, weights
+from hast_jax.networks import conv, inference, rules, weights
 
 pytestmark = pytest.mark.usefixtures("little_optimization")
 
@@ -49,7 +49,7 @@ NETWORK = pytest.mark.parametrize("name", NETWORKS)
 def given(name: str) -> SimpleNamespace:
     """A network with random weights and statistics, images, and the function that its own `apply` is."""
     module, image = NETWORKS[name]
-    call = structure.inference_arguments(module)
+    call = inference.arguments(module)
     variables = random_variables(module, image, call)
     images = jax.random.normal(jax.random.key(1), (4, *image))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -18,8 +19,9 @@ import tiny
 from flax.traverse_util import flatten_dict
 
 import hast_jax
-from hast_jax import from_config, networks
+from hast_jax import from_config, networks, pipeline
 from hast_jax.data import datasets
+from hast_jax.errors import Notice
 from hast_jax.given import Setting
 from hast_jax.networks import weights
 from hast_jax.runs import run_folder
@@ -205,6 +207,35 @@ def test_the_student_is_trained_in_the_arithmetic_asked_for_and_ends_in_float32(
     assert exact.network.arithmetic == rounded.network.arithmetic == "float32"
 
 
+def test_fields_may_be_nested(network: tuple) -> None:
+    model, variables = network
+    setting = Setting(
+        model, variables, (8, 8, 1), MEAN, STD, "w4a4", 0, None, {"finetune.epochs": 9}, {"finetune": {"epochs": 3}}
+    )
+    assert setting.config.finetune.epochs == 3
+
+
+def test_a_student_can_be_pickled_before_and_after_a_call(student: hast_jax.Student, digits: datasets.Arrays) -> None:
+    logits = student(digits.images[:4])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(student))(digits.images[:4]), logits)
+
+
+def test_a_network_that_ends_in_a_softmax_is_used_with_a_notice(network: tuple) -> None:
+    class Probabilities(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.softmax(nn.Dense(5)(nn.BatchNorm(True)(nn.Conv(4, (3, 3))(x)).mean((1, 2))))
+
+    def check(model, variables):
+        pipeline._check_logits(networks.create(model, (8, 8, 1)), variables, (8, 8, 1))
+
+    with pytest.warns(Notice, match="are probabilities: let the network return what it computes before its softmax"):
+        check(Probabilities(), Probabilities().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(*network)
+
+
 @pytest.mark.slow
 def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
     images = np.random.default_rng(0).normal(size=(40, 8, 8, 1)).astype(np.float32)
@@ -230,6 +261,8 @@ def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
         ({"std": None}, "mean and std belong together: give both, or neither"),
         ({"mean": (4.9,)}, r"^mean is \(4.9,\): it must be between 0 and 1 for each channel, as pixels are here: divide it"),
         ({"fields": {"finetune.epss": 1}}, "did you mean finetune.eps"),
+        ({"fields": {"finetune": {"epss": 1}}}, "did you mean finetune.eps"),
+        ({"fields": {"bits": {"weights": 2}}}, "bits.weights cannot be set .* use the arguments of the function"),
         ({"fields": {"eval.dataset": "digits"}}, "use the arguments of the function"),
         ({"fields": 5}, "give a dict such as"),
         ({"image": 8}, r"must be \(height, width, channels\)"),

@@ -72,6 +72,40 @@ class OwnKernel(Base):
         return x @ self.param("mixing", nn.initializers.lecun_normal(), (4, 4))
 
 
+class OwnVector(Base):
+    def middle(self, x):
+        return x @ self.param("mixing", nn.initializers.normal(), (16,)).reshape(4, 4)
+
+
+class OwnConstant(Base):
+    def middle(self, x):
+        return x @ self.variable("constants", "mixing", jnp.ones, (4, 4)).value
+
+
+class OwnSum(Base):
+    def middle(self, x):
+        return (x[..., None] * self.param("mixing", nn.initializers.normal(), (1, 1, 1, 4, 4))).sum(-2)
+
+
+class OwnLoop(Base):
+    def middle(self, x):
+        mixing = self.param("mixing", nn.initializers.normal(), (4, 4))
+        return jax.lax.fori_loop(0, 2, lambda _, x: x @ mixing, x)
+
+
+class InLinen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3))(x)).mean((1, 2))
+        return nnx.bridge.to_linen(nnx.Linear, 4, 10, name="head")(x)
+
+
+class OwnSwitch(Base):
+    @nn.compact
+    def __call__(self, x, *, is_train=True):
+        return super().__call__(x, is_train)
+
+
 class Transposed(Base):
     def middle(self, x):
         return nn.ConvTranspose(4, (2, 2), (2, 2), name="up")(x)
@@ -282,6 +316,12 @@ def refused(module: Any, words: str, bits: Any = "w4a4", **arguments: Any) -> st
         (Attention(), "has attention, a MultiHeadDotProductAttention: attention multiplies activations"),
         (OwnAttention(), "multiplies activations with each other"),
         (OwnKernel(), r"weights that nothing quantizes \(mixing\)"),
+        (OwnVector(), r"weights that nothing quantizes \(mixing\)"),
+        (OwnConstant(), r"weights that nothing quantizes \(constants/mixing\)"),
+        (OwnSum(), r"weights that nothing quantizes \(mixing\)"),
+        (OwnLoop(), r"weights that nothing quantizes \(mixing\)"),
+        (InLinen(), "holds head, a flax.nnx module, whose calls cannot be intercepted"),
+        (OwnSwitch(), "normalises in norm with the moments of the batch, .* as call={'is_train': False}"),
         (Transposed(), "has up, a ConvTranspose: a transposed convolution is not quantized"),
         (TwoAxes(), "heads is a DenseGeneral that is no linear layer"),
         (TwoLetters(), "heads is an Einsum 'nhwc,cde->nhwde' that is no linear layer"),
@@ -317,6 +357,17 @@ def refused(module: Any, words: str, bits: Any = "w4a4", **arguments: Any) -> st
 )
 def test_a_network_that_cannot_work_is_refused_with_the_reason(module: Any, words: str) -> None:
     refused(module, words)
+
+
+class Elementwise(Base):
+    def middle(self, x):
+        x = x + self.param("position", nn.initializers.normal(), (1, *IMAGE[:2], 4))
+        return nn.LayerNorm(reduction_axes=(1, 2, 3), feature_axes=(1, 2, 3))(x)
+
+
+def test_weights_that_are_added_or_scale_single_elements_are_no_matrices() -> None:
+    student = networks.create(Elementwise(), IMAGE, rules=rules.normalise("w4a4"))
+    assert [layer.path for layer in student.kernels] == [("stem",), ("head",)]
 
 
 def test_the_network_that_the_refused_ones_spoil_is_accepted() -> None:

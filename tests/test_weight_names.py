@@ -1,12 +1,14 @@
 """Names of weights behind a prefix or of one's own, and values that no network has."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from strangers import CALL, IMAGE, Net, by_name, same, take, values
 
 from hast_jax.errors import UserError
@@ -39,7 +41,7 @@ def test_a_tensor_without_the_prefix_of_the_others_is_named_alone(also: str, wor
     if words is None:
         assert same(take(state), values())
         return
-    with pytest.raises(UserError, match=rf"without the 'module.' before each name, .*\): {words}\.$"):
+    with pytest.raises(UserError, match=rf"without the 'module.' before each name, .*\): {words} \(leave out"):
         take(state)
 
 
@@ -126,6 +128,24 @@ def test_variables_in_python_are_checked_as_those_of_files() -> None:
         "params/stem/bias has the shape (9,) instead of (4,)."
     )
     assert same(weights.from_variables(Net(), {"params": params, "batch_stats": stats, "ranges": {}}, IMAGE, CALL), variables)
+
+
+@pytest.mark.parametrize("separator", [None, "/", "."])
+def test_variables_may_be_flat_as_in_a_file(separator: str | None) -> None:
+    variables = values()
+    assert same(weights.from_variables(Net(), flatten_dict(variables, sep=separator), IMAGE, CALL), variables)
+    assert same(weights.from_variables(Net(), torch_names(variables, ""), IMAGE, CALL), variables)
+
+
+def test_the_path_of_a_file_is_refused_with_what_reads_it() -> None:
+    with pytest.raises(UserError, match=r"are the path 'net.h5': read the file first, as state, _ = hast_jax.networks.weights"):
+        weights.from_variables(Net(), Path("net.h5"), IMAGE, CALL)
+
+
+def test_weights_for_training_alone_are_named_as_what_to_leave_out() -> None:
+    more = by_name(values()) | {"params/auxiliary/bias": np.zeros(3, np.float32)}
+    with pytest.raises(UserError, match=r"auxiliary/bias is unknown \(leave out the weights of parts that the network uses in"):
+        take(more)
 
 
 def test_a_network_that_fails_on_the_image_is_named_with_the_reason() -> None:

@@ -48,7 +48,10 @@ def faults(fit: Fit, translatable: bool) -> list[str]:
             f"{len(fit.missing)} of its {wanted} tensors are missing and {len(fit.unknown)} others are unknown, because the "
             f"network's names are like {fit.missing[0]} and the names in the weights like {fit.unknown[0]}{advice}"
         ]
-    return [f"{name} is missing" for name in fit.missing] + [f"{name} is unknown" for name in fit.unknown]
+    unknown = [f"{name} is unknown" for name in fit.unknown]
+    if unknown and not fit.missing:
+        unknown[0] += " (leave out the weights of parts that the network uses in training alone)"
+    return [f"{name} is missing" for name in fit.missing] + unknown
 
 
 def is_flax(name: str) -> bool:

@@ -9,6 +9,7 @@ import jax
 
 from hast_jax.errors import InputError
 from hast_jax.method import quantizer
+from hast_jax.networks import inference
 from hast_jax.networks import structure as structure_lib
 from hast_jax.networks.rules import Rules, bits_of, compiled
 from hast_jax.networks.sites import Site, check_rules, sites
@@ -78,13 +79,13 @@ def create(
 ) -> Network:
     """`module` as a `Network`, for normalised images [batch, *image]: a student if `rules` are given, else a teacher.
 
-    call: keyword arguments of the module's call, besides those for inference (`structure.inference_arguments`).
+    call: keyword arguments of the module's call, besides those for inference (`inference.arguments`).
     branches: a regular expression over whole names in the paths of batch norms. If it is empty, the module's own attribute
     `branches` is used. Without that attribute, branches are found in the structure. settings: other fields of `Network`.
 
     Raises UserError, with the reason, if the module cannot be quantized.
     """
-    call = structure_lib.inference_arguments(module, call or {})
+    call = inference.arguments(module, call or {})
     structure = structure_lib.inspect(module, image, call)
     aligned = _branches(module, structure, branches)
     if rules is None:

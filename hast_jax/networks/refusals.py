@@ -7,7 +7,7 @@ import flax.linen as nn
 
 from hast_jax.errors import InputError
 from hast_jax.networks.graph import PRODUCTS, Graph
-from hast_jax.networks.linear import name_of
+from hast_jax.networks.linear import name_of, place
 
 Path = tuple[str, ...]
 
@@ -37,6 +37,15 @@ class Kernel(NamedTuple):
     calls: int
     leaf: Any
     number: int | None
+
+
+def refuse_bridge(module: Any, inner: Any) -> None:
+    """Refuse a `flax.nnx` module inside a Linen network."""
+    if type(inner).__module__.startswith("flax.nnx"):
+        raise InputError(
+            f"{name_of(module)} holds {place(inner)}, a flax.nnx module, whose calls cannot be intercepted: write it as a "
+            "flax.linen.Module; docs/your_network.md shows how its variables become those of flax.linen."
+        )
 
 
 def refuse_collections(module: nn.Module, collections: Mapping[str, Any]) -> None:

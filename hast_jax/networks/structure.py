@@ -5,9 +5,7 @@ functions between them. The trace takes shapes alone; nothing is computed.
 """
 
 import functools
-import inspect as python_inspect
 import itertools
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,8 +19,10 @@ from flax.traverse_util import flatten_dict
 from hast_jax.errors import InputError, Notice, UserError
 from hast_jax.networks import graph, refusals
 from hast_jax.networks.branches import Call, branches
+from hast_jax.networks.inference import advice
 from hast_jax.networks.layers import Activation
 from hast_jax.networks.linear import LINEAR, name_of, place, summed_axes
+from hast_jax.networks.matrices import outside_layers
 from hast_jax.networks.refusals import Kernel
 
 Path = tuple[str, ...]
@@ -31,8 +31,6 @@ COLLECTION = "hast_jax"  # holds the values that intercepted calls record
 WATCHED: Any = (*LINEAR, nn.BatchNorm, Activation, *refusals.KINDS)
 _calls = itertools.count()
 READ = ("inputs", "x")  # names of the argument that Flax's layers read
-# Usual names of the arguments that tell inference from training -> their values in inference.
-TRAINING = {"train": False, "training": False, "is_training": False, "deterministic": True, "use_running_average": True}
 
 
 class Layer(NamedTuple):
@@ -64,8 +62,8 @@ class Structure(NamedTuple):
     """A network, each part in the order of execution.
 
     marks: calls of `Activation`. norms: calls of batch norms. branches: calls of batch norms whose outputs end a branch.
-    others: paths in `params` of matrices that no layer owns. classes: the number of logits. collections: those of its
-    variables. program: the checksum of what it computes (`graph.Graph`).
+    others: paths of matrices that no layer owns, in `params`, or else with their collection. classes: the number of logits.
+    collections: those of its variables. program: the checksum of what it computes (`graph.Graph`).
     """
 
     layers: tuple[Layer, ...]
@@ -77,30 +75,6 @@ class Structure(NamedTuple):
     classes: int
     collections: tuple[str, ...]
     program: int
-
-
-def inference_arguments(module: nn.Module, given: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """The keyword arguments of a call: those that are given, and those of usual names that make `module` infer (`TRAINING`).
-
-    An argument whose default is already its value in inference is left out, because `nn.jit` would trace its value.
-    Raises UserError if the call needs another argument besides the images.
-    """
-    if not isinstance(module, nn.Module):
-        raise InputError(refusals.no_linen_module(module))
-    parameters = list(python_inspect.signature(type(module).__call__).parameters.values())[2:]
-    usual = (each for each in parameters if each.name in TRAINING and each.default is not TRAINING[each.name])
-    arguments = {each.name: TRAINING[each.name] for each in usual} | dict(given)
-    named = (each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD))
-    needed = [each.name for each in named if each.default is each.empty and each.name not in arguments]
-    if needed:
-        raise InputError(f"the call of {name_of(module)} needs {needed[0]!r}: give it, as call={{{needed[0]!r}: ...}}.")
-    return arguments
-
-
-def training_arguments(module: nn.Module) -> dict[str, Any]:
-    """The keyword arguments of a call that make `module` train: its arguments among `TRAINING`, with the opposite values."""
-    parameters = python_inspect.signature(type(module).__call__).parameters
-    return {name: not inferring for name, inferring in TRAINING.items() if name in parameters}
 
 
 def forget() -> None:
@@ -155,25 +129,26 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
     def value(call, name):
         return _value(module, left, call, name)
 
-    params = flatten_dict(variables["params"])
-    kernels = {layer.kernel for layer in seen.layers.values()}
-    matrices = [path for path, leaf in params.items() if leaf.ndim > 1 and math.prod(leaf.shape[:-1]) > 1]
     inputs = {call: value(call, "input") for call in seen.calls}
     before = traced.upstream(value(call, "output") for call in seen.calls)
     marks = {value(call, "output"): call for call in seen.marks}
     norms = {value(call, "output"): call for call in seen.norms}
-    numbers = flatten_dict(jax.tree.unflatten(jax.tree.structure(variables), traced.inputs[:-1])["params"])
+    leaves = flatten_dict(variables)
+    numbers = flatten_dict(jax.tree.unflatten(jax.tree.structure(variables), traced.inputs[:-1]))
     calls = Counter(call.path for call in seen.calls)
+    kernels = set()
     for path, layer in seen.layers.items():
-        leaf, number = params.get(layer.kernel), numbers.get(layer.kernel)
+        leaf, number = leaves.get(("params", *layer.kernel)), numbers.get(("params", *layer.kernel))
         refusals.refuse_kernel(module, traced, Kernel(path, layer.axes, calls[path], leaf, number))
+        kernels.add(number)
+    others = outside_layers(traced, {numbers[path]: leaf.shape for path, leaf in leaves.items()}, kernels)
     return Structure(
         tuple(seen.layers.values()),
         tuple(Input(call, number, not before.get(number), marks.get(traced.origin(number))) for call, number in inputs.items()),
         tuple(seen.marks),
         tuple(seen.norms),
         branches(traced, norms, {value(call, "output") for call in seen.calls}, set(inputs.values()), seen.shapes),
-        tuple(path for path in matrices if path not in kernels),
+        tuple(path[1:] if path[0] == "params" else path for path, number in numbers.items() if number in others),
         seen.classes,
         tuple(variables),
         traced.checksum,
@@ -189,7 +164,7 @@ def mutable() -> list[str]:
 
 
 def logits_of(output: Any) -> Any:
-    """The logits in a network's output: the array itself, the first of a tuple or list, or the "logits" of a dict."""
+    """The logits in a network's output: the array itself, the first element of a tuple or list, or the "logits" of a dict."""
     if isinstance(output, Mapping):
         output = output.get("logits")
     return output[0] if isinstance(output, tuple | list) and output else output
@@ -231,10 +206,12 @@ class _Seen:
                 f"{name_of(self.module)} gives one logit, whose softmax is always 1, so nothing can be learned: let it return "
                 "two, as (0, logit)."
             )
-        shapes = {getattr(each, "shape", ()) for each in jax.tree.leaves(output)}  # a network may return numbers and texts too
-        if sum(len(shape) == 2 for shape in shapes) > 1:
+        named = output["logits"] if isinstance(output, Mapping) else output
+        rows = [each for each in jax.tree.leaves(named) if len(getattr(each, "shape", ())) == 2]  # others may be numbers, texts
+        if len(rows) > 1:
             warnings.warn(
-                f"{name_of(self.module)} gives several arrays; the logits are taken to be {shape[1]} numbers for each image.",
+                f"{name_of(self.module)} gives {len(rows)} arrays with one row for each image; the logits are taken to be the "
+                f"first, of {shape[1]} numbers.",
                 Notice,
                 stacklevel=2,
             )
@@ -244,6 +221,7 @@ class _Seen:
     def intercept(self, function: Any, arguments: Any, named: Any, context: Any) -> Any:
         """Record the input and the output of every layer, mark and batch norm."""
         module: Any = context.module
+        refusals.refuse_bridge(self.module, module)
         if context.method_name != "__call__" or not isinstance(module, WATCHED):
             return function(*arguments, **named)
         for kind, why in refusals.KINDS.items():
@@ -272,12 +250,9 @@ class _Seen:
             raise InputError(f"{place(module)} is a {name_of(module)} with a call of its own: use nn.BatchNorm itself.")
         given = arguments[1] if len(arguments) > 1 else named.get("use_running_average")
         if not (module.use_running_average if given is None else given):
-            own = None if training_arguments(self.module) else next((n for n in TRAINING if hasattr(self.module, n)), None)
-            how = f"make it with {own}={TRAINING[own]}" if own else "give the argument of its call that stops this"
-            example = "" if own else ", as call={'train': False}"
             raise InputError(
                 f"{name_of(self.module)} normalises in {place(module)} with the moments of the batch, as in training: "
-                f"{how}{example}."
+                f"{advice(self.module)}."
             )
         axes = module.axis if isinstance(module.axis, tuple | list) else (module.axis,)
         if [axis % argument(arguments, named)[0].ndim for axis in axes] != [argument(arguments, named)[0].ndim - 1]:

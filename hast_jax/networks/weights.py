@@ -5,6 +5,8 @@ Flax's layout. Any other array is in PyTorch's layout (convolutions OIHW, linear
 that hold state dicts. It encodes them as `.safetensors`, which can hold no code.
 """
 
+import os
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import resources
@@ -181,9 +183,18 @@ def from_variables(
 ) -> Variables:
     """`params` and `batch_stats` of `model`, in float32, from a tree of Flax: nested mappings of NumPy's or JAX's arrays.
 
-    variables: {"params": ..., "batch_stats": ...}, another tree that flax_trees.py takes, or an object with attributes `params`
-    and `batch_stats`. image, call, errors: as in `from_state_dict`.
+    variables: {"params": ..., "batch_stats": ...}, another tree that flax_trees.py takes, an object with attributes `params`
+    and `batch_stats`, or a state dict: flat, with the names that a file would have. image, call, errors: as in
+    `from_state_dict`.
     """
+    if isinstance(variables, str | os.PathLike):
+        raise InputError(
+            f"the variables are the path {str(variables)!r}: read the file first, as state, _ = "
+            "hast_jax.networks.weights.read(pathlib.Path(PATH)), and give the state."
+        )
+    if _is_state_dict(variables):
+        state = {name if isinstance(name, str) else "/".join(name): array for name, array in variables.items()}
+        return from_state_dict(model, state, image, None, call)
     if not isinstance(variables, Mapping):  # a TrainState
         variables = {name: getattr(variables, name) for name in flax_trees.COLLECTIONS if hasattr(variables, name)}
     if not variables:
@@ -193,6 +204,13 @@ def from_variables(
     if not given and abstract_variables(model, image, call)["batch_stats"]:
         raise InputError(f"the variables hold no batch_stats, the statistics of batch norms: {GIVE_BOTH}.")
     return from_state_dict(model, state, image, names_lib.flax, call)
+
+
+def _is_state_dict(variables: Any) -> bool:
+    """Whether it is flat, with whole paths as the names: texts with dots or slashes, or tuples, as of `flatten_dict`."""
+    if not isinstance(variables, Mapping) or not variables or any(isinstance(each, Mapping) for each in variables.values()):
+        return False
+    return all(isinstance(name, tuple) or (isinstance(name, str) and re.search("[./]", name)) for name in variables)
 
 
 def _library_maps(model: nn.Module, expected: Mapping[tuple[str, ...], Any]) -> list[dict[str, tuple[str, ...]]]:
