@@ -172,7 +172,7 @@ def _parse(arguments: list[str], words: bool) -> list[str]:
         left = flags.FLAGS(arguments)
         hasattr(getattr(flags.FLAGS, "config", None), "lock")  # raises the error of a config that could not be read
     except flags.Error as error:
-        raise _wrong_flag(_last_line(error)) from error
+        raise _wrong_flag(_last_line(error), arguments[1:]) from error
     except BrokenPipeError:  # who reads the help has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -189,9 +189,11 @@ def _parse(arguments: list[str], words: bool) -> list[str]:
     return left
 
 
-def _wrong_flag(words: str) -> UserError:
-    """The error of a flag. words: absl's, which take the place of ours where absl knows more."""
+def _wrong_flag(words: str, arguments: list[str]) -> UserError:
+    """The error of a flag. words: absl's, which take the place of ours where absl knows more. arguments: the command's."""
     if missing := re.match(r"flag --(\w+)=None: ", words):
+        if len(arguments) == 1 and not arguments[0].startswith("-"):
+            return UserError(f"--{missing[1]} is missing: write --{missing[1]}={arguments[0]}; --help shows the flags.")
         nothing = ", or its get_config returns nothing" if missing[1] == "config" else ""
         return UserError(f"--{missing[1]} is missing{nothing}: --help says what it takes.")
     if field := re.match(r"flag --config\.([\w.]+)=(.*?): ", words):

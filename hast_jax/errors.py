@@ -5,6 +5,9 @@ import errno
 CAUSES = {
     errno.ENOSPC: "the disk is full: make room and run the same command again; a run then resumes",
     errno.EDQUOT: "the disk quota is used up: make room and run the same command again; a run then resumes",
+    errno.EFBIG: "a file is larger than this process may write: raise the limit (ulimit -f) and run the same command again",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n) and run the same command again",
+    errno.EIO: "the disk reports a fault: give a place on another disk",
     errno.EACCES: "no permission: change the permissions, or give another place",
     errno.EROFS: "the file system is read-only: give another place",
     errno.EEXIST: "a file is where a folder is needed: give another name",

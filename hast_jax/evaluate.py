@@ -75,7 +75,8 @@ def run(
     config_lib.validate(config)
     images = datasets.load(config, config.eval.split)
     if images is None:
-        raise UserError(f"{workdir} was run with config.eval.dataset none: name a data set with --dataset.")
+        whose = "--dataset=none names none" if dataset else f"{workdir} was run without any"
+        raise UserError(f"there are no real images, because {whose}: name a data set with --dataset.")
     teacher, variables = from_config.teacher(config)
     student = from_config.student(config)
     folder.check_teacher(variables, teacher.structure.program, remember=False)

@@ -24,7 +24,7 @@ from hast_jax.data import datasets
 from hast_jax.deliver.exports import FORMATS, Exported, Options, export
 from hast_jax.errors import Notice, UserError
 from hast_jax.fields import GIVEN
-from hast_jax.runs import parallel, run_folder, synthetic_set
+from hast_jax.runs import parallel, run_folder
 
 MOST_SYNTHETIC = 1024  # images on which the file and the student are compared
 MOST_BYTES = 2**30  # of real images: some 7,000 of ImageNet's, and all of CIFAR's
@@ -90,19 +90,10 @@ def _name(format: str, options: Mapping[str, Any]) -> str:
 
 def _synthetic(folder: run_folder.RunFolder, config: ConfigDict) -> np.ndarray | None:
     """Some of the synthetic images that the student learned from; None, with a warning, if there are none."""
-    if config.synthesis.real_split:
-        words = (
-            "the file is checked on random images, because the run folder does not hold the real images that it learned from"
-        )
-        warnings.warn(words, Notice, stacklevel=1)
-        return None
-    source = paths.local(config.synthesis.source) if config.synthesis.source else folder.synthetic
     try:
-        return np.asarray(synthetic_set.load(source, tuple(config.teacher.image), config.teacher.classes)[0][:MOST_SYNTHETIC])
+        return np.asarray(folder.learned_images(config)[0][:MOST_SYNTHETIC])
     except UserError as error:
-        warnings.warn(
-            f"the file is checked on random images, because the synthetic ones are gone ({error})", Notice, stacklevel=1
-        )
+        warnings.warn(f"the file is checked on random images: {error}", Notice, stacklevel=1)
         return None
 
 

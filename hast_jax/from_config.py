@@ -83,7 +83,9 @@ def teacher(config: ConfigDict) -> tuple[Network, weights.Variables]:
         name = field.split(".")[1]
         said, ours = getattr(metadata, name), config_lib.field(config, field)
         if said is not None and not (np.shape(said) == np.shape(ours) and np.allclose(said, ours, atol=1e-3)):
-            raise UserError(f"{path} was trained for the {name} {said}, not config.{field} {ours}: change the config.")
+            raise UserError(
+                f"{path} was trained for the {name} {said}, not config.{field} {ours}: change the weights, or the config."
+            )
     names = user_files.load(config.teacher.names) if config.teacher.names else None
     if names is not None and not callable(names):
         raise UserError(f"config.teacher.names {config.teacher.names} is no function: it must give a name for each path.")

@@ -80,7 +80,7 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
 def _finished(job: Job, given: Given | None) -> Student | None:
     """The student of a run that has finished. None if the run has not, or if its folder `student` is lost or damaged.
 
-    Its images and checkpoints may be gone. If `eval.held_out` was given only now, the agreement on these images is added.
+    Its images and checkpoints may be gone. If `eval.held_out` names another set than before, this set is judged now.
     """
     result = job.storage.read_result()
     if result is None or not isinstance(job.storage, RunFolder):
@@ -90,22 +90,21 @@ def _finished(job: Job, given: Given | None) -> Student | None:
         student = load(folder, job.student.module)
     except UserError:
         return None
-    to_judge = result.get("held_out") is None and bool(job.config.eval.held_out)
     images = None
     if given is not None:
         images = given[0]
         processes.on_main(lambda: job.storage.check_images(*given))
     else:
-        shape, classes = tuple(job.config.teacher.image), job.teacher.classes
         with contextlib.suppress(UserError):  # gone, or damaged since
-            images = synthetic_set.load(job.storage.synthetic, shape, classes)[0]
-    if to_judge:
+            images = job.storage.learned_images(job.config)[0]
+    if to_judge := not held_out.is_measured(job.config, result):
         if images is not None:
             held_out.refuse_common(job.config, images)
-        result = {**result, "held_out": held_out.measure(job, student.variables)}
+        result = {**result, "config": config_lib.to_dict(job.config), "held_out": held_out.measure(job, student.variables)}
         student = dataclasses.replace(student, record=result)
         processes.on_main(lambda: student.save(folder))
         processes.on_main(lambda: job.storage.write_result(result))
+    processes.on_main(lambda: job.storage.write_config(job.config))
     if images is not None:
         processes.on_main(lambda: _report(job, student, images, anew=to_judge))
     return student
@@ -171,6 +170,8 @@ def _prepare(
         if processes.count() > 1:
             raise UserError("several processes share one run folder: give a workdir, on a file system that all of them use.")
         return job(MemoryRun()), given, dataset
+    if (workdir / run_folder.CELLS).exists():
+        raise UserError(f"{workdir} is the folder of a sweep: a run needs a folder of its own.")
     processes.on_main(lambda: run_folder.open_for_run(workdir, config))
     storage = RunFolder(workdir)
     try:
@@ -235,8 +236,7 @@ def _given_images(config: ConfigDict) -> Given | None:
     if settings.real_split:
         return datasets.sample(config, settings.images)
     if settings.source:
-        images, labels = synthetic_set.load(paths.local(settings.source), tuple(config.teacher.image), config.teacher.classes)
-        return images[: settings.images], labels[: settings.images]
+        return synthetic_set.first(paths.local(settings.source), config)
     return None
 
 
@@ -291,6 +291,7 @@ def _training_images(job: Job, given: Given | None) -> Given:
             processes.require_same({"images": crc32((images, labels))})
     held_out.refuse_common(job.config, images)
     processes.on_main(lambda: job.storage.check_images(images, labels))
+    processes.on_main(lambda: job.storage.write_config(job.config))  # now that nothing of the config can be refused any more
     if isinstance(job.storage, RunFolder):
         picture, teacher = job.storage.picture, job.config.teacher
         processes.on_main(lambda: save_picture(picture, images, teacher.mean, teacher.std))

@@ -13,7 +13,7 @@ from hast_jax.deliver import report
 from hast_jax.errors import UserError
 from hast_jax.fields import GIVEN
 from hast_jax.method.quantizer import MAX_BITS, MIN_BITS
-from hast_jax.runs import parallel, run_folder, synthetic_set
+from hast_jax.runs import parallel, run_folder
 
 
 def define_flags() -> None:
@@ -48,10 +48,7 @@ def run(
         raise UserError(f"the run in {workdir} has not finished: run its command again.")
     teacher, variables = from_config.teacher(config)
     folder.check_teacher(variables, teacher.structure.program, remember=False)
-    source = paths.local(config.synthesis.source) if config.synthesis.source else folder.synthetic
-    if config.synthesis.real_split:
-        raise UserError(f"{workdir} does not hold the real images that it learned from: only the run itself writes its report.")
-    images = synthetic_set.load(source, tuple(config.teacher.image), config.teacher.classes)[0]
+    images, _ = folder.learned_images(config)
     report.write(folder, student.load(folder.student, teacher.module), (teacher, variables), images, average_bits)
     return folder.report
 

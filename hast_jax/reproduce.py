@@ -21,6 +21,7 @@ from hast_jax import cli, paths
 from hast_jax import config as config_lib
 from hast_jax.deliver.console import Bar
 from hast_jax.errors import UserError, sentence
+from hast_jax.kinds import close
 from hast_jax.paper import figure2, tables
 from hast_jax.paper.experiments import EXPERIMENTS
 from hast_jax.paper.sweep import Sweep
@@ -56,12 +57,16 @@ def table(name: str, sweep: Sweep, skip: Collection[str]) -> Section:
 def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
     """Run these experiments, except cells whose label is in `skip`; write and return the Markdown.
 
-    Raises UserError if a label belongs to no cell. SIGTERM ends the process between two experiments, cells or steps.
+    Raises UserError if a label belongs to no cell, or if an experiment has no other cells. SIGTERM ends the process between two
+    experiments, cells or steps.
     """
     known = {cell.label for name in names if name in EXPERIMENTS for cell in EXPERIMENTS[name](sweep.config).cells}
     if unknown := set(skip) - known:
         there = "; ".join(sorted(known)) or "none, because figures have no cells"
         raise UserError(f"--skip={min(unknown)}: no cell has this label; there are: {there}.")
+    for name in set(names) & set(EXPERIMENTS):
+        if all(cell.label in skip for cell in EXPERIMENTS[name](sweep.config).cells):
+            raise UserError(f"--skip leaves no cell of {name}: leave out {name} itself.")
     devices = parallel.choose(sweep.config.devices, sweep.config.finetune.batch)
     context = tables.context(sweep, devices)
     sections = {}
@@ -92,8 +97,11 @@ def main(arguments: list[str]) -> None:
     """Run the experiments that the arguments name; exit status 1 if a cell failed."""
     with cli.user_errors(resumes=True):
         names = SUPPLEMENT if arguments[1:] == ["all"] else arguments[1:]
-        if not names or not set(names) <= set(NAMES):
+        if not names:
             raise UserError(f"name one or several experiments of: {', '.join(NAMES)}; or all.")
+        if unknown := [name for name in names if name not in NAMES]:
+            advice = "all stands alone" if "all" in unknown else f"choose from {', '.join(NAMES)}; or all"
+            raise UserError(f"there is no experiment {unknown[0]!r}{close(unknown[0], NAMES)}: {advice}.")
         preemption.listen()
         given, console = flags.FLAGS, Console()
         config_lib.validate(given.config)

@@ -48,9 +48,9 @@ def row(name: str, result: dict[str, Any]) -> str:
 def table(folders: list[Path]) -> str:
     """The table of these run folders, and a line for each folder without accuracies. Raises UserError if no folder has any."""
     rows, notes = [], []
-    for folder in folders:
+    for folder, name in zip(folders, _labels(folders)):
         try:
-            rows.append(row(folder.resolve().name, result_of(folder)))
+            rows.append(row(name, result_of(folder)))
         except UserError as error:
             notes.append(str(error))
     if not rows:
@@ -120,7 +120,10 @@ def over_time_table(folders: list[Path], picture: Path) -> str:
         words = f"{next(iter(teachers))} has a teacher of {teacher:.2f} %, {other} one of {teachers[other]:.2f} %"
         raise UserError(f"{words}: draw runs of one teacher.")
     curves = dict(zip(_labels(list(found)), found.values()))
-    figures.over_time(curves, teacher, picture)
+    try:
+        figures.over_time(curves, teacher, picture)
+    except OSError as error:
+        raise UserError(f"{picture} cannot be written: {error.strerror}; choose another path.") from error
     rows = [
         markdown_row([name, format_seconds(seconds), f"{top1:.2f}"])
         for name, curve in curves.items()

@@ -191,5 +191,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except OSError as error:
         raise UserError(f"{path} holds no student ({error}): give what Student.save wrote, or a run folder.") from error
     except Exception as error:  # the readers raise many kinds of errors on damaged files
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): save the student again.") from error
+        words = f"{path} is damaged ({type(error).__name__}: {error})"
+        raise UserError(f"{words}: save the student again, or repeat the command that made its run.") from error
     return said, arrays

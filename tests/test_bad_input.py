@@ -2,7 +2,9 @@
 
 import errno
 import fcntl
+import json
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,10 +14,11 @@ import numpy as np
 import pytest
 import tiny
 
-from hast_jax import paths
-from hast_jax.errors import CheckpointWarning, UserError
+from hast_jax import paths, report
+from hast_jax.errors import CheckpointWarning, Notice, UserError, refused_by_disk
 from hast_jax.runs import synthetic_set
 from hast_jax.runs.checkpoint import Checkpoints
+from hast_jax.runs.progress import read_metrics
 
 
 def test_a_corrupt_synthetic_set_is_noticed(unfinished: Path) -> None:
@@ -40,12 +43,62 @@ def test_a_teacher_of_other_weights_under_the_same_name_is_refused(copy: Path) -
     assert done.returncode == 1 and "began with a teacher of other weights" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["config.json", "images.json", "teacher.json", "evaluations.json"])
-def test_a_damaged_small_file_is_named(unfinished: Path, name: str) -> None:
-    for content in ('{"half": ', "[1]"):
-        (unfinished / name).write_text(content)
-        with pytest.raises(UserError, match=rf"{name} is damaged|began with"):
-            tiny.run(unfinished)
+def test_a_damaged_small_file_is_named_and_the_same_run_goes_on_without_it(finished: Path, copy: Path) -> None:
+    for name in ("result.json", "config.json", "teacher.json", "segments.json", "images.json"):
+        for content in ('{"half": ', "3"):
+            (copy / name).write_text(content)
+            with pytest.raises(UserError, match=rf"{name} is damaged .*: delete it, and repeat the command that made the run"):
+                tiny.run(copy)
+        (copy / name).unlink()
+    assert tiny.run(copy)["last"] == json.loads((finished / "result.json").read_text())["last"]
+
+
+def test_without_the_accuracies_of_earlier_epochs_a_run_ends_with_those_that_can_be_measured(
+    finished: Path, unfinished: Path
+) -> None:
+    (unfinished / "evaluations.json").write_text('{"half": ')
+    with pytest.warns(
+        Notice, match=r"evaluations.json is missing or damaged \(.*\): the accuracies of earlier epochs are lost"
+    ):
+        again = tiny.run(unfinished)
+    whole = json.loads((finished / "result.json").read_text())
+    assert [again[name] for name in ("no_finetuning", "last")] == [whole[name] for name in ("no_finetuning", "last")]
+
+
+def test_a_command_that_is_refused_changes_nothing(copy: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    other = Path(shutil.copytree(copy / "synthetic", tmp_path / "other"))
+    np.save(other / "images.npy", 1 + np.load(other / "images.npy"))
+    (other / "index.json").unlink()
+    with pytest.raises(UserError, match="began with other images"):
+        tiny.run(copy, synthesis__source=str(other))
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_the_report_of_other_images_than_the_run_learned_from_is_refused(copy: Path) -> None:
+    images = np.load(copy / "synthetic" / "images.npy")
+    np.save(copy / "synthetic" / "images.npy", 1 + images)
+    (copy / "synthetic" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"synthetic does not hold the images that .* learned from: repeat the command"):
+        report.run(copy)
+
+
+def test_a_damaged_line_of_the_log_is_left_out_alone(tmp_path: Path) -> None:
+    lines = [json.dumps({"stage": "finetune", "step": step, "seconds": step}) for step in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], "X" + lines[1], "[]", *lines[2:], lines[3][:20]]))
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 2, 3]
+
+
+def test_a_checkpoint_larger_than_a_process_may_write_is_refused_with_the_limit(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+        try:
+            with pytest.raises(OSError) as error:
+                checkpoints.save(1, {"a": np.zeros(2**18, np.float32)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "a file is larger than this process may write: raise the limit" in str(refused_by_disk(error.value))
 
 
 @pytest.mark.parametrize("content", ['{"half": ', "[1]", "{}", '{"activ/low": NaN}'])
@@ -180,10 +233,25 @@ def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path: Pa
         tiny.run(tmp_path / "file" / "run")
 
 
+CIFAR10 = {
+    "teacher__network": "resnet20",
+    "teacher__weights": "cifar10",
+    "teacher__image": (32, 32, 3),
+    "teacher__mean": (0.4914, 0.4822, 0.4465),
+    "teacher__std": (0.2023, 0.1994, 0.2010),
+    "eval__dataset": "cifar10",
+}
+
+
 def test_missing_evaluation_data_are_refused_before_synthesis_with_the_way_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tfds build cifar10 --file_format=array_record --data_dir=.*nowhere"):
-        tiny.run(tmp_path / "run", eval__dataset="cifar10", eval__data_dir=str(tmp_path / "nowhere"))
+        tiny.run(tmp_path / "run", **CIFAR10, eval__data_dir=str(tmp_path / "nowhere"))
     assert not (tmp_path / "run").exists()
+
+
+def test_data_that_could_never_fit_the_network_are_refused_before_they_are_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cifar10 has images \(32, 32, 3\) of 10 classes, but the network takes images"):
+        tiny.run(tmp_path / "run", eval__dataset="cifar10", eval__data_dir=str(tmp_path / "nowhere"))
 
 
 def test_a_folder_that_is_no_run_cannot_be_evaluated(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_what_works_in_one_process_refuses_several(command: list[str]) -> None:
         (["main", DIGITS, "--workdir=a", "config.seed=7"], "does not take the word 'config.seed=7': write --config.seed=7."),
         (["evaluate", "--workdir=a", "best"], "does not take the word 'best': write its flag before it"),
         (["main", DIGITS, "--workdir="], "--workdir is empty: name a folder"),
+        (["evaluate", "runs/a"], "--workdir is missing: write --workdir=runs/a; --help shows the flags."),
         (["report", "--workdir=a", "--average_bits=nan"], "--average_bits=nan: give a number from 2 to 8"),
         (["export", "--workdi=a"], "there is no flag --workdi (did you mean workdir?): --help shows the flags."),
         (["export", "--workdir=a", "--format=onx"], "--format is 'onx': it must be one of onnx, litert,"),

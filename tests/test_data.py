@@ -65,4 +65,4 @@ def test_each_cause_for_which_tfds_fails_has_its_own_sentence(monkeypatch: pytes
 
     monkeypatch.setattr("tensorflow_datasets.data_source", fail)
     with pytest.raises(UserError, match=words):
-        datasets.load(tiny.config(eval__dataset="cifar10"), "test")
+        datasets.load(tiny.config(eval__dataset="cifar10", teacher__image=(32, 32, 3)), "test")

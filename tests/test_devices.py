@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from hast_jax import from_config, networks, pipeline
+from hast_jax.errors import UserError
 from hast_jax.given import Setting
 from hast_jax.runs import parallel
 from hast_jax.runs.progress import silent
@@ -40,6 +41,16 @@ def test_stacked_batches_are_those_made_one_after_the_other(tmp_path, devices: i
         folder = pipeline.run_synthesis(config, tmp_path / name)
         images[name] = np.load(folder / "images.npy")
     assert np.mean(np.abs(images["alone"] - images["stacked"]) > 1e-3) <= 1e-3
+
+
+def test_a_platform_that_is_not_there_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail():
+        raise AssertionError
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "local_device_count", fail)
+    with pytest.raises(UserError, match=r"JAX finds no device of JAX_PLATFORMS=cuda: unset this variable, or install the JAX"):
+        parallel.choose(0)
 
 
 def test_a_device_is_dealt_as_many_batches_as_the_others() -> None:

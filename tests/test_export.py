@@ -145,7 +145,7 @@ def test_a_file_may_differ_where_rounding_alone_changes_the_student(monkeypatch)
 
 
 def test_the_ending_of_another_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"must end in .onnx, or give format='safetensors'\."):
+    with pytest.raises(InputError, match=r"must end in .onnx, or choose the format safetensors\."):
         hast_jax.export(student("vgg"), tmp_path / "student.safetensors")
     with pytest.raises(InputError, match=r"student.pth must end in .onnx\."):
         hast_jax.export(student("vgg"), tmp_path / "student.pth")

@@ -141,7 +141,7 @@ def test_agreement_that_is_asked_for_later_is_measured_of_finished_cells_too(tmp
         again._result({}, 0, again.path(Cell("base", {}), 0))
     held_out = again.images({"synthesis.iterations": 0}, 0)
     found = sweep(tmp_path, finetune__epochs=1, eval__held_out=str(held_out)).run_one(Cell("base", {}), 0)
-    assert found["held_out"]["images"] == 96 and found | {"held_out": None} == first
+    assert found["held_out"]["images"] == 96 and found | {"held_out": None, "config": first["config"]} == first
 
 
 def test_images_that_are_there_already_must_be_those_of_the_config(
@@ -254,6 +254,8 @@ def test_all_experiments_make_one_page_though_a_cell_fails(tmp_path: Path, monke
     assert "| a=1, b=4 |" in page and "| a=1, b=4 |" not in part and "| a=1, b=3 |" in part and "## Table 4" in part
     with pytest.raises(UserError, match=r"--skip=a=9: no cell has this label; there are: 32 images; .*a=3, b=1"):
         reproduce.run(["table2", "table4"], small, skip=["a=9"])
+    with pytest.raises(UserError, match=r"--skip leaves no cell of table4: leave out table4 itself"):
+        reproduce.run(["table2", "table4"], small, skip=[cell.label for cell in EXPERIMENTS["table4"](small.config).cells])
 
 
 def test_an_experiment_that_fails_leaves_its_traceback_until_it_succeeds(
@@ -321,12 +323,27 @@ def test_a_killed_sweep_goes_on_and_ends_like_an_unbroken_one(tmp_path: Path) ->
     assert cell["hardware"].startswith("2 x cpu")
 
 
-@pytest.mark.parametrize("arguments", [[], ["table9"], ["table1", "all"]])
-def test_an_unknown_experiment_is_refused_with_those_there_are(tmp_path: Path, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "name one or several experiments of: baselines, table1, table2"),
+        (["tabel2"], "there is no experiment 'tabel2' (did you mean table2?): choose from baselines, table1, table2"),
+        (["table1", "all"], "there is no experiment 'all': all stands alone."),
+    ],
+)
+def test_an_unknown_experiment_is_refused_with_those_there_are(tmp_path: Path, arguments: list[str], words: str) -> None:
     done = tiny.call(
         [*tiny.module("reproduce"), *arguments, f"--config={tiny.ROOT}/configs/digits.py", f"--workdir={tmp_path}"]
     )
-    assert done.returncode == 1 and "table1, table2" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_sweep_and_a_run_refuse_each_others_folder(tmp_path: Path, copy: Path) -> None:
+    with pytest.raises(UserError, match="is the folder of a run: a sweep needs a folder of its own"):
+        sweep(copy)
+    (tmp_path / "sweep" / "cells").mkdir(parents=True)
+    with pytest.raises(UserError, match="is the folder of a sweep: a run needs a folder of its own"):
+        tiny.run(tmp_path / "sweep")
 
 
 def test_what_no_table_can_be_made_of_is_refused_before_the_folder_is_made(tmp_path: Path, finished: Path) -> None:

@@ -49,6 +49,14 @@ def test_a_folder_without_a_result_is_named_and_does_not_hide_the_others(tmp_pat
     assert "| 50.00 |" in text and text.endswith("has no result.json: let its run finish.")
 
 
+def test_runs_with_the_same_name_are_told_apart(tmp_path) -> None:
+    for place in ("a/run", "b/run"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "result.json").write_text(json.dumps(RESULT))
+    text = results.table([tmp_path / "a" / "run", tmp_path / "b" / "run"])
+    assert "| a/run |" in text and "| b/run |" in text
+
+
 def test_a_damaged_result_is_named(tmp_path) -> None:
     (tmp_path / "result.json").write_text('{"half": ')
     with pytest.raises(UserError, match=r"result\.json is left out, because it is damaged"):

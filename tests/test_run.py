@@ -99,6 +99,12 @@ def test_held_out_images_may_be_named_after_the_run(copy: Path, tmp_path: Path) 
     assert found["images"] == len(made) and 0 <= found["agreement"] <= 100
     assert f"of {len(made)} synthetic images that it was not trained on" in (copy / "README.md").read_text()
 
+    np.save(held_out / "images.npy", made + 2)
+    (held_out / "index.json").unlink()
+    other = tiny.run(copy, eval__held_out=str(held_out), report=True)
+    assert other["held_out"]["crc32"] != found["crc32"] and other["config"]["eval"]["held_out"] == str(held_out)
+    assert tiny.run(copy, report=True)["held_out"] == other["held_out"]
+
 
 @pytest.mark.parametrize(
     ("started", "recorded"),
@@ -167,7 +173,7 @@ def test_a_run_without_evaluation_data_needs_none(tmp_path: Path) -> None:
     result = tiny.run(tmp_path / "run", eval__dataset="none", finetune__epochs=1)
     assert result["teacher"] is None and result["last"] is None
     done = tiny.call(tiny.evaluate(tmp_path / "run"))
-    assert done.returncode == 1 and "name a data set with --dataset" in done.stderr
+    assert done.returncode == 1 and "run was run without any: name a data set with --dataset" in done.stderr
     done = tiny.call(tiny.evaluate(tmp_path / "run", "--dataset=digits", "--split=train"))
     assert done.returncode == 0 and "1078 images, digits train" in done.stdout
 

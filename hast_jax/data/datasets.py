@@ -23,6 +23,7 @@ Array = jax.Array
 
 # `folder`: image files in `config.eval.data_dir`/SPLIT/CLASS/.
 DATASETS = ("none", "digits", "cifar10", "cifar100", "imagenet2012", "folder")
+CIFAR = {"cifar10": 10, "cifar100": 100}  # classes
 DIGITS_TEST_FRACTION = 0.4
 RECORDS_AT_ONCE = 500
 
@@ -61,6 +62,8 @@ def load(config: ConfigDict, split: str) -> Dataset | None:
         return None
     dataset: Dataset
     image = tuple(config.teacher.image)
+    if name in CIFAR:  # asked before the data, which may be missing
+        _check_fit(name, (32, 32, 3), CIFAR[name], config)
     if name == "digits":
         dataset = _digits(split)
     elif name == "folder":
@@ -75,12 +78,17 @@ def load(config: ConfigDict, split: str) -> Dataset | None:
             f"{paths.local(data_dir) / split} holds {dataset.classes} folders, but the network has {classes} classes: "
             "there must be one folder for each class and no others."
         )
-    if dataset.shape != image or dataset.classes != classes:
-        raise UserError(
-            f"{name} has images {dataset.shape} of {dataset.classes} classes, but the network takes images {image} "
-            f"and has {classes} classes: set config.eval.dataset to the data set that it was trained on, or to none."
-        )
+    _check_fit(name, dataset.shape, dataset.classes, config)
     return dataset
+
+
+def _check_fit(name: str, shape: tuple[int, ...], classes: int, config: ConfigDict) -> None:
+    teacher = config.teacher
+    if shape != tuple(teacher.image) or classes != teacher.classes:
+        raise UserError(
+            f"{name} has images {shape} of {classes} classes, but the network takes images {tuple(teacher.image)} "
+            f"and has {teacher.classes} classes: set config.eval.dataset to the data set that it was trained on, or to none."
+        )
 
 
 def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
@@ -151,7 +159,7 @@ def _cifar(name: str, split: str, data_dir: str) -> Arrays:
     source = _tfds(name, split, data_dir)
     records = [source[i] for i in range(len(source))]
     images = np.stack([record["image"] for record in records])
-    return Arrays(images, np.asarray([record["label"] for record in records], np.int32), int(name.removeprefix("cifar")))
+    return Arrays(images, np.asarray([record["label"] for record in records], np.int32), CIFAR[name])
 
 
 def _imagenet(split: str, data_dir: str, image: tuple[int, ...], crop: float) -> ImageFiles:
@@ -184,8 +192,8 @@ def _tfds(name: str, split: str, data_dir: str, decode: bool = True) -> Any:
         place = f" --data_dir={data_dir}" if data_dir else ""
         raise UserError(
             f"the {split} split of {name} is not in {folder}, or is not stored as array_record: prepare it once with "
-            f"pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{place}, "
-            f"or set --config.eval.dataset=none to run without evaluation."
+            f"pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{place}; a run also works without "
+            "evaluation, with --config.eval.dataset=none."
         ) from error
     except Exception as error:  # TFDS raises many kinds of errors: others are shown as they are
         words = str(error).strip().split("\n")[0]

@@ -115,7 +115,7 @@ def folder(path: Path, image: tuple[int, ...], crop: float, order: str = "") -> 
     if not files:
         raise UserError(
             f"there are no images in {path}: it must hold one folder for each class, with {', '.join(EXTENSIONS)} files; "
-            "set --config.eval.data_dir, or --config.eval.dataset=none to run without evaluation."
+            "give another data_dir; a run also works without evaluation, with --config.eval.dataset=none."
         )
     if crop < 1 and _have_size(files, image):
         raise UserError(

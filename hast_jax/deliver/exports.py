@@ -104,7 +104,7 @@ def export(
     path, suffix = paths.local(path), FORMATS[format].suffix
     if not path.name.endswith(suffix):
         other = next((name for name, each in FORMATS.items() if path.name.endswith(each.suffix)), None)
-        raise InputError(f"{path} must end in {suffix}" + (f", or give format={other!r}." if other else "."))
+        raise InputError(f"{path} must end in {suffix}" + (f", or choose the format {other}." if other else "."))
     if path.name in (WEIGHTS, DESCRIPTION) and (path.parent / DESCRIPTION).exists():
         raise InputError(f"{path} is a file of the saved student itself: choose another name.")
     chosen = _options(format, options)

@@ -19,9 +19,10 @@ from hast_jax.fields import FIELDS
 from hast_jax.networks.weights import Variables
 from hast_jax.paper.experiments import Cell, effective
 from hast_jax.runs import run_folder, synthetic_set
-from hast_jax.runs.files import read_json, write_text
+from hast_jax.runs.files import write_text
 from hast_jax.runs.progress import Progress, silent
-from hast_jax.runs.run_folder import RunFolder
+from hast_jax.runs.run_folder import CELLS, RunFolder
+from hast_jax.stages import held_out
 
 Result = dict[str, Any]
 
@@ -60,12 +61,15 @@ class Sweep:
         teacher, variables = from_config.teacher(config)  # weights that cannot be read are refused before a folder is made
         source = _source(config, variables) if config.synthesis.source else None
         _check_origin(workdir, config)
+        if RunFolder(workdir).segments.exists():
+            raise UserError(f"{workdir} is the folder of a run: a sweep needs a folder of its own.")
         folder = run_folder.open_for_run(workdir, self.config)
         try:
             folder.check_teacher(variables, teacher.structure.program)
             folder.check_test(pipeline.checksum(dataset))
             if source is not None:
                 folder.check_images(*source)
+            folder.write_config(self.config)
         except UserError:
             run_folder.release(workdir)
             raise
@@ -88,7 +92,7 @@ class Sweep:
 
     def path(self, cell: Cell, seed: int) -> Path:
         """The run folder of a cell for one seed."""
-        return self.workdir / "cells" / f"{_name(effective(cell.changes, self.config))}-seed{seed}"
+        return self.workdir / CELLS / f"{_name(effective(cell.changes, self.config))}-seed{seed}"
 
     def images(self, changes: dict[str, Any], seed: int) -> Path:
         """The folder of the synthetic set for a cell with these changes. The set is made if it does not exist.
@@ -134,8 +138,8 @@ class Sweep:
         folder, config = RunFolder(path), self._changed(changes, seed)
         if folder.result.exists():
             folder.check_teacher(self.teacher, remember=False)
-            result = read_json(folder.result)
-            if result.get("held_out") or not config.eval.held_out:
+            result = folder.read_result()
+            if result is not None and held_out.is_measured(config, result):
                 return result
         if not changes:
             config.finetune.keep_every = max(1, config.finetune.epochs // KEPT_CHECKPOINTS)
@@ -145,7 +149,7 @@ class Sweep:
             same_ranges = all(field.startswith("finetune.") and field != "finetune.ranges" for field in changes)
             if same_ranges and base.has_ranges() and not folder.has_ranges():
                 write_text(folder.ranges, base.ranges.read_text())  # only fine-tuning differs
-            finished = next(iter(sorted((self.workdir / "cells").glob("*/result.json"))), None)
+            finished = next(iter(sorted((self.workdir / CELLS).glob("*/result.json"))), None)
             if finished is not None and not folder.teacher.exists():  # the teacher's accuracy is measured once
                 write_text(folder.teacher, RunFolder(finished.parent).teacher.read_text())
             return pipeline.run(config, path, self._progress)

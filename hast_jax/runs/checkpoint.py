@@ -1,6 +1,8 @@
 """Checkpoints, by Orbax: a tree of arrays is saved for a step, and the newest undamaged tree is restored."""
 
 import errno
+import os
+import resource
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -38,12 +40,15 @@ class Checkpoints:
     def save(self, step: int, tree: Any) -> None:
         """Save `tree` (arrays of this process) under `step`, replacing an older one. It is on disk on return.
 
-        Raises UserError if the disk is full.
+        Raises UserError if the disk is full. Raises OSError if a file would be larger than this process may write.
         """
         tree = jax.tree.map(np.asarray, tree)
         metadata = {"crc32": crc32(tree)}
-        # Checked before, because TensorStore's own threads answer a full disk with pages of tracebacks.
-        if shutil.disk_usage(self._folder).free < sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + DISK_MARGIN:
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + DISK_MARGIN
+        # Checked before, because TensorStore's own threads answer a full disk and a limit with pages of tracebacks.
+        if needed > resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(self._folder))
+        if shutil.disk_usage(self._folder).free < needed:
             raise UserError(
                 f"the disk is full: no room for a checkpoint in {self._folder}; make room and run the same command "
                 "again to resume."

@@ -41,12 +41,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The value in a file of a run folder. Raises UserError if the file is damaged."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The value in a file of a run folder. Raises UserError if the file is damaged, or if the value is not of this kind."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds a {type(value).__name__} instead of a {kind.__name__}")
+        return value
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): use another workdir.") from error
+        raise UserError(f"{path} is damaged ({error}): delete it, and repeat the command that made the run.") from error
 
 
 def crc32(tree: Any) -> int:

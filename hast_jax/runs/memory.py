@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 Tree = Any
 
@@ -34,6 +35,9 @@ class MemoryRun:
 
     def check_images(self, images: np.ndarray, labels: np.ndarray) -> None:
         """Does nothing: a run in memory has only one set of images."""
+
+    def write_config(self, config: ConfigDict) -> None:
+        """Does nothing: the job itself has the config."""
 
     def teacher_accuracy(self) -> dict[str, float] | None:
         """The teacher's accuracy; None if it was not measured."""

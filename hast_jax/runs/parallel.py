@@ -55,10 +55,16 @@ def choose(devices: int, batch: int | None = None) -> int:
     devices: the number for each process; 0: the default. The default is all local accelerators. On a CPU it is one device for
     each core, at most 8, reduced to a divisor of `batch` if that is given; without `setup` it is one device.
 
-    Raises UserError if a process has fewer devices, or if the devices of all processes together do not divide `batch`. Every
-    process raises it if the processes have different numbers of local devices.
+    Raises UserError if JAX finds no device, if a process has fewer devices, or if the devices of all processes together do not
+    divide `batch`. Every process raises it if the processes have different numbers of local devices.
     """
-    found = jax.local_device_count()
+    try:
+        found = jax.local_device_count()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        which = f"of JAX_PLATFORMS={asked}: unset this variable, or install" if asked else "that it can use: install"
+        words = str(error).split("\n")[0] or "no device answers"
+        raise UserError(f"JAX finds no device {which} the JAX of this device, such as jax[cuda] ({words}).") from error
     counts = [len(jax.local_devices(process)) for process in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise UserError(f"the processes of this run have {counts} devices: give all the same command and number of devices.")

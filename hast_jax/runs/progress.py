@@ -1,5 +1,6 @@
 """The progress of a run: reported to a callback and, if the run has a folder, logged in `metrics.jsonl` and TensorBoard."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -103,14 +104,11 @@ class Recorder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl` before the first damaged one, such as a last line that a killed run cut short."""
+    """The lines of a `metrics.jsonl` that are whole. A killed run may have cut the last one short."""
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(ValueError):
             line = json.loads(text)
-        except ValueError:
-            break
-        if not isinstance(line, dict) or not {"stage", "step", "seconds"} <= line.keys():
-            break
-        lines.append(line)
+            if isinstance(line, dict) and {"stage", "step", "seconds"} <= line.keys():
+                lines.append(line)
     return lines

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
-from hast_jax.errors import UserError
+from hast_jax import paths
+from hast_jax.errors import CAUSES, Notice, UserError
+from hast_jax.runs import synthetic_set
 from hast_jax.runs.checkpoint import Checkpoints
 from hast_jax.runs.files import crc32, read_json, write_json
 from hast_jax.runs.synthetic_set import SyntheticSet
 
 Tree = Any
+
+CELLS = "cells"  # the folder in which a sweep keeps its runs
 
 # The locks of this process, which may open a folder twice. The key is the lock file's inode, because a folder may be moved.
 _held: dict[tuple[int, int], BaseFileLock] = {}
@@ -71,11 +76,26 @@ class RunFolder:
 
     def check_images(self, images: np.ndarray, labels: np.ndarray) -> None:
         """Record the images that this run learns from. Raises UserError if it began with other images."""
-        found = {"images": len(images), "crc32": crc32((images, labels))}
         if not self.images.exists():
-            write_json(self.images, found)
-        elif read_json(self.images) != found:
+            write_json(self.images, _identity(images, labels))
+        elif read_json(self.images) != _identity(images, labels):
             raise UserError(f"{self} began with other images: use another workdir, or the images it began with.")
+
+    def learned_images(self, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+        """The images and labels that this run learned from, memory-mapped.
+
+        config: that of the run. Raises UserError if they are gone or have changed, or if they were real images.
+        """
+        if config.synthesis.real_split:
+            raise UserError(f"{self} does not hold the real images that it learned from.")
+        source = paths.local(config.synthesis.source) if config.synthesis.source else self.synthetic
+        images, labels = synthetic_set.first(source, config)
+        if self.images.exists() and read_json(self.images) != _identity(images, labels):
+            raise UserError(
+                f"{source} does not hold the images that {self} learned from: repeat the command that made the run, with "
+                "--config.synthesis.source=FOLDER of those images."
+            )
+        return images, labels
 
     def check_teacher(self, variables: Tree, program: int | None = None, remember: bool = True) -> None:
         """Record the teacher of this run. Raises UserError if it began with another teacher.
@@ -86,7 +106,7 @@ class RunFolder:
         found = {"crc32": crc32(variables), "program": program, "jax": jax.__version__}
         if self.teacher.exists():
             known = read_json(self.teacher)
-            if not isinstance(known, dict) or known.get("crc32") != found["crc32"]:
+            if known.get("crc32") != found["crc32"]:
                 raise UserError(f"{self} began with a teacher of other weights: use another workdir, or those weights.")
             before = known.get("program")
             if None not in (before, program) and known["jax"] == found["jax"] and before != program:
@@ -136,15 +156,17 @@ class RunFolder:
         write_json(self.evaluations, evaluations)
 
     def read_evaluations(self) -> dict[int, float]:
-        """The accuracies by epoch. Raises UserError if the file is damaged."""
+        """The accuracies by epoch; none, with a notice, if the file is missing or damaged."""
         try:
             return {int(epoch): float(top1) for epoch, top1 in json.loads(self.evaluations.read_text()).items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.evaluations} is damaged ({error}): use another workdir.") from error
+            words = f"{self.evaluations} is missing or damaged ({error}): the accuracies of earlier epochs are lost."
+            warnings.warn(words, Notice, stacklevel=2)
+            return {}
 
     def read_segments(self) -> list[dict[str, Any]]:
         """The records of the starts of this run, the oldest first."""
-        return read_json(self.segments) if self.segments.exists() else []
+        return read_json(self.segments, list) if self.segments.exists() else []
 
     def write_segments(self, segments: list[dict[str, Any]]) -> None:
         """Write the records of the starts of this run."""
@@ -153,6 +175,10 @@ class RunFolder:
     def read_result(self) -> dict[str, Any] | None:
         """The result of the finished run; None if it is not finished."""
         return read_json(self.result) if self.result.exists() else None
+
+    def write_config(self, config: ConfigDict) -> None:
+        """Write the config, whose free fields may have changed since the run began."""
+        write_json(self.config, config_lib.to_dict(config))
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write the result, once."""
@@ -171,9 +197,10 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
     """Make the run folder, or open one that was made with the same config. This process holds it until `release`, or its end.
 
     Raises UserError if the folder cannot be written, if another process holds it, if something in it is a link, or if it was
-    made with another config. The error message then shows the differences.
+    made with another config. The error message then shows the differences. If the folder has a config, it stays as it is: see
+    `RunFolder.write_config`.
     """
-    folder, values = RunFolder(path), config_lib.to_dict(config)
+    folder = RunFolder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = path / ".lock"
@@ -184,14 +211,15 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
     try:
         _refuse_links(path.rglob("*"))
         if folder.config.exists():
-            lines = config_lib.difference(config_lib.to_dict(_config_of(folder)), values)
+            lines = config_lib.difference(config_lib.to_dict(_config_of(folder)), config_lib.to_dict(config))
             if lines:
                 raise UserError(
                     f"{path} was made with another config: {'; '.join(lines)}; use another workdir, or the old config."
                 )
-        elif folder.card.exists() or folder.report.exists():
+        elif (folder.card.exists() or folder.report.exists()) and not folder.teacher.exists():
             raise UserError(f"{path} is no run folder, and its README.md or report.html would be lost: use another workdir.")
-        write_json(folder.config, values)
+        else:
+            folder.write_config(config)
     except OSError as error:
         release(path)
         raise _unwritable(path, error) from error
@@ -212,8 +240,13 @@ def release(path: Path) -> None:
                 del _held[status.st_dev, status.st_ino]
 
 
+def _identity(images: np.ndarray, labels: np.ndarray) -> dict[str, int]:
+    return {"images": len(images), "crc32": crc32((images, labels))}
+
+
 def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"the run folder {path} cannot be written: {error.strerror}; choose another workdir.")
+    known = CAUSES.get(error.errno or 0)
+    return UserError(f"the run folder {path} cannot be written: {known or f'{error.strerror}; choose another workdir'}.")
 
 
 def _refuse_links(paths: Iterable[Path]) -> None:
@@ -253,5 +286,7 @@ def _config_of(folder: RunFolder) -> ConfigDict:
         config = config_lib.from_dict(values)
         config_lib.validate(config)  # the folder may be a stranger's
     except UserError as error:
-        raise UserError(f"{folder.config} is damaged or of another version ({error}): use another workdir.") from error
+        raise UserError(
+            f"{folder.config} is damaged or of another version ({error}): delete it, and repeat the command that made the run."
+        ) from error
     return config

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from hast_jax.errors import UserError
 from hast_jax.runs.files import crc32, write_json
@@ -99,6 +100,12 @@ def load(folder: Path, shape: tuple[int, int, int], classes: int) -> tuple[np.nd
     return images, labels
 
 
+def first(folder: Path, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """The first `config.synthesis.images` images of a set, and their labels, as from `load`."""
+    images, labels = load(folder, tuple(config.teacher.image), config.teacher.classes)
+    return images[: config.synthesis.images], labels[: config.synthesis.images]
+
+
 def _refuse_values(folder: Path, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
     """Raise UserError for the first label that is no class, and for the first image with a value that is not finite."""
     if not np.issubdtype(labels.dtype, np.integer):
@@ -130,7 +137,7 @@ def _read_index(path: Path) -> tuple[int, dict[int, int]]:
         index = json.loads(path.read_text())
         return max(1, int(index["batch"])), {int(b): int(c) for b, c in index["done"].items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): make the images anew, in another folder.") from error
+        raise UserError(f"{path} is damaged ({error}): delete the folder {path.parent}, and make the images anew.") from error
 
 
 def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, new: bool) -> np.memmap:

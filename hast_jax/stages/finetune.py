@@ -149,6 +149,9 @@ def run(job: Job, images: Images, labels: Images, ranges: Any, evaluate: Callabl
             return step % every == 0 and (step // every % config.eval.every == 0 or step == stop)
 
         with job.recorder.stage("finetune", stop, start) as stage:
+            if evaluate is not None and start and 0 not in evaluations:  # the file of the evaluations was lost
+                fresh = init(job.variables["params"], ranges, settings)
+                evaluations[0] = evaluate(student_variables(job.student, job.variables, ranges, fresh.trained))
             if due(start) and start // every not in evaluations:
                 judge(state)
             loop = drive(

@@ -1,6 +1,7 @@
 """Synthetic images on which a student is not trained, and how often it agrees with its teacher on them: `eval.held_out`."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hast_jax import networks, paths
 from hast_jax.errors import UserError
 from hast_jax.networks.weights import Variables
 from hast_jax.runs import synthetic_set
+from hast_jax.runs.files import crc32
 from hast_jax.stages.job import Job
 
 
@@ -21,12 +23,21 @@ def images_of(config: ConfigDict) -> np.ndarray | None:
 
 
 def measure(job: Job, variables: Variables) -> dict[str, Any] | None:
-    """{"images": number, "agreement": per cent, "kl": nats} of student and teacher on the held-out images, or None."""
+    """What student and teacher have in common on the held-out images; None without such images.
+
+    {"images": number, "agreement": per cent, "kl": nats, "crc32": of the images}
+    """
     images = images_of(job.config)
     if images is None:
         return None
     found = networks.agreement(job.teacher, job.student, (job.variables, variables), images, job.config.eval.batch)
-    return {"images": len(images), "agreement": found.top1, "kl": found.kl}
+    return {"images": len(images), "agreement": found.top1, "kl": found.kl, "crc32": crc32(images)}
+
+
+def is_measured(config: ConfigDict, result: Mapping[str, Any]) -> bool:
+    """Whether `result`, that of a run, has what `measure` would give. It also has it if no held-out images are named now."""
+    images = images_of(config)
+    return images is None or (result.get("held_out") or {}).get("crc32") == crc32(images)
 
 
 def refuse_common(config: ConfigDict, images: np.ndarray) -> None:
