@@ -3,13 +3,10 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -17,17 +14,16 @@ from hast_jax import config as config_lib
 from hast_jax import from_config, networks, paths, record
 from hast_jax.data import datasets
 from hast_jax.deliver.pictures import save_picture
-from hast_jax.errors import AccuracyWarning, Notice, UserError, sentence
+from hast_jax.errors import Notice, UserError, sentence
 from hast_jax.fields import GIVEN
-from hast_jax.method import losses
 from hast_jax.networks import weights
 from hast_jax.runs import parallel, processes, run_folder, synthetic_set
 from hast_jax.runs.files import crc32
 from hast_jax.runs.memory import MemoryRun
-from hast_jax.runs.progress import Progress, Recorder, Update, silent
+from hast_jax.runs.progress import Progress, Recorder, silent
 from hast_jax.runs.run_folder import RunFolder
 from hast_jax.stages import calibrate, finetune, held_out, synthesize
-from hast_jax.stages.evaluate import evaluator
+from hast_jax.stages import teacher as teacher_stage
 from hast_jax.stages.job import Job
 from hast_jax.student import Student, load
 
@@ -55,7 +51,7 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
     """
     job, given, dataset = _prepare(config, workdir, progress, own)
     with job.storage.held(), contextlib.closing(job.recorder):
-        evaluate = _teacher_accuracy(job, dataset)
+        evaluate = teacher_stage.measure(job, dataset)
         student = _finished(job, given)
         if student is not None:
             return student
@@ -159,7 +155,7 @@ def _prepare(
             raise UserError("the network has no batch norms whose outputs could be aligned: set finetune.lam to 0.")
         if given is not None:
             _check_enough(config, len(given[0]))
-        _check_logits(teacher, variables, tuple(config.teacher.image))
+        teacher_stage.check_logits(teacher, variables, tuple(config.teacher.image))
         held_out.images_of(config)
     recorder = Recorder(workdir, progress, writing=processes.is_main())
 
@@ -193,33 +189,6 @@ def _prepare(
     return job(storage), given, dataset
 
 
-def _check_logits(teacher: networks.Network, variables: weights.Variables, image: tuple[int, ...]) -> None:
-    """Look at the teacher on noise, from which synthesis starts.
-
-    Raises UserError if its logits or batch-norm statistics are not finite. Warns if its logits are probabilities.
-    """
-
-    @jax.jit
-    def look(variables: weights.Variables, images: jax.Array) -> tuple[jax.Array, ...]:
-        logits, taps = networks.apply(teacher, variables, images)
-        return logits, *losses.bn_statistics(losses.bn_moments(taps.batch_norms))
-
-    found = look(variables, jax.random.normal(jax.random.key(0), (2, *image)))
-    if not all(np.isfinite(each).all() for each in jax.device_get(found)):
-        raise UserError(
-            "the teacher's logits or the inputs of its batch norms are not finite on images of noise: give other weights, "
-            "because these are damaged or too large for float32."
-        )
-    logits = np.asarray(found[0])
-    if np.all(logits >= 0) and np.allclose(logits.sum(1), 1, atol=1e-3):
-        warnings.warn(
-            "the teacher's outputs are probabilities: let the network return what it computes before its softmax, because the "
-            "student loses less accuracy with logits.",
-            Notice,
-            stacklevel=2,
-        )
-
-
 def checksum(dataset: datasets.Dataset | None) -> int | None:
     """The checksum by which a run recognises its real images. For image files it covers only their labels."""
     if dataset is None:
@@ -248,37 +217,6 @@ def _check_enough(config: ConfigDict, images: int) -> None:
         raise UserError(
             f"{place} holds {images} images, fewer than a batch: lower config.{stage}.batch ({config[stage].batch})."
         )
-
-
-def _teacher_accuracy(job: Job, dataset: datasets.Dataset | None) -> Callable[[Any], float] | None:
-    """Measure the teacher's top-1 once in a run, before any long work, and report it.
-
-    Returns a function from a student's variables to its top-1 in per cent; None without real images.
-    """
-    if dataset is None:
-        return None
-    progress = job.recorder.progress
-
-    def judge(network):
-        return evaluator(partial(networks.logits, network), dataset, job.config, job.devices, progress)
-
-    accuracy = job.storage.teacher_accuracy()
-    if accuracy is None:
-        found = judge(job.teacher)(job.variables)
-        accuracy = {"top1": found.top1, "top5": found.top5, "images": len(dataset.labels)}
-        processes.on_main(lambda: job.storage.remember_teacher_accuracy(accuracy))
-    progress(Update("teacher", 1, 1, 0.0, accuracy, finished=True))
-    chance = 100 / job.teacher.classes
-    error = (chance * (100 - chance) / accuracy["images"]) ** 0.5
-    if accuracy["top1"] <= chance + 3 * error:
-        warnings.warn(
-            f"the teacher's top-1 of {accuracy['top1']:.2f} % is no better than chance ({chance:.2f} %): "
-            "check whether the weights, the normalisation and the order of the classes are right.",
-            AccuracyWarning,
-            stacklevel=2,
-        )
-    evaluate = judge(job.student)
-    return lambda variables: evaluate(variables).top1
 
 
 def _training_images(job: Job, given: Given | None) -> Given:

@@ -19,12 +19,13 @@ import tiny
 from flax.traverse_util import flatten_dict
 
 import hast_jax
-from hast_jax import from_config, networks, pipeline
+from hast_jax import from_config, networks
 from hast_jax.data import datasets
 from hast_jax.errors import Notice
 from hast_jax.given import Setting
 from hast_jax.networks import weights
 from hast_jax.runs import run_folder
+from hast_jax.stages import teacher
 
 MEAN, STD = (0.3053,), (0.3762,)
 FEW_STEPS = {
@@ -227,7 +228,7 @@ def test_a_network_that_ends_in_a_softmax_is_used_with_a_notice(network: tuple) 
             return nn.softmax(nn.Dense(5)(nn.BatchNorm(True)(nn.Conv(4, (3, 3))(x)).mean((1, 2))))
 
     def check(model, variables):
-        pipeline._check_logits(networks.create(model, (8, 8, 1)), variables, (8, 8, 1))
+        teacher.check_logits(networks.create(model, (8, 8, 1)), variables, (8, 8, 1))
 
     with pytest.warns(Notice, match="are probabilities: let the network return what it computes before its softmax"):
         check(Probabilities(), Probabilities().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))

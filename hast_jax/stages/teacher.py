@@ -1,0 +1,77 @@
+"""What a run first asks of its teacher: whether its outputs can be learned from, and its accuracy on real images."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from hast_jax import networks
+from hast_jax.data import datasets
+from hast_jax.errors import AccuracyWarning, Notice, UserError
+from hast_jax.method import losses
+from hast_jax.networks import weights
+from hast_jax.runs import processes
+from hast_jax.runs.progress import Update
+from hast_jax.stages.evaluate import evaluator
+from hast_jax.stages.job import Job
+
+
+def check_logits(teacher: networks.Network, variables: weights.Variables, image: tuple[int, ...]) -> None:
+    """Look at the teacher on noise, from which synthesis starts.
+
+    Raises UserError if its logits or batch-norm statistics are not finite. Warns if its logits are probabilities.
+    """
+
+    @jax.jit
+    def look(variables: weights.Variables, images: jax.Array) -> tuple[jax.Array, ...]:
+        logits, taps = networks.apply(teacher, variables, images)
+        return logits, *losses.bn_statistics(losses.bn_moments(taps.batch_norms))
+
+    found = look(variables, jax.random.normal(jax.random.key(0), (2, *image)))
+    if not all(np.isfinite(each).all() for each in jax.device_get(found)):
+        raise UserError(
+            "the teacher's logits or the inputs of its batch norms are not finite on images of noise: give other weights, "
+            "because these are damaged or too large for float32."
+        )
+    logits = np.asarray(found[0])
+    if np.all(logits >= 0) and np.allclose(logits.sum(1), 1, atol=1e-3):
+        warnings.warn(
+            "the teacher's outputs are probabilities: let the network return what it computes before its softmax, because the "
+            "student loses less accuracy with logits.",
+            Notice,
+            stacklevel=2,
+        )
+
+
+def measure(job: Job, dataset: datasets.Dataset | None) -> Callable[[Any], float] | None:
+    """Measure the teacher's top-1 once in a run, before any long work, and report it.
+
+    Returns a function from a student's variables to its top-1 in per cent; None without real images.
+    """
+    if dataset is None:
+        return None
+    progress = job.recorder.progress
+
+    def judge(network):
+        return evaluator(partial(networks.logits, network), dataset, job.config, job.devices, progress)
+
+    accuracy = job.storage.teacher_accuracy()
+    if accuracy is None:
+        found = judge(job.teacher)(job.variables)
+        accuracy = {"top1": found.top1, "top5": found.top5, "images": len(dataset.labels)}
+        processes.on_main(lambda: job.storage.remember_teacher_accuracy(accuracy))
+    progress(Update("teacher", 1, 1, 0.0, accuracy, finished=True))
+    chance = 100 / job.teacher.classes
+    error = (chance * (100 - chance) / accuracy["images"]) ** 0.5
+    if accuracy["top1"] <= chance + 3 * error:
+        warnings.warn(
+            f"the teacher's top-1 of {accuracy['top1']:.2f} % is no better than chance ({chance:.2f} %): "
+            "check whether the weights, the normalisation and the order of the classes are right.",
+            AccuracyWarning,
+            stacklevel=2,
+        )
+    evaluate = judge(job.student)
+    return lambda variables: evaluate(variables).top1
