@@ -249,13 +249,17 @@ def _litert(student: Student, options: Options, sets: Sequence[Judged]) -> tuple
 
 def _safetensors(student: Student, options: Options, _: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
     """The content of a safetensors file, and the fields of `Exported`. Its kernels are compared with the student's codes."""
-    content = integers.build(student, packed=options.weights == "packed")
-    for name, codes in student.codes().items():
-        if not np.allclose(integers.kernel(content, name), codes.integers / codes.spread("scale"), rtol=1e-6, atol=0):
+    kernels = student.codes()
+    for name, codes in kernels.items():
+        if np.abs(codes.integers).max() > np.iinfo(np.int32).max:
             raise UserError(
                 f"the integers of {name} do not fit into 32 bits, because an output channel has nearly equal weights: leave "
                 "this layer in full precision, by a rule."
             )
+    content = integers.build(student, packed=options.weights == "packed")
+    for name, codes in kernels.items():
+        if not np.allclose(integers.kernel(content, name), codes.integers / codes.spread("scale"), rtol=1e-6, atol=0):
+            raise UserError(f"the file would not give the weights of {name}: export the student in another format.")
     sizes = [leaf.size for leaf in jax.tree.leaves({**student.variables, "ranges": {}})]
     return content, {"float_bytes": 4 * sum(sizes)}
 
