@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, TracebackType
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -43,6 +44,7 @@ COMMANDS = {
     "results": "results",
     "pretrain": "pretrain",
 }
+REAL_IMAGES = ("dataset", "split", "data_dir", "crop", "class_order")  # fields of config.eval
 STOPPED = 75  # exit status of a run that saved and stopped on SIGTERM: EX_TEMPFAIL of sysexits.h, "try again later"
 ONE_PROCESS = "this command works in one process: leave out --processes."
 UNAVAILABLE = "Configuration is not available because of an earlier failure to load: "  # ml_collections' words
@@ -92,6 +94,20 @@ def define_workdir(help_text: str, default: str | None = None) -> None:
     """Define the flag of the run folder, which must not be empty, as the value of an unset variable of the shell is."""
     flags.DEFINE_string("workdir", default, help_text, required=default is None)
     flags.register_validator("workdir", lambda value: value != "", "--workdir is empty: name a folder")
+
+
+def define_real_images() -> None:
+    """Define a flag for each of `REAL_IMAGES`, which names other real images than those of the run."""
+    for name in REAL_IMAGES:
+        field = fields.FIELDS[f"eval.{name}"]
+        define = flags.DEFINE_float if isinstance(field.default, float) else flags.DEFINE_string
+        define(name, None, f"eval.{name}, if it is not the run's. {field.help}")
+
+
+def real_images() -> dict[str, Any]:
+    """The values of the flags of `define_real_images` that are given."""
+    values = {name: flags.FLAGS[name].value for name in REAL_IMAGES}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def define_processes() -> None:
@@ -164,6 +180,7 @@ def shipped_config(path: str) -> str:
 
 def _parse(arguments: list[str], words: bool) -> list[str]:
     arguments = [_with_shipped_config(*each) for each in itertools.pairwise(["", *arguments])]
+    arguments = _last_values(arguments)
     for argument in arguments:
         named = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if named:
@@ -187,6 +204,13 @@ def _parse(arguments: list[str], words: bool) -> list[str]:
         advice = f"write --{left[1]}" if "=" in left[1] else "write its flag before it, as --FLAG=VALUE; --help shows the flags"
         raise UserError(f"the command does not take the word {left[1]!r}: {advice}.")
     return left
+
+
+def _last_values(arguments: list[str]) -> list[str]:
+    """The arguments without `--config.FIELD=...` of which the field is given again later: tuples would grow."""
+    fields_of = [re.match(r"--?config\.([\w.]+)=", argument) for argument in arguments]
+    names = [found and found[1] for found in fields_of]
+    return [each for place, each in enumerate(arguments) if names[place] is None or names[place] not in names[place + 1 :]]
 
 
 def _wrong_flag(words: str, arguments: list[str]) -> UserError:

@@ -213,15 +213,23 @@ def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> li
         path, a, b = prefix + name, old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             lines += difference(a, b, path + ".")
-        elif a != b and path not in FREE_FIELDS and not (path == "teacher.network" and _same_class(a, b)):
+        elif a != b and path not in FREE_FIELDS and not _mean_the_same(path, a, b):
             lines.append(f"{path}: {a!r} -> {b!r}")
     return lines
 
 
-def _same_class(network: Any, other: Any) -> bool:
-    """Whether both are user classes of the same name, whose files may have moved. A run checks what its network computes."""
-    own = user_files.is_own(str(network)) and user_files.is_own(str(other))
-    return own and network.rpartition(":")[2] == other.rpartition(":")[2]
+def _mean_the_same(path: str, a: Any, b: Any) -> bool:
+    """Whether two values of a field mean the same.
+
+    The file of a user's class may have moved: a run checks what its network computes. JSON may be written in several ways.
+    """
+    if path == "teacher.network":
+        own = user_files.is_own(str(a)) and user_files.is_own(str(b))
+        return own and a.rpartition(":")[2] == b.rpartition(":")[2]
+    try:
+        return path in ("teacher.arguments", "teacher.call") and json.loads(a or "{}") == json.loads(b or "{}")
+    except (TypeError, ValueError):  # the folder may be damaged, or of another version
+        return False
 
 
 def checksum(config: ConfigDict) -> int:

@@ -4,6 +4,7 @@ python -m hast_jax.evaluate --workdir=runs/c100-w3a3
 """
 
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -29,9 +30,7 @@ def define_flags() -> None:
     """Define the flags of this command."""
     cli.define_workdir("Folder of a run.")
     flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which student; best was selected on test data.")
-    flags.DEFINE_string("dataset", None, "Data set (eval.dataset), if it is not the run's.")
-    flags.DEFINE_string("split", None, "Split of the data set (eval.split), if it is not the run's.")
-    flags.DEFINE_string("data_dir", None, "Folder of the images (eval.data_dir), if it is not the run's.")
+    cli.define_real_images()
     flags.DEFINE_string("network", None, "FILE.py:NAME of your own network. Its code is run.")
     flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names). Its code is run.")
     flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), if they have moved.")
@@ -53,32 +52,29 @@ def run(
     devices: int = 1,
     progress: Progress = silent,
     *,
-    dataset: str | None = None,
-    split: str | None = None,
-    data_dir: str | None = None,
+    real: Mapping[str, Any] = {},
     network: str | None = None,
     names: str | None = None,
     weights: str | None = None,
 ) -> Found:
     """The accuracies of the teacher and the student of a run folder. Raises UserError.
 
-    dataset, split, data_dir: replace those of the run's config. weights: another path of the same weights.
-    network, names: FILE.py:NAME and FILE.py:FUNCTION of the user, if the run has them. They must be given, because code that
-    only a run folder names may be a stranger's and is never run.
+    real: values of config.eval that take the place of the run's, such as {"data_dir": DIR}. weights: another path of the same
+    weights. network, names: FILE.py:NAME and FILE.py:FUNCTION of the user, if the run has them. They must be given, because
+    code that only a run folder names may be a stranger's and is never run.
     """
     folder, config = run_folder.open_for_reading(workdir)
     if config.teacher.network.endswith(GIVEN):
         raise UserError(f"the network of {workdir} was given in Python: load {folder.student} in Python, with hast_jax.load.")
     from_config.trust(config, workdir, network, names, weights)
-    chosen = {"dataset": dataset, "split": split, "data_dir": data_dir}
-    config.eval.update({name: value for name, value in chosen.items() if value is not None})
+    teacher, variables = from_config.teacher(config)
+    student = from_config.student(config)
+    config.eval.update(real)
     config_lib.validate(config)
     images = datasets.load(config, config.eval.split)
     if images is None:
-        whose = "--dataset=none names none" if dataset else f"{workdir} was run without any"
+        whose = "--dataset=none names none" if "dataset" in real else f"{workdir} was run without any"
         raise UserError(f"there are no real images, because {whose}: name a data set with --dataset.")
-    teacher, variables = from_config.teacher(config)
-    student = from_config.student(config)
     folder.check_teacher(variables, teacher.structure.program, remember=False)
     student_variables, steps = pipeline.restore_student(folder, variables, config, checkpoint, student)
 
@@ -101,9 +97,9 @@ def main(_: list[str]) -> None:
         given = flags.FLAGS
         devices = parallel.setup(given.devices)
         console = Console(quiet=not processes.is_main())
-        chosen = {name: given[name].value for name in ("dataset", "split", "data_dir", "network", "names", "weights")}
+        chosen = {name: given[name].value for name in ("network", "names", "weights")}
         with Bar(console) as progress:
-            found = run(paths.local(given.workdir), given.checkpoint, devices, progress, **chosen)
+            found = run(paths.local(given.workdir), given.checkpoint, devices, progress, real=cli.real_images(), **chosen)
         console.print(found.table)
 
 

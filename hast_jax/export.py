@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hast_jax import cli, from_config, paths, student
+from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.deliver.exports import FORMATS, Exported, Options, export
 from hast_jax.errors import Notice, UserError
@@ -50,7 +51,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("layout", default.layout, ["nhwc", "nchw"], "Layout of the images that an onnx file takes.")
     flags.DEFINE_bool("normalised", default.normalised, "The file takes float32 images that are normalised already.")
-    flags.DEFINE_string("data_dir", None, "Folder of real images (eval.data_dir), if it is not the run's.")
+    cli.define_real_images()
     flags.DEFINE_string("network", None, "FILE.py:NAME of your own network. Its code is run.")
 
 
@@ -59,14 +60,15 @@ def run(
     format: str = "onnx",
     output: Path | None = None,
     *,
-    data_dir: str | None = None,
+    real: Mapping[str, Any] = {},
     network: str | None = None,
     **options: Any,
 ) -> Exported:
     """Export the student of a finished run. Raises UserError.
 
-    network: FILE.py:NAME of the user's network, if the run has one. It must be given, because code that only a run folder
-    names may be a stranger's and is never run. options: those of `deliver.exports.Options`.
+    real: values of config.eval that take the place of the run's, such as {"data_dir": DIR}. They name the real images on which
+    the file is checked. network: FILE.py:NAME of the user's network, if the run has one. It must be given, because code that
+    only a run folder names may be a stranger's and is never run. options: those of `deliver.exports.Options`.
     """
     folder, config = run_folder.open_for_reading(workdir)
     if folder.read_result() is None:
@@ -75,8 +77,8 @@ def run(
         raise UserError(f"the network of {workdir} was given in Python: load {folder.student} in Python, with hast_jax.load.")
     from_config.trust(config, workdir, network, config.teacher.names, config.teacher.weights)  # the last two are not read
     found = student.load(folder.student, from_config.module(config))
-    if data_dir is not None:
-        config.eval.data_dir = data_dir
+    config.eval.update(real)
+    config_lib.validate(config)
     path = output or workdir / _name(format, options)
     return export(found, path, format, images=_synthetic(folder, config), test=_real(config), **options)
 
@@ -143,7 +145,7 @@ def main(_: list[str]) -> None:
         workdir = paths.local(given.workdir)
         output = paths.local(given.output) if given.output else None
         options = {name: given[name].value for name in Options.__dataclass_fields__}
-        found = run(workdir, given.format, output, data_dir=given.data_dir, network=given.network, **options)
+        found = run(workdir, given.format, output, real=cli.real_images(), network=given.network, **options)
         Console().print(table(found, escape(f"{found.path}")))
 
 

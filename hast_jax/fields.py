@@ -31,9 +31,9 @@ RANGES = ("fixed", "learned")
 NETWORKS = (*ARCHITECTURES, "FILE.py:NAME")
 GIVEN = "(given in Python)"  # stands for a Python object that was given, or ends its name
 JSON = parsed_by(json_object, "a JSON object")
-FULL_PRECISION = 32  # the number of bits that means: not quantized
 LOW, HIGH = quantizer.MIN_BITS, quantizer.MAX_BITS
-BITS = holds(lambda bits: LOW <= bits <= HIGH or bits == FULL_PRECISION, f"between {LOW} and {HIGH}, or {FULL_PRECISION}")
+FULL = rules.FULL_PRECISION
+BITS = holds(lambda bits: LOW <= bits <= HIGH or bits == FULL, f"between {LOW} and {HIGH}, or {FULL}")
 shape = holds(lambda image: len(image) == 3 and min(image) > 0, "(height, width, channels), all positive")
 
 FIELDS: dict[str, Field] = {

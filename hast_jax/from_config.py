@@ -13,10 +13,10 @@ from hast_jax import config as config_lib
 from hast_jax import networks, paths
 from hast_jax.data.datasets import normalise
 from hast_jax.errors import UserError, sentence
-from hast_jax.fields import FULL_PRECISION
 from hast_jax.method import quantizer
 from hast_jax.networks import Network, rules, user_files, weights
 
+ROUNDING = 1e-6  # of a logit, however small all logits are
 LOGITS_AGREE = 0.01  # as a share of the largest logit. Frameworks round differently; a wrong network differs by far more
 
 
@@ -82,7 +82,7 @@ def teacher(config: ConfigDict) -> tuple[Network, weights.Variables]:
     for field in ("teacher.mean", "teacher.std", "eval.crop"):
         name = field.split(".")[1]
         said, ours = getattr(metadata, name), config_lib.field(config, field)
-        if said is not None and not (np.shape(said) == np.shape(ours) and np.allclose(said, ours, atol=1e-3)):
+        if said is not None and not (np.size(said) in (1, np.size(ours)) and np.allclose(said, ours, atol=1e-3)):
             raise UserError(
                 f"{path} was trained for the {name} {said}, not config.{field} {ours}: change the weights, or the config."
             )
@@ -113,17 +113,24 @@ def _compare(network: Network, variables: weights.Variables, path: Path, config:
         shapes = f"images {images.shape} and logits {wanted.shape}"
         expected = f"[n, {', '.join(map(str, config.teacher.image))}] and [n, {network.classes}]"
         raise UserError(f"config.teacher.check {path} holds {shapes}: they must be {expected}.")
-    if np.issubdtype(images.dtype, np.integer) and images.dtype != np.uint8:
-        raise UserError(f"config.teacher.check {path} holds {images.dtype} images: save pixels as uint8.")
-    if images.dtype == np.uint8:
+    stored = images.dtype
+    for what, dtype in (("images", stored), ("logits", wanted.dtype)):
+        if not (np.issubdtype(dtype, np.floating) or (what == "images" and dtype == np.uint8)):
+            raise UserError(f"config.teacher.check {path} holds {dtype} {what}: save logits as float32, and pixels as uint8.")
+    brightest = float(np.abs(images).max())
+    if stored == np.uint8:
         images = normalise(jnp.asarray(images), config.teacher.mean, config.teacher.std)
     found = networks.logits(network, variables, jnp.asarray(images, jnp.float32))
     largest, size = float(np.abs(np.asarray(found) - wanted).max()), float(np.abs(wanted).max())
-    if not largest <= LOGITS_AGREE * max(size, 1.0):
+    if not largest <= LOGITS_AGREE * size + ROUNDING:
+        causes = "order of flattened features, padding, epsilon of batch norms"
+        if stored == np.uint8:
+            causes = f"teacher.mean and teacher.std, {causes}"
+        elif brightest > 10 * max(max(mean, 1 - mean) / std for mean, std in zip(config.teacher.mean, config.teacher.std)):
+            causes = f"the images, up to {brightest:.3g}, are not normalised: save them as uint8 or normalise them"
         raise UserError(
-            f"the network does not give the logits of {path}: they differ by up to {largest:.3g}, "
-            f"and the largest logit is {size:.3g}; "
-            "see docs/your_network.md for what often differs (order of flattened features, padding, epsilon of batch norms)."
+            f"the network does not give the logits of {path}: they differ by up to {largest:.3g}, and the largest logit is "
+            f"{size:.3g}; see docs/your_network.md for what often differs ({causes})."
         )
 
 
@@ -148,6 +155,6 @@ def _network(config: ConfigDict, own: nn.Module | None, **settings: Any) -> Netw
 
 def bit_rules(config: ConfigDict) -> rules.Rules:
     """The bits that the config gives to each layer."""
-    full = FULL_PRECISION
+    full = rules.FULL_PRECISION
     default = tuple(None if bits == full else bits for bits in (config.bits.weights, config.bits.activations))
     return rules.normalise({"default": default, **rules.parse_rules(config.bits.rules)})

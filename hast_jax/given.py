@@ -14,7 +14,7 @@ from hast_jax import from_config
 from hast_jax.cross_checks import MAX_BATCH_VALUES
 from hast_jax.data.datasets import check_labels
 from hast_jax.errors import InputError
-from hast_jax.fields import FIELDS, FULL_PRECISION, GIVEN
+from hast_jax.fields import FIELDS, GIVEN
 from hast_jax.method.pyramid import PIXEL_MEAN, PIXEL_STD
 from hast_jax.networks import Network, inference, rules, structure, weights
 from hast_jax.runs import parallel, processes
@@ -69,7 +69,7 @@ class Setting:
         self.variables = {**others, **checked}
         weights.check_collections(model, self.variables, self.image, self.call)
         self.config = config_lib.default()
-        weight_bits, activation_bits = (FULL_PRECISION if b is None else b for b in self.rules[0][1])
+        weight_bits, activation_bits = (rules.FULL_PRECISION if b is None else b for b in self.rules[0][1])
         self.config.update_from_flattened_dict(
             {
                 "seed": seed,

@@ -60,17 +60,23 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
         ranges = _activation_ranges(job, images)
         state, evaluations = finetune.run(job, images, labels, ranges, evaluate)
         record.end_segment(job, segment)
-        finished = job.storage.read_result()  # of a run whose student was lost
+        result = job.storage.read_result() or record.summary(job, len(images), evaluations)  # finished: the student was lost
         variables = finetune.student_variables(job.student, job.variables, ranges, state.trained)
-        result = finished or {**record.summary(job, len(images), evaluations), "held_out": held_out.measure(job, variables)}
-        student = _student(job, variables, result)
+        student = _judged(job, _student(job, variables, result))
         if isinstance(job.storage, RunFolder):
             folder = job.storage.student
             processes.on_main(lambda: student.save(folder))
-        if finished is None:
-            processes.on_main(lambda: job.storage.write_result(result))  # last: it marks the run as finished
+        processes.on_main(lambda: job.storage.write_result(dict(student.record)))  # last: it marks the run as finished
         processes.on_main(lambda: _report(job, student, images))
     return student
+
+
+def _judged(job: Job, student: Student) -> Student:
+    """The student with a record of the agreement on `eval.held_out`, which is measured unless the record has it already."""
+    result = {"held_out": None, **student.record}
+    if not held_out.is_measured(job.config, result):
+        result |= {"config": config_lib.to_dict(job.config), "held_out": held_out.measure(job, student.variables)}
+    return dataclasses.replace(student, record=result)
 
 
 def _finished(job: Job, given: Given | None) -> Student | None:
@@ -89,21 +95,19 @@ def _finished(job: Job, given: Given | None) -> Student | None:
     images = None
     if given is not None:
         images = given[0]
-        processes.on_main(lambda: job.storage.check_images(*given))
     else:
         with contextlib.suppress(UserError):  # gone, or damaged since
             images = job.storage.learned_images(job.config)[0]
-    if to_judge := not held_out.is_measured(job.config, result):
-        if images is not None:
+        if images is not None and not held_out.is_measured(job.config, result):
             held_out.refuse_common(job.config, images)
-        result = {**result, "config": config_lib.to_dict(job.config), "held_out": held_out.measure(job, student.variables)}
-        student = dataclasses.replace(student, record=result)
-        processes.on_main(lambda: student.save(folder))
-        processes.on_main(lambda: job.storage.write_result(result))
+    judged = _judged(job, student)
+    if to_judge := dict(judged.record) != dict(student.record):
+        processes.on_main(lambda: judged.save(folder))
+        processes.on_main(lambda: job.storage.write_result(dict(judged.record)))
     processes.on_main(lambda: job.storage.write_config(job.config))
     if images is not None:
-        processes.on_main(lambda: _report(job, student, images, anew=to_judge))
-    return student
+        processes.on_main(lambda: _report(job, judged, images, anew=to_judge))
+    return judged
 
 
 def _report(job: Job, student: Student, images: np.ndarray, anew: bool = False) -> None:
@@ -151,15 +155,14 @@ def _prepare(
             teacher, variables = from_config.bare_teacher(config, own.module), own.variables
             dataset, given = own.dataset, own.images
         student = from_config.student(config, own.module if own else None)
-        if config.finetune.lam > 0 and not teacher.branches:
-            raise UserError("the network has no batch norms whose outputs could be aligned: set finetune.lam to 0.")
+        held_out_images = held_out.checksum(config)
         if given is not None:
             _check_enough(config, len(given[0]))
-        teacher_stage.check_logits(teacher, variables, tuple(config.teacher.image))
-        held_out.images_of(config)
-    recorder = Recorder(workdir, progress, writing=processes.is_main())
+            held_out.refuse_common(config, given[0])
+        teacher_stage.check_logits(teacher, variables, config)
 
     def job(storage):
+        recorder = Recorder(workdir, progress, writing=processes.is_main())
         return Job(config, devices, storage, recorder, teacher, student, variables)
 
     if workdir is None:
@@ -178,11 +181,13 @@ def _prepare(
                 "config": config_lib.checksum(config),
                 "weights": crc32(variables),
                 "number of devices": devices,
+                "held-out images": held_out_images,
                 "run folder (on one file system?)": known,
             }
         )
         processes.on_main(lambda: storage.check_teacher(variables, teacher.structure.program))
         processes.on_main(lambda: storage.check_test(checksum(dataset)))
+        processes.on_main(lambda: storage.check_images(*given) if given else storage.check_own_images())
     except BaseException:
         run_folder.release(workdir)
         raise
@@ -223,12 +228,12 @@ def _training_images(job: Job, given: Given | None) -> Given:
     """Stage 1: the images and labels that the student learns from, given or synthesized. Synthesized ones are memory-mapped."""
     if given is None:
         images, labels = synthesize.run(job)
+        held_out.refuse_common(job.config, images)
+        processes.on_main(lambda: job.storage.check_images(images, labels))
     else:
         images, labels = given
         if processes.count() > 1:
             processes.require_same({"images": crc32((images, labels))})
-    held_out.refuse_common(job.config, images)
-    processes.on_main(lambda: job.storage.check_images(images, labels))
     processes.on_main(lambda: job.storage.write_config(job.config))  # now that nothing of the config can be refused any more
     if isinstance(job.storage, RunFolder):
         picture, teacher = job.storage.picture, job.config.teacher

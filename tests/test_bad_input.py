@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import tiny
 
 from hast_jax import paths, report
 from hast_jax.errors import CheckpointWarning, Notice, UserError, refused_by_disk
-from hast_jax.runs import synthetic_set
+from hast_jax.runs import run_folder, synthetic_set
 from hast_jax.runs.checkpoint import Checkpoints
 from hast_jax.runs.progress import read_metrics
 
@@ -65,14 +66,54 @@ def test_without_the_accuracies_of_earlier_epochs_a_run_ends_with_those_that_can
     assert [again[name] for name in ("no_finetuning", "last")] == [whole[name] for name in ("no_finetuning", "last")]
 
 
-def test_a_command_that_is_refused_changes_nothing(copy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_command_that_is_refused_changes_nothing(copy: Path, tmp_path: Path, ended: bool) -> None:
+    if not ended:
+        (copy / "result.json").unlink()
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     other = Path(shutil.copytree(copy / "synthetic", tmp_path / "other"))
     np.save(other / "images.npy", 1 + np.load(other / "images.npy"))
     (other / "index.json").unlink()
     with pytest.raises(UserError, match="began with other images"):
         tiny.run(copy, synthesis__source=str(other))
+    same = Path(shutil.copytree(copy / "synthetic", tmp_path / "same"))
+    with pytest.raises(UserError, match="holds images that the student is trained on"):
+        tiny.run(copy, synthesis__source=str(same), eval__held_out=str(same))
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_began_with_given_images_makes_none_of_its_own(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["synthesis"]["source"] = "elsewhere"
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"began with the images of elsewhere: name them again, or use another workdir"):
+        tiny.run(copy)
+
+
+def test_values_of_small_files_that_are_of_another_kind_are_left_out(copy: Path) -> None:
+    folder = run_folder.RunFolder(copy)
+    for content in ([1], [{"started": "x"}]):
+        folder.write_segments(content)
+        assert folder.read_segments() == []
+    folder.teacher.write_text('{"crc32": 1, "program": 2, "accuracy": {}}')
+    assert folder.teacher_accuracy() is None
+    with pytest.raises(UserError, match="began with a teacher of other weights"):
+        folder.check_teacher({}, 3)
+    folder.metrics.write_text('{"stage": "finetune", "step": null, "seconds": 1}\n')
+    assert read_metrics(folder.metrics) == []
+
+
+def test_a_refused_folder_leaves_no_lock_that_could_be_taken_for_anothers(tmp_path: Path) -> None:
+    """A file system may give the lock of a new folder the inode of a deleted one."""
+    holder = f"import sys, filelock; lock = filelock.FileLock('{tmp_path}/.lock'); lock.acquire(); print('held', flush=True)"
+    command = [sys.executable, "-c", f"{holder}; sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        known = dict(run_folder._held)
+        with pytest.raises(UserError, match="another run is using"):
+            run_folder._hold(tmp_path / ".lock")
+        assert run_folder._held == known
+        other.stdin.close()
 
 
 def test_the_report_of_other_images_than_the_run_learned_from_is_refused(copy: Path) -> None:

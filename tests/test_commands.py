@@ -72,6 +72,12 @@ def test_words_without_a_flag_and_unusable_flags_are_refused(command: list[str],
     assert not list(tmp_path.iterdir())
 
 
+def test_of_a_field_that_is_given_twice_the_last_value_counts(tmp_path) -> None:
+    twice = ["--config.teacher.mean=(.5,)", "--config.teacher.mean=(7.,)", "--config.finetune.epochs=0"]
+    done = tiny.call([*tiny.module("main"), DIGITS, f"--workdir={tmp_path}/run", *twice, "--config.finetune.epochs=1"])
+    assert "config.teacher.mean is (7.0,)" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_a_pretrained_teacher_is_a_weight_file_with_its_metadata(tmp_path) -> None:
     path = tmp_path / "teacher.safetensors"
     done = tiny.call([*tiny.module("pretrain"), DIGITS, f"--output={path}", "--config.pretrain.epochs=3"])

@@ -152,6 +152,15 @@ def test_the_difference_of_two_configs_names_each_field_but_those_that_change_no
     assert config_lib.difference(config_lib.to_dict(old), config_lib.to_dict(new)) == ["finetune.eps: 0.02 -> 0.5"]
 
 
+def test_json_of_the_same_meaning_is_no_difference() -> None:
+    old, new = config_lib.default(), config_lib.default()
+    old.teacher.arguments, new.teacher.arguments = '{"widths":[8,16]}', '{"widths": [8, 16]}'
+    old.teacher.call, new.teacher.call = "", "{}"
+    assert config_lib.difference(config_lib.to_dict(old), config_lib.to_dict(new)) == []
+    new.teacher.arguments = '{"widths": [8, 17]}'
+    assert len(config_lib.difference(config_lib.to_dict(old), config_lib.to_dict(new))) == 1
+
+
 def test_fields_of_text_take_what_they_are_for() -> None:
     config = config_lib.default()
     config.bits.rules, config.finetune.branches = "init_block|output=w8a8; head=full", "bn[12]"

@@ -186,7 +186,7 @@ def test_class_folders_that_are_numbers_are_refused_where_text_and_number_order_
     place = classes_of(tmp_path / "val", [str(i) for i in range(12)])
     with pytest.raises(UserError, match="as text 10 comes before 2") as refused:
         image_files.folder(place, (32, 32, 3), 1)
-    assert "--config.eval.class_order=number" in str(refused.value)
+    assert "set eval.class_order to number" in str(refused.value)
 
     def first(order):
         return [int(image[0, 0, 0]) // 10 for image in image_files.folder(place, (32, 32, 3), 1, order).read(np.arange(12))]
@@ -210,6 +210,15 @@ def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path: Path) -
         datasets.load(config, "val")
 
 
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    for place in ("val/a", "val/b", "elsewhere"):
+        (tmp_path / place).mkdir(parents=True)
+        picture(32, 32).save(tmp_path / place / "1.png")
+    (tmp_path / "val" / "a" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "val" / "a" / "loop").symlink_to(tmp_path / "val" / "a")
+    assert image_files.folder(tmp_path / "val", (8, 8, 3), CROP).labels.tolist() == [0, 0, 1]
+
+
 def test_a_network_of_one_channel_reads_folders_in_grey(tmp_path: Path) -> None:
     colours = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     place = classes_of(tmp_path / "val", ["a"], lambda image, file: Image.fromarray(colours).save(file))
@@ -221,7 +230,7 @@ def test_a_network_of_one_channel_reads_folders_in_grey(tmp_path: Path) -> None:
 def test_images_that_have_the_networks_size_are_not_cropped_silently(tmp_path: Path) -> None:
     small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
     place = classes_of(tmp_path / "val", ["a", "b"], lambda image, file: small.save(file))
-    with pytest.raises(UserError, match=r"have the network's size already, .*: set --config.eval.crop=1\."):
+    with pytest.raises(UserError, match=r"have the network's size already, .*: set eval.crop to 1\."):
         image_files.folder(place, (32, 32, 3), CROP)
     (found, *_) = image_files.folder(place, (32, 32, 3), 1).read(np.arange(2))
     np.testing.assert_array_equal(found, np.asarray(small))

@@ -228,7 +228,7 @@ def test_a_network_that_ends_in_a_softmax_is_used_with_a_notice(network: tuple) 
             return nn.softmax(nn.Dense(5)(nn.BatchNorm(True)(nn.Conv(4, (3, 3))(x)).mean((1, 2))))
 
     def check(model, variables):
-        teacher.check_logits(networks.create(model, (8, 8, 1)), variables, (8, 8, 1))
+        teacher.check_logits(networks.create(model, (8, 8, 1)), variables, tiny.config())
 
     with pytest.warns(Notice, match="are probabilities: let the network return what it computes before its softmax"):
         check(Probabilities(), Probabilities().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1))))

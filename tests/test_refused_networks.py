@@ -72,27 +72,6 @@ class OwnKernel(Base):
         return x @ self.param("mixing", nn.initializers.lecun_normal(), (4, 4))
 
 
-class OwnVector(Base):
-    def middle(self, x):
-        return x @ self.param("mixing", nn.initializers.normal(), (16,)).reshape(4, 4)
-
-
-class OwnConstant(Base):
-    def middle(self, x):
-        return x @ self.variable("constants", "mixing", jnp.ones, (4, 4)).value
-
-
-class OwnSum(Base):
-    def middle(self, x):
-        return (x[..., None] * self.param("mixing", nn.initializers.normal(), (1, 1, 1, 4, 4))).sum(-2)
-
-
-class OwnLoop(Base):
-    def middle(self, x):
-        mixing = self.param("mixing", nn.initializers.normal(), (4, 4))
-        return jax.lax.fori_loop(0, 2, lambda _, x: x @ mixing, x)
-
-
 class InLinen(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -316,12 +295,11 @@ def refused(module: Any, words: str, bits: Any = "w4a4", **arguments: Any) -> st
         (Attention(), "has attention, a MultiHeadDotProductAttention: attention multiplies activations"),
         (OwnAttention(), "multiplies activations with each other"),
         (OwnKernel(), r"weights that nothing quantizes \(mixing\)"),
-        (OwnVector(), r"weights that nothing quantizes \(mixing\)"),
-        (OwnConstant(), r"weights that nothing quantizes \(constants/mixing\)"),
-        (OwnSum(), r"weights that nothing quantizes \(mixing\)"),
-        (OwnLoop(), r"weights that nothing quantizes \(mixing\)"),
         (InLinen(), "holds head, a flax.nnx module, whose calls cannot be intercepted"),
-        (OwnSwitch(), "normalises in norm with the moments of the batch, .* as call={'is_train': False}"),
+        (
+            OwnSwitch(),
+            "normalises in norm with the moments of the batch, .* set is_train=False in its call, by the argument call or",
+        ),
         (Transposed(), "has up, a ConvTranspose: a transposed convolution is not quantized"),
         (TwoAxes(), "heads is a DenseGeneral that is no linear layer"),
         (TwoLetters(), "heads is an Einsum 'nhwc,cde->nhwde' that is no linear layer"),
@@ -348,7 +326,7 @@ def refused(module: Any, words: str, bits: Any = "w4a4", **arguments: Any) -> st
         (Maps(), r"Maps gives \(2, 1, 10\) for two images, not logits \(2, n\)"),
         (OfTheBatch(), r"OfTheBatch gives \(10,\) for two images"),
         (Needs(), r"the call of Needs needs 'temperature': give it, as call={'temperature': ...}"),
-        (AlwaysTraining(), "normalises in norm with the moments of the batch, as in training"),
+        (AlwaysTraining(), "as in training: let it call its nn.BatchNorm with use_running_average=True"),
         (Nnx(), "Nnx is a flax.nnx module"),
         (Base, "give an instance of a flax.linen.Module"),
         (lambda x: x, "the network is a function: give an instance of a flax.linen.Module"),
@@ -359,14 +337,72 @@ def test_a_network_that_cannot_work_is_refused_with_the_reason(module: Any, word
     refused(module, words)
 
 
-class Elementwise(Base):
+def _depthwise(x, w):
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return sum(padded[:, i : i + 8, j : j + 8] * w[i, j][None, None, None] for i in range(3) for j in range(3))
+
+
+def _by_frequency(x, w):
+    return jnp.fft.ifft2(jnp.fft.fft2(x, axes=(1, 2)) * jnp.fft.fft2(w, axes=(1, 2)), axes=(1, 2)).real
+
+
+PRODUCTS = {  # ways to multiply activations with weights -> the shape of the weights
+    "a matrix of a vector": ((16,), lambda x, w: x @ w.reshape(4, 4)),
+    "a sum": ((1, 1, 1, 4, 4), lambda x, w: (x[..., None] * w).sum(-2)),
+    "a sum in bfloat16": ((1, 1, 1, 4, 4), lambda x, w: (x[..., None] * w.astype(jnp.bfloat16)).astype(jnp.float32).sum(-2)),
+    "a sum of repeated activations": ((1, 1, 1, 4, 4), lambda x, w: (jnp.repeat(x[..., None], 4, -1) * w).sum(-2)),
+    "a sum of windows": ((1, 1, 1, 3, 4), lambda x, w: (jnp.stack([x, x, x], -2) * w).sum(-2)),
+    "a depthwise convolution": ((3, 3, 4), _depthwise),
+    "a weighted pooling": ((1, 8, 8, 1), lambda x, w: (x * w).sum((1, 2), keepdims=True)),
+    "frequencies": ((1, 8, 8, 4), _by_frequency),
+    "an equation": ((4, 4), lambda x, w: jnp.linalg.solve(w, x.reshape(-1, 4).T).T.reshape(x.shape)),
+    "distances": ((1, 1, 1, 6, 4), lambda x, w: ((x[..., None, :] - w) ** 2).sum(-1)),
+    "a loop": ((4, 4), lambda x, w: jax.lax.fori_loop(0, 2, lambda _, y: y @ w, x)),
+}
+OTHERS = {  # ways to use weights elementwise -> the shape of the weights
+    "a position": ((1, 8, 8, 4), lambda x, w: x + w),
+    "a scale of each position": ((1, 8, 8, 4), lambda x, w: jnp.tanh(x * w)),
+    "a scale of each channel": ((4,), lambda x, w: (x * w[None, None, None]).sum((1, 2), keepdims=True)),
+    "a bound": ((1, 8, 8, 4), jnp.maximum),
+    "another row": ((1, 1, 1, 4), lambda x, w: jnp.concatenate([x, jnp.broadcast_to(w, (len(x), 1, 8, 4))], 1)),
+}
+
+
+class Outside(Base):
+    way: str = ""
+    collection: str = "params"
+
     def middle(self, x):
-        x = x + self.param("position", nn.initializers.normal(), (1, *IMAGE[:2], 4))
-        return nn.LayerNorm(reduction_axes=(1, 2, 3), feature_axes=(1, 2, 3))(x)
+        shape, use = (PRODUCTS | OTHERS)[self.way]
+        if self.collection != "params":
+            return use(x, self.variable(self.collection, "mixing", lambda: jax.random.normal(jax.random.key(0), shape)).value)
+        return use(x, self.param("mixing", nn.initializers.normal(), shape))
 
 
-def test_weights_that_are_added_or_scale_single_elements_are_no_matrices() -> None:
-    student = networks.create(Elementwise(), IMAGE, rules=rules.normalise("w4a4"))
+class OtherNorms(Base):
+    def middle(self, x):
+        x = nn.LayerNorm(reduction_axes=(1, 2, 3), feature_axes=(1, 2, 3))(x)
+        return nn.PReLU()(nn.InstanceNorm()(nn.GroupNorm(2)(nn.RMSNorm()(x))))
+
+
+class Sows(Base):
+    def middle(self, x):
+        self.sow("losses", "l2", jnp.sum(x**2))
+        self.variable("state", "pair", lambda: (jnp.zeros(2), jnp.ones(3)))
+        return x
+
+
+@pytest.mark.parametrize("way", PRODUCTS)
+def test_weights_outside_of_layers_that_multiply_and_add_are_found_however_this_is_written(way: str) -> None:
+    refused(Outside(way), r"weights that nothing quantizes \(mixing\)")
+    refused(Outside(way, "constants"), r"weights that nothing quantizes \(constants/mixing\)")
+
+
+@pytest.mark.parametrize(
+    "module", [*map(Outside, OTHERS), OtherNorms(), Sows()], ids=[*OTHERS, "other normalisations", "sown values and pairs"]
+)
+def test_weights_that_are_used_elementwise_are_no_matrices(module: nn.Module) -> None:
+    student = networks.create(module, IMAGE, rules=rules.normalise("w4a4"))
     assert [layer.path for layer in student.kernels] == [("stem",), ("head",)]
 
 
@@ -377,7 +413,7 @@ def test_the_network_that_the_refused_ones_spoil_is_accepted() -> None:
 def test_a_call_that_trains_and_an_unknown_argument_are_refused() -> None:
     refused(
         Base(),
-        r"normalises in norm with the moments of the batch, as in training: .* call={'train': False}",
+        r"normalises in norm with the moments of the batch, as in training: set train=False in its call",
         call={"train": True},
     )
     refused(Base(), "Base fails on images .*: TypeError: .*unexpected keyword argument 'tain'", call={"tain": True})

@@ -18,7 +18,7 @@ from hast_jax.errors import UserError
 from hast_jax.paper import figure2, landscape, tables
 from hast_jax.paper.experiments import EXPERIMENTS, FINDINGS, Cell
 from hast_jax.paper.sweep import Sweep, _name
-from hast_jax.stages import calibrate
+from hast_jax.stages import calibrate, teacher
 
 
 @pytest.fixture(autouse=True)
@@ -165,8 +165,8 @@ def test_images_that_are_there_already_must_be_those_of_the_config(
 
 def test_the_teacher_of_a_sweep_is_judged_once(finished: Path, tmp_path: Path, monkeypatch) -> None:
     judged = []
-    true = pipeline.evaluator
-    monkeypatch.setattr(pipeline, "evaluator", lambda *given: judged.append(1) or true(*given))
+    true = teacher.evaluator
+    monkeypatch.setattr(teacher, "evaluator", lambda *given: judged.append(1) or true(*given))
     its = sweep(tmp_path, synthesis__source=str(finished / "synthetic"), finetune__epochs=1)
     first, second = (its.run_one(Cell("", {"finetune.eps": eps}), 0) for eps in (0.01, 0.03))
     assert len(judged) == 3  # the teacher, and two students

@@ -47,6 +47,9 @@ def test_the_last_rule_that_matches_wins_and_the_default_is_the_first_wherever_i
         ("net/block1", ("net", "block1", "conv"), True),
         ("block[0-9]+/conv", ("net", "block12", "conv"), True),
         ("default", ("default", "conv"), False),
+        ("(?i)BLOCK1", ("block1", "conv"), True),
+        (r"(\w)\1_conv", ("aa_conv",), True),
+        (r"(\w)\1_conv", ("ab_conv",), False),
     ],
 )
 def test_a_pattern_matches_whole_names(pattern: str, path: tuple[str, ...], matches: bool) -> None:
@@ -55,8 +58,9 @@ def test_a_pattern_matches_whole_names(pattern: str, path: tuple[str, ...], matc
 
 
 def test_a_text_of_rules_is_read_in_its_order() -> None:
-    text = "init_block|output=w8a8; head = w8;(?=x)y=full; a{1,2}=w2a8; mid=a4;"
+    text = "init_block|output=w8a8; head = w8;(?=x)y=full; a{1,2}=w2a8; mid=a4; last=w4a32;"
     rules = {"init_block|output": (8, 8), "head": (8, None), "(?=x)y": (None, None), "a{1,2}": (2, 8), "mid": (None, 4)}
+    rules |= {"last": (4, None)}
     assert parse_rules(text) == rules and list(parse_rules(text)) == list(rules)
     assert parse_rules("") == {}
     assert bits_of(normalise({"default": (3, 3)} | rules), ("output",)) == (8, 8)

@@ -63,10 +63,14 @@ WRITERS = {"v1": v1.save, "standard": standard, "pytree": pytree, "manager": man
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_folder_of_orbax_is_read_and_of_its_steps_the_newest(tmp_path: Path, writer: str) -> None:
+def test_a_folder_of_orbax_is_read_and_of_its_steps_the_newest(
+    tmp_path: Path, writer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     variables = values()
     WRITERS[writer](tmp_path / "saved", jax.tree.map(jnp.asarray, variables))
     assert same(load(tmp_path / "saved"), variables)
+    monkeypatch.chdir(tmp_path)
+    assert same(load(Path("saved")), variables)
 
 
 AROUND: dict[str, Callable[[Any], Any]] = {

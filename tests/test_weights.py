@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
 from hast_jax import from_config, networks
-from hast_jax.errors import UserError
+from hast_jax.errors import Notice, UserError
 from hast_jax.networks import weights
 
 pytestmark = pytest.mark.usefixtures("little_optimization")
@@ -145,7 +145,7 @@ def test_a_file_that_is_no_weight_file_is_refused_in_one_sentence(tmp_path, name
 
 def test_pickled_arrays_are_not_loaded(tmp_path) -> None:
     np.savez(tmp_path / "a.npz", weight=np.asarray([{"code": 1}], object), allow_pickle=True)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="holds Python objects, which are never loaded"):
         weights.read(tmp_path / "a.npz")
 
 
@@ -181,6 +181,33 @@ def test_a_teacher_trained_for_another_crop_is_refused(tmp_path) -> None:
         from_config.teacher(config)
     config.eval.crop = 224 / 232
     from_config.teacher(config)
+
+
+@pytest.mark.parametrize("written", ["[0.4, 0.4, 0.4]", "(0.4, 0.4, 0.4)", " 0.4 "])
+def test_numbers_in_metadata_may_be_written_as_in_json_or_python(tmp_path, written: str) -> None:
+    _, state = state_dict()
+    (tmp_path / "a.safetensors").write_bytes(weights.encoded(state, {"mean": written}))
+    config = config_for(str(tmp_path / "a.safetensors"))
+    config.teacher.classes, config.teacher.mean = 10, (0.5, 0.5, 0.5)
+    with pytest.raises(UserError, match=r"was trained for the mean .* not config.teacher.mean"):
+        from_config.teacher(config)
+    config.teacher.mean = (0.4, 0.4, 0.4)
+    from_config.teacher(config)
+
+
+def test_metadata_of_another_meaning_are_ignored_with_a_notice(tmp_path) -> None:
+    _, state = state_dict()
+    (tmp_path / "a.safetensors").write_bytes(weights.encoded(state, {"mean": "as usual"}))
+    with pytest.warns(Notice, match=r"its mean, 'as usual', is no list of numbers and is ignored"):
+        assert weights.read(tmp_path / "a.safetensors")[1].mean is None
+
+
+def test_an_archive_of_python_objects_is_refused_with_how_to_save_arrays(tmp_path) -> None:
+    np.savez(tmp_path / "a.npz", variables={"params": {"kernel": np.zeros(3)}})
+    with pytest.raises(
+        UserError, match=r"holds Python objects, which are never loaded: save one array for each name, as numpy.sa"
+    ):
+        weights.read(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("name", weights.BUILT_IN)

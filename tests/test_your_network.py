@@ -161,6 +161,14 @@ def test_flattening_as_pytorch_does_needs_no_other_weights() -> None:
         ("e.py:Net", "def Net(): return 3", "makes a int: name a flax.linen.Module"),
         ("b.py:Net", "1 / 0", "cannot be imported: ZeroDivisionError"),
         ("c.py:Net", "", "has no 'Net'"),
+        ("f.py:Net", "import sys\nsys.exit(0)", "ends the program when it is imported: put its commands under if __name__"),
+        ("g.py:Net", "from .layers import Net", "write a small file that imports the network from its package"),
+        (
+            "h.py:Net",
+            "def Net():\n    import nowhere_to_be_found",
+            r"ModuleNotFoundError: No module named 'nowhere_to_be_found'\.$",
+        ),
+        ("i.py:Net", "import jax\nNet = jax.nn.relu", "cannot be constructed: .*; name a flax.linen.Module, its class, or a"),
         ("d.py:Net", "import flax.linen as nn\nclass Net(nn.Module):\n    width: int", "cannot be constructed: TypeError"),
     ],
 )
@@ -183,9 +191,26 @@ def test_a_network_may_be_a_class_a_partial_a_function_or_itself_in_a_file_that_
     (tmp_path / "nets.py").write_text(text)
     found = {name: networks.module(f"{tmp_path}/nets.py:{name}", 5).classes for name in ("Net", "Half", "make", "ready")}
     assert found == {"Net": 5, "Half": 5, "make": 5, "ready": 6}
-    assert str(tmp_path) not in sys.path and "/nowhere" in sys.path  # the file's own change of the path stays
+    assert sys.path[-1] == str(tmp_path) and "/nowhere" in sys.path  # the file's own change of the path stays
     with pytest.raises(UserError, match=r"is a finished network, which takes no config\.teacher\.arguments"):
         networks.module(f"{tmp_path}/nets.py:ready", 5, width=3)
+
+
+def test_a_file_may_import_its_neighbours_when_its_function_is_called_and_packages_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])  # as the path of a script
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "hast_jax_test_lazy.py").write_text(OWN)
+    (tmp_path / "far" / "nets.py").write_text(
+        "def make(classes):\n    from hast_jax_test_lazy import Net\n    return Net(classes)"
+    )
+    assert networks.module(f"{tmp_path}/far/nets.py:make", 5).classes == 5
+    (tmp_path / "hast_jax_test_package").mkdir()
+    (tmp_path / "hast_jax_test_package" / "layers.py").write_text(OWN)
+    (tmp_path / "hast_jax_test_package" / "net.py").write_text("from hast_jax_test_package.layers import Net")
+    monkeypatch.chdir(tmp_path)
+    assert networks.module("hast_jax_test_package/net.py:Net", 5).classes == 5
 
 
 def test_a_network_of_ones_own_is_checked_before_its_weights_are_read(tmp_path: Path) -> None:
@@ -284,10 +309,33 @@ def test_logits_of_another_framework_are_compared_before_any_work(own: Path) -> 
     np.savez(own / "check.npz", images=images, logits=logits[:, ::-1])
     with pytest.raises(UserError, match=r"does not give the logits of .*: they differ by up to"):
         from_config.teacher(config)
+    np.savez(own / "check.npz", images=300 * images, logits=logits)
+    with pytest.raises(UserError, match=r"the images, up to .*, are not normalised: save them as uint8 or normalise them"):
+        from_config.teacher(config)
+    np.savez(own / "check.npz", images=images, logits=logits.astype(str))
+    with pytest.raises(UserError, match=r"holds <U\d+ logits: save logits as float32"):
+        from_config.teacher(config)
     for wrong in ((images.transpose(0, 3, 1, 2), logits), (images[:0], logits[:0])):
         np.savez(own / "check.npz", images=wrong[0], logits=wrong[1])
         with pytest.raises(UserError, match=r"they must be \[n, 8, 8, 1\] and \[n, 10\]"):
             from_config.teacher(config)
+
+
+def test_small_logits_are_compared_by_their_own_size(own: Path) -> None:
+    module, images = user_files.make(f"{own}/net.py:Net", 10, {}), np.random.default_rng(0).normal(size=(4, 8, 8, 1))
+    state, _ = weights.read(own / "net.safetensors")
+    head = [name for name in state if "Dense" in name]
+    state = {name: array * (1e-3 if name in head else 1) for name, array in state.items()}
+    (own / "small.safetensors").write_bytes(weights.encoded(state, {}))
+    logits = np.asarray(module.apply(weights.from_state_dict(module, state, (8, 8, 1)), images.astype(np.float32)))
+    config = tiny.config(teacher__network=f"{own}/net.py:Net", teacher__weights=f"{own}/small.safetensors")
+    config.teacher.check = f"{own}/check.npz"
+    np.savez(own / "check.npz", images=images, logits=logits)
+    assert np.abs(logits).max() < 0.1
+    from_config.teacher(config)
+    np.savez(own / "check.npz", images=images, logits=logits[:, ::-1])
+    with pytest.raises(UserError, match=r"does not give the logits of"):
+        from_config.teacher(config)
 
 
 def test_a_running_variance_may_be_negative_within_epsilon_and_not_beyond(own: Path) -> None:

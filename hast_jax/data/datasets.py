@@ -87,7 +87,7 @@ def _check_fit(name: str, shape: tuple[int, ...], classes: int, config: ConfigDi
     if shape != tuple(teacher.image) or classes != teacher.classes:
         raise UserError(
             f"{name} has images {shape} of {classes} classes, but the network takes images {tuple(teacher.image)} "
-            f"and has {teacher.classes} classes: set config.eval.dataset to the data set that it was trained on, or to none."
+            f"and has {teacher.classes} classes: set eval.dataset to the data set that it was trained on, or to none."
         )
 
 
@@ -193,7 +193,7 @@ def _tfds(name: str, split: str, data_dir: str, decode: bool = True) -> Any:
         raise UserError(
             f"the {split} split of {name} is not in {folder}, or is not stored as array_record: prepare it once with "
             f"pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{place}; a run also works without "
-            "evaluation, with --config.eval.dataset=none."
+            "evaluation, with eval.dataset none."
         ) from error
     except Exception as error:  # TFDS raises many kinds of errors: others are shown as they are
         words = str(error).strip().split("\n")[0]

@@ -1,6 +1,7 @@
 """Images in files, the usual form of ImageNet. They are decoded in parallel when needed, and cropped as in torchvision."""
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class ImageFiles:
         starts = range(first * size, len(self.labels), every * size)
         rows = [row for start in starts for row in range(start, min(start + size, len(self.labels)))]
         images = grain.MapDataset.source(rows).map(self._read)
-        yield from images.to_iter_dataset(grain.ReadOptions(THREADS, 2 * size)).batch(size)
+        yield from images.to_iter_dataset(grain.ReadOptions(THREADS, max(THREADS, 2 * size))).batch(size)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """The images with these indices."""
@@ -102,25 +103,25 @@ def folder(path: Path, image: tuple[int, ...], crop: float, order: str = "") -> 
     """
     if image[2] not in (1, 3):
         raise UserError(
-            f"image files have 1 or 3 channels, but the network takes {image[2]}: set --config.eval.dataset=none, or evaluate "
-            "in Python with arrays."
+            f"image files have 1 or 3 channels, but the network takes {image[2]}: set eval.dataset to none, or evaluate in "
+            "Python with arrays."
         )
     names = [each.name for each in path.iterdir() if each.is_dir() and not each.name.startswith(".")] if path.is_dir() else []
     names = _in_order(path, names, order)
     files, labels = [], []
     for label, name in enumerate(names):
-        found = sorted(file for file in (path / name).rglob("*") if _is_image(file.relative_to(path)))
+        found = sorted(file for file in _files(path / name) if _is_image(file.relative_to(path)))
         files += found
         labels += [label] * len(found)
     if not files:
         raise UserError(
             f"there are no images in {path}: it must hold one folder for each class, with {', '.join(EXTENSIONS)} files; "
-            "give another data_dir; a run also works without evaluation, with --config.eval.dataset=none."
+            "name another eval.data_dir or eval.split; a run also works without evaluation, with eval.dataset none."
         )
     if crop < 1 and _have_size(files, image):
         raise UserError(
-            f"the images in {path} have the network's size already, and config.eval.crop={crop:g} would cut off their borders: "
-            "set --config.eval.crop=1."
+            f"the images in {path} have the network's size already, and eval.crop={crop:g} would cut off their borders: set "
+            "eval.crop to 1."
         )
     return ImageFiles(files, np.asarray(labels, np.int32), len(names), image, crop)
 
@@ -137,6 +138,17 @@ def _have_size(files: list[Path], image: tuple[int, ...]) -> bool:
     return True
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder. Links to folders are followed, but no folder is read twice."""
+    seen = set()
+    for place, inside, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place) / name for name in names)
+
+
 def _is_image(file: Path) -> bool:
     return file.suffix.lower() in EXTENSIONS and not any(part.startswith(".") for part in file.parts)
 
@@ -145,12 +157,12 @@ def _in_order(path: Path, names: list[str], order: str) -> list[str]:
     numbers = all(name.isdecimal() for name in names)
     if order == "number":
         if not numbers:
-            raise UserError(f"config.eval.class_order is number, but not all folders in {path} are named by numbers: use name.")
+            raise UserError(f"eval.class_order is number, but not all folders in {path} are named by numbers: use name.")
         return sorted(names, key=int)
     swapped = [pair for pair in zip(sorted(names), sorted(names, key=int)) if pair[0] != pair[1]] if numbers else []
     if order == "" and swapped:
         raise UserError(
             f"the class folders in {path} are named by numbers, and as text {swapped[0][0]} comes before {swapped[0][1]}: "
-            "set --config.eval.class_order=number, or =name for the order of PyTorch's ImageFolder."
+            "set eval.class_order to number, or to name for the order of PyTorch's ImageFolder."
         )
     return sorted(names)

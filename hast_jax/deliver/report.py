@@ -19,9 +19,9 @@ from hast_jax.deliver import charts, measure
 from hast_jax.deliver.console import STAGE_NAMES, format_images, format_seconds, held_out_words, short_bits
 from hast_jax.deliver.measure import Cost, Sensitivity
 from hast_jax.deliver.pictures import grid
-from hast_jax.fields import FULL_PRECISION, GIVEN
+from hast_jax.fields import GIVEN
 from hast_jax.networks import Network
-from hast_jax.networks.rules import ALL, form
+from hast_jax.networks.rules import ALL, FULL_PRECISION, form
 from hast_jax.networks.sites import sites
 from hast_jax.runs.files import write_text
 from hast_jax.runs.progress import read_metrics

@@ -49,6 +49,7 @@ def read_orbax(folder: Path) -> dict[str, np.ndarray]:
     Raises UserError if the folder holds no checkpoint or more than one network. Raises ValueError if the arrays would take far
     more memory than the files take on the disk.
     """
+    folder = folder.absolute()  # as Orbax wants it
     items = _items(folder) or _items(_newest_step(folder))
     if not items:
         raise UserError(f"{folder} is a folder without an Orbax checkpoint: give a file of weights, or the folder Orbax wrote.")

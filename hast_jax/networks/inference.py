@@ -1,5 +1,6 @@
 """The arguments by which a network's call tells inference from training, found by their usual names."""
 
+import re
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
@@ -10,6 +11,7 @@ from hast_jax.errors import InputError
 from hast_jax.networks.linear import name_of
 from hast_jax.networks.refusals import no_linen_module
 
+SWITCH = re.compile("train|infer|eval|test|determin|running|frozen")  # in names of arguments
 # Usual names of the arguments that tell inference from training -> their values in inference.
 TRAINING = {"train": False, "training": False, "is_training": False, "deterministic": True, "use_running_average": True}
 
@@ -38,15 +40,15 @@ def training_arguments(module: nn.Module) -> dict[str, Any]:
     return {name: not inferring for name, inferring in TRAINING.items() if name in parameters}
 
 
-def advice(module: nn.Module) -> str:
-    """What a user can do so that a network infers, although its call has no argument that does it by default."""
+def advice(module: nn.Module, call: Mapping[str, Any]) -> str:
+    """What a user can do so that a network infers, although its call with the arguments `call` trains."""
     parameters = signature(type(module).__call__).parameters
-    usual = {name: TRAINING[name] for name in parameters if name in TRAINING}
-    switches = {name: not each.default for name, each in parameters.items() if isinstance(each.default, bool)}
-    attributes = {name: value for name, value in TRAINING.items() if hasattr(module, name)}
-    if attributes and not usual:
-        name, value = next(iter(attributes.items()))
+    now = {name: call.get(name, each.default) for name, each in parameters.items()}
+    usual = {name: value for name, value in TRAINING.items() if name in now and now[name] is not value}
+    switches = {name: not value for name, value in now.items() if isinstance(value, bool) and SWITCH.search(name)}
+    attributes = {name: value for name, value in TRAINING.items() if getattr(module, name, value) is not value}
+    for name, value in attributes.items():
         return f"make it with {name}={value}"
-    for name, value in (switches | usual).items():
-        return f"give the argument of its call that stops this, as call={{{name!r}: {value}}}"
+    for name, value in (usual or {name: value for name, value in switches.items() if name not in TRAINING}).items():
+        return f"set {name}={value} in its call, by the argument call or the field teacher.call"
     return "let it call its nn.BatchNorm with use_running_average=True"

@@ -8,6 +8,7 @@ import flax.linen as nn
 from hast_jax.errors import InputError
 from hast_jax.networks.graph import PRODUCTS, Graph
 from hast_jax.networks.linear import name_of, place
+from hast_jax.networks.matrices import SAME_NUMBERS
 
 Path = tuple[str, ...]
 
@@ -21,8 +22,6 @@ KINDS: dict[type, str] = {
     nn.WeightNorm: "its weights are computed from others",
     nn.SpectralNorm: "its weights are computed from others",
 }
-# Operations after which a kernel has the same numbers.
-UNCHANGED = ("convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze", "copy", "optimization_barrier")
 
 
 class Kernel(NamedTuple):
@@ -41,7 +40,7 @@ class Kernel(NamedTuple):
 
 def refuse_bridge(module: Any, inner: Any) -> None:
     """Refuse a `flax.nnx` module inside a Linen network."""
-    if type(inner).__module__.startswith("flax.nnx"):
+    if _is_nnx(inner):
         raise InputError(
             f"{name_of(module)} holds {place(inner)}, a flax.nnx module, whose calls cannot be intercepted: write it as a "
             "flax.linen.Module; docs/your_network.md shows how its variables become those of flax.linen."
@@ -81,7 +80,7 @@ def _products(traced: Graph, number: int | None) -> int:
     for operation in traced.operations:
         if same.intersection(operation.reads):
             found += operation.name in PRODUCTS
-            if operation.name in UNCHANGED:
+            if operation.name in SAME_NUMBERS:
                 same.update(operation.makes)
     return found
 
@@ -97,9 +96,13 @@ def refuse_products_of_activations(module: nn.Module, traced: Graph) -> None:
             )
 
 
+def _is_nnx(module: Any) -> bool:
+    return any(base.__module__.startswith("flax.nnx") for base in type(module).__mro__)
+
+
 def no_linen_module(module: Any) -> str:
     """The words that refuse anything that is no Linen module."""
-    if any(base.__module__.startswith("flax.nnx") for base in type(module).__mro__):
+    if _is_nnx(module):
         return (
             f"{name_of(module)} is a flax.nnx module, whose calls cannot be intercepted: write the same network as a "
             "flax.linen.Module; docs/your_network.md shows how its variables become those of flax.linen."

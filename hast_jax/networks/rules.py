@@ -18,6 +18,7 @@ from hast_jax.method.quantizer import MAX_BITS, MIN_BITS
 Bits = tuple[int | None, int | None]
 Rules = tuple[tuple[str, Bits], ...]
 
+FULL_PRECISION = 32  # the number of bits that means: not quantized
 DEFAULT = "default"  # stands in place of a pattern for all layers that no pattern matches
 ALL = ".*"
 FORMS = "w8a8, w8 (activations in full precision), a8 or full"
@@ -82,7 +83,9 @@ def compiled(pattern: str) -> re.Pattern[str]:
         raise InputError("a pattern is empty: write a regular expression over names of layers.")
     try:
         re.compile(pattern)  # on its own too, because "a)(b" is valid between parentheses
-        return re.compile(rf"(^|/)(?:{pattern})(/|$)")
+        flags = re.match(r"(?:\(\?[aimsux]+\))*", pattern)  # of the whole expression, such as (?i), at whose start they must be
+        length = flags.end() if flags else 0
+        return re.compile(rf"{pattern[:length]}(?:^|/)(?:{pattern[length:]})(?:/|$)")
     except (re.error, OverflowError, RecursionError) as error:
         words = " ".join(str(error).split())  # the message may quote a line break of the pattern
         raise InputError(f"the pattern {shown(pattern)} is no regular expression: {words}.") from error
@@ -111,11 +114,12 @@ def _read(text: str) -> Bits:
 
 
 def _checked(bits: Any) -> int | None:
-    if bits is None:
+    if bits is None or bits == FULL_PRECISION:
         return None
     whole = isinstance(bits, numbers.Integral) and not isinstance(bits, bool)
     if not whole or not MIN_BITS <= bits <= MAX_BITS:
         raise InputError(
-            f"the bits {shown(bits)} are impossible: they must be whole numbers between {MIN_BITS} and {MAX_BITS}, or None."
+            f"the bits {shown(bits)} are impossible: they must be whole numbers between {MIN_BITS} and {MAX_BITS}, or "
+            f"{FULL_PRECISION} for full precision."
         )
     return int(bits)

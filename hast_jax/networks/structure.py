@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 
 from hast_jax.errors import InputError, Notice, UserError
 from hast_jax.networks import graph, refusals
@@ -133,14 +132,15 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
     before = traced.upstream(value(call, "output") for call in seen.calls)
     marks = {value(call, "output"): call for call in seen.marks}
     norms = {value(call, "output"): call for call in seen.norms}
-    leaves = flatten_dict(variables)
-    numbers = flatten_dict(jax.tree.unflatten(jax.tree.structure(variables), traced.inputs[:-1]))
+    found = jax.tree_util.tree_leaves_with_path(variables)  # a collection may hold tuples too
+    names = [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) for path, _ in found]
+    leaves, numbers = dict(zip(names, (leaf for _, leaf in found))), dict(zip(names, traced.inputs[:-1]))
     calls = Counter(call.path for call in seen.calls)
     kernels = set()
     for path, layer in seen.layers.items():
         leaf, number = leaves.get(("params", *layer.kernel)), numbers.get(("params", *layer.kernel))
         refusals.refuse_kernel(module, traced, Kernel(path, layer.axes, calls[path], leaf, number))
-        kernels.add(number)
+        kernels.add(numbers[("params", *layer.kernel)])
     others = outside_layers(traced, {numbers[path]: leaf.shape for path, leaf in leaves.items()}, kernels)
     return Structure(
         tuple(seen.layers.values()),
@@ -183,6 +183,7 @@ class _Seen:
 
     def __init__(self, module: nn.Module):
         self.module = module
+        self.call: Mapping[str, Any] = {}
         self.layers: dict[Path, Layer] = {}
         self.calls: list[Call] = []
         self.marks: list[Call] = []
@@ -193,6 +194,7 @@ class _Seen:
 
     def look(self, variables: Any, images: jax.Array, call: Mapping[str, Any]) -> tuple[jax.Array, Any]:
         """The logits, and the values that the intercepted calls recorded."""
+        self.call = call
         output, state = self.module.apply(variables, images, mutable=mutable(), **call)
         logits = logits_of(output)
         shape = getattr(logits, "shape", None)
@@ -252,7 +254,7 @@ class _Seen:
         if not (module.use_running_average if given is None else given):
             raise InputError(
                 f"{name_of(self.module)} normalises in {place(module)} with the moments of the batch, as in training: "
-                f"{advice(self.module)}."
+                f"{advice(self.module, self.call)}."
             )
         axes = module.axis if isinstance(module.axis, tuple | list) else (module.axis,)
         if [axis % argument(arguments, named)[0].ndim for axis in axes] != [argument(arguments, named)[0].ndim - 1]:

@@ -6,6 +6,7 @@ import importlib.util
 import inspect as python_inspect
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -27,24 +28,40 @@ def load(name: str) -> Any:
     file, _, attribute = name.rpartition(":")
     path = paths.local(file)
     # Python would load .pyc and .so files too, whose names `is_own` refuses.
-    if not (is_own(name) and path.is_file()):
-        raise InputError(f"{name!r} is not known and there is no file {file!r}: give FILE.py:NAME.")
+    if not is_own(name):
+        raise InputError(f"{name!r} is not known: give FILE.py:NAME.")
+    if not path.is_file():
+        raise InputError(f"there is no file {file!r}, of which {name!r} speaks: give another path.")
     spec: Any = importlib.util.spec_from_file_location(f"{path.stem} of hast_jax", path)  # no import can have this name
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look annotations up there
-    neighbours = str(path.resolve().parent)
+    neighbours, here = str(path.resolve().parent), str(Path.cwd())
     sys.path.insert(0, neighbours)  # the file may import them, as if it was run
+    if here not in sys.path:
+        sys.path.append(here)  # a package may lie there, also for a command that is a script
     try:
         spec.loader.exec_module(module)
+    except SystemExit as error:
+        words = f'{path} ends the program when it is imported: put its commands under if __name__ == "__main__".'
+        raise InputError(words) from error
     except Exception as error:  # whatever the file does wrong
-        raise InputError(f"{path} cannot be imported: {type(error).__name__}: {error}.") from error
+        relative = "relative import" in str(error)
+        advice = "; write a small file that imports the network from its package, and name that file" if relative else ""
+        raise InputError(f"{path} cannot be imported: {_words(error)}{advice}.") from error
     finally:
         with contextlib.suppress(ValueError):  # the file may have removed the folder itself, or put others before it
             sys.path.remove(neighbours)
+        if neighbours not in sys.path:
+            sys.path.append(neighbours)  # its functions may import more when they are called
     found = getattr(module, attribute, None)
     if found is None:
         raise InputError(f"{path} has no {attribute!r}: give the name of a class or function in it, as FILE.py:NAME.")
     return found
+
+
+def _words(error: Exception) -> str:
+    """The type and the message of an exception on one line, without a full stop."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200].rstrip('.')}"
 
 
 def make(name: str, classes: int, arguments: Mapping[str, Any]) -> nn.Module:
@@ -66,10 +83,8 @@ def make(name: str, classes: int, arguments: Mapping[str, Any]) -> nn.Module:
         known = {each: classes for each in CLASSES if each in taken and each not in arguments}
         made = found(**known, **arguments)
     except Exception as error:  # whatever its constructor does wrong
-        words = str(error).split("\n")[0]
-        raise InputError(
-            f"{name} cannot be constructed: {type(error).__name__}: {words}; give its arguments in config.teacher.arguments."
-        ) from error
+        advice = "" if isinstance(error, ImportError) else f"; {wanted}, and give its arguments in config.teacher.arguments"
+        raise InputError(f"{name} cannot be constructed: {_words(error)}{advice}.") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} makes a {type(made).__name__}: {wanted}.")
     return made

@@ -5,8 +5,9 @@ torch. `.msgpack` is Flax's, and a folder is Orbax's (flax_trees.py). `.h5`, `.h
 No reader runs code that is in a file, or takes far more memory than the file takes on the disk.
 """
 
-import json
+import ast
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from hast_jax.errors import UserError
+from hast_jax.errors import Notice, UserError
 from hast_jax.networks import flax_trees, keras_files
 from hast_jax.networks.packed import check_archive
 
@@ -75,16 +76,18 @@ def _safetensors_metadata(path: Path) -> Metadata:
         raw = file.metadata() or {}
 
     def numbers(key):
+        """One or several numbers, as in JSON or Python; None if the key is missing."""
+        if key not in raw:
+            return None
         try:
-            return tuple(map(float, json.loads(raw[key])))
-        except (KeyError, ValueError, TypeError):  # missing, or another program means something else by this key
+            return tuple(map(float, np.ravel(ast.literal_eval(raw[key].strip()))))
+        except (ValueError, TypeError, SyntaxError):  # another program means something else by this key
+            warnings.warn(f"{path}: its {key}, {raw[key]!r}, is no list of numbers and is ignored.", Notice, stacklevel=2)
             return None
 
     def number(key):
-        try:
-            return float(raw[key])
-        except (KeyError, ValueError):
-            return None
+        found = numbers(key)
+        return found[0] if found else None
 
     return Metadata(raw.get("dataset"), numbers("mean"), numbers("std"), number("crop"), number("test_top1"))
 
@@ -92,7 +95,13 @@ def _safetensors_metadata(path: Path) -> Metadata:
 def _read_npz(path: Path) -> StateDict:
     check_archive(path)
     with np.load(path, allow_pickle=False) as file:
-        return dict(file)
+        try:
+            return dict(file)
+        except ValueError as error:
+            if "allow_pickle" not in str(error):
+                raise
+            words = f"{path} holds Python objects, which are never loaded: save one array for each name"
+            raise UserError(f"{words}, as numpy.savez(FILE, **flatten_dict(variables, sep='/')).") from error
 
 
 def _read_torch(path: Path) -> StateDict:

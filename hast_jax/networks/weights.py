@@ -193,7 +193,7 @@ def from_variables(
             "hast_jax.networks.weights.read(pathlib.Path(PATH)), and give the state."
         )
     if _is_state_dict(variables):
-        state = {name if isinstance(name, str) else "/".join(name): array for name, array in variables.items()}
+        state = {name if isinstance(name, str) else "/".join(map(str, name)): array for name, array in variables.items()}
         return from_state_dict(model, state, image, None, call)
     if not isinstance(variables, Mapping):  # a TrainState
         variables = {name: getattr(variables, name) for name in flax_trees.COLLECTIONS if hasattr(variables, name)}
@@ -210,7 +210,7 @@ def _is_state_dict(variables: Any) -> bool:
     """Whether it is flat, with whole paths as the names: texts with dots or slashes, or tuples, as of `flatten_dict`."""
     if not isinstance(variables, Mapping) or not variables or any(isinstance(each, Mapping) for each in variables.values()):
         return False
-    return all(isinstance(name, tuple) or (isinstance(name, str) and re.search("[./]", name)) for name in variables)
+    return any(isinstance(name, tuple) or re.search("[./]", str(name)) for name in variables)
 
 
 def _library_maps(model: nn.Module, expected: Mapping[tuple[str, ...], Any]) -> list[dict[str, tuple[str, ...]]]:

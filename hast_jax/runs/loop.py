@@ -76,7 +76,9 @@ def crosses(done: int, number: int, steps_per_call: int) -> bool:
 
 def call_length(requested: int, *intervals: int) -> int:
     """The largest number of steps per call, at most `requested`, that divides every interval. Every number divides zero."""
-    common = math.gcd(*intervals) or requested
+    common = math.gcd(*intervals)
+    if not common:
+        return requested
     return max(d for d in range(1, min(requested, common) + 1) if common % d == 0)
 
 

@@ -71,7 +71,7 @@ def choose(devices: int, batch: int | None = None) -> int:
     used = devices or found
     if not devices and jax.default_backend() == "cpu":
         # Without more threads than cores, several CPU devices could wait for each other for ever: see `setup`.
-        used = _cpu_devices(batch, found) if THREADS in os.environ else 1
+        used = _cpu_devices(batch, found, jax.process_count()) if THREADS in os.environ else 1
     if used > found:
         raise UserError(f"{devices} devices were asked for, but there are {found} local devices: ask for fewer.")
     if batch is not None and batch % device_total(used):
@@ -101,9 +101,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cpu_devices(batch: int | None, found: int = MAX_DEFAULT_CPU_DEVICES) -> int:
+def _cpu_devices(batch: int | None, found: int = MAX_DEFAULT_CPU_DEVICES, processes: int = 1) -> int:
+    """As many CPU devices for each process as share `batch` evenly; one if no number does."""
     most = min(_cores(), MAX_DEFAULT_CPU_DEVICES, found)
-    return max(d for d in range(1, most + 1) if batch is None or batch % d == 0)
+    return max((d for d in range(1, most + 1) if batch is None or batch % (d * processes) == 0), default=1)
 
 
 def devices(count: int, all_processes: bool = False) -> list[jax.Device]:

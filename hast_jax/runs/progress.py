@@ -109,6 +109,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for text in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             line = json.loads(text)
-            if isinstance(line, dict) and {"stage", "step", "seconds"} <= line.keys():
+            if (
+                isinstance(line, dict)
+                and "stage" in line
+                and all(isinstance(line.get(n), int | float) for n in ("step", "seconds"))
+            ):
                 lines.append(line)
     return lines

@@ -81,6 +81,12 @@ class RunFolder:
         elif read_json(self.images) != _identity(images, labels):
             raise UserError(f"{self} began with other images: use another workdir, or the images it began with.")
 
+    def check_own_images(self) -> None:
+        """Raise UserError if this run, which now makes its images, began with given ones."""
+        source = _config_of(self).synthesis.source
+        if source and self.images.exists():
+            raise UserError(f"{self} began with the images of {source}: name them again, or use another workdir.")
+
     def learned_images(self, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
         """The images and labels that this run learned from, memory-mapped.
 
@@ -109,7 +115,7 @@ class RunFolder:
             if known.get("crc32") != found["crc32"]:
                 raise UserError(f"{self} began with a teacher of other weights: use another workdir, or those weights.")
             before = known.get("program")
-            if None not in (before, program) and known["jax"] == found["jax"] and before != program:
+            if None not in (before, program) and known.get("jax") == found["jax"] and before != program:
                 raise UserError(
                     f"{self} began with a network that computes something else: its code was changed since; "
                     "use another workdir, or that code."
@@ -125,8 +131,9 @@ class RunFolder:
         write_json(self.teacher, known)
 
     def teacher_accuracy(self) -> dict[str, float] | None:
-        """The teacher's accuracy; None if it has not been measured yet."""
-        return read_json(self.teacher).get("accuracy") if self.teacher.exists() else None
+        """The teacher's accuracy; None if it has not been measured yet, or is damaged."""
+        found = read_json(self.teacher).get("accuracy") if self.teacher.exists() else None
+        return found if isinstance(found, dict) and {"top1", "top5", "images"} <= found.keys() else None
 
     def remember_teacher_accuracy(self, accuracy: dict[str, float]) -> None:
         """Keep the teacher's accuracy, which is measured once."""
@@ -166,7 +173,8 @@ class RunFolder:
 
     def read_segments(self) -> list[dict[str, Any]]:
         """The records of the starts of this run, the oldest first."""
-        return read_json(self.segments, list) if self.segments.exists() else []
+        found = read_json(self.segments, list) if self.segments.exists() else []
+        return [each for each in found if isinstance(each, dict) and {"spent_before", "hardware"} <= each.keys()]
 
     def write_segments(self, segments: list[dict[str, Any]]) -> None:
         """Write the records of the starts of this run."""
@@ -181,7 +189,7 @@ class RunFolder:
         write_json(self.config, config_lib.to_dict(config))
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Write the result, once."""
+        """Write the result. Of a finished run only `held_out` and the config of free fields ever change."""
         write_json(self.result, result)
 
     @contextlib.contextmanager
@@ -260,10 +268,12 @@ def _hold(lock: Path) -> None:
     path = lock.parent
     lock.touch()
     status = lock.stat()
+    inode = status.st_dev, status.st_ino
+    # No soft lock: a lock that is only the existence of a file would outlive a killed run.
+    ours = _held.get(inode) or FileLock(lock, fallback_to_soft=False)
     try:
-        # No soft lock: a lock that is only the existence of a file would outlive a killed run.
-        ours = _held.setdefault((status.st_dev, status.st_ino), FileLock(lock, fallback_to_soft=False))
         ours.acquire(blocking=False)
+        _held[inode] = ours
     except Timeout as error:
         raise UserError(f"another run is using {path}: wait until it ends, or use another workdir.") from error
     except OSError as error:

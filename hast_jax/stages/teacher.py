@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from hast_jax import networks
 from hast_jax.data import datasets
 from hast_jax.errors import AccuracyWarning, Notice, UserError
-from hast_jax.method import losses
+from hast_jax.method import losses, pyramid
 from hast_jax.networks import weights
 from hast_jax.runs import processes
 from hast_jax.runs.progress import Update
@@ -19,8 +20,8 @@ from hast_jax.stages.evaluate import evaluator
 from hast_jax.stages.job import Job
 
 
-def check_logits(teacher: networks.Network, variables: weights.Variables, image: tuple[int, ...]) -> None:
-    """Look at the teacher on noise, from which synthesis starts.
+def check_logits(teacher: networks.Network, variables: weights.Variables, config: ConfigDict) -> None:
+    """Look at the teacher on noise, from which synthesis starts. config: the whole config.
 
     Raises UserError if its logits or batch-norm statistics are not finite. Warns if its logits are probabilities.
     """
@@ -30,7 +31,8 @@ def check_logits(teacher: networks.Network, variables: weights.Variables, image:
         logits, taps = networks.apply(teacher, variables, images)
         return logits, *losses.bn_statistics(losses.bn_moments(taps.batch_norms))
 
-    found = look(variables, jax.random.normal(jax.random.key(0), (2, *image)))
+    noise = jax.random.normal(jax.random.key(0), (2, *config.teacher.image))
+    found = look(variables, pyramid.images([noise], pyramid.unit_of(config.teacher.mean, config.teacher.std)))
     if not all(np.isfinite(each).all() for each in jax.device_get(found)):
         raise UserError(
             "the teacher's logits or the inputs of its batch norms are not finite on images of noise: give other weights, "
