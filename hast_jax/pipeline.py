@@ -60,7 +60,8 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
         ranges = _activation_ranges(job, images)
         state, evaluations = finetune.run(job, images, labels, ranges, evaluate)
         record.end_segment(job, segment)
-        result = job.storage.read_result() or record.summary(job, len(images), evaluations)  # finished: the student was lost
+        finished = job.storage.read_result()  # of a run whose student was lost
+        result = finished or {**record.summary(job, len(images), evaluations), "held_out": None}
         variables = finetune.student_variables(job.student, job.variables, ranges, state.trained)
         student = _judged(job, _student(job, variables, result))
         if isinstance(job.storage, RunFolder):
@@ -72,11 +73,11 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
 
 
 def _judged(job: Job, student: Student) -> Student:
-    """The student with a record of the agreement on `eval.held_out`, which is measured unless the record has it already."""
-    result = {"held_out": None, **student.record}
-    if not held_out.is_measured(job.config, result):
-        result |= {"config": config_lib.to_dict(job.config), "held_out": held_out.measure(job, student.variables)}
-    return dataclasses.replace(student, record=result)
+    """The student with the agreement on `eval.held_out` in its record: `student` itself if its record has that already."""
+    if held_out.is_measured(job.config, student.record):
+        return student
+    found = {"config": config_lib.to_dict(job.config), "held_out": held_out.measure(job, student.variables)}
+    return dataclasses.replace(student, record={**student.record, **found})
 
 
 def _finished(job: Job, given: Given | None) -> Student | None:
@@ -89,7 +90,7 @@ def _finished(job: Job, given: Given | None) -> Student | None:
         return None
     folder = job.storage.student
     try:
-        student = load(folder, job.student.module)
+        student = dataclasses.replace(load(folder, job.student.module), record=result)
     except UserError:
         return None
     images = None
@@ -101,12 +102,12 @@ def _finished(job: Job, given: Given | None) -> Student | None:
         if images is not None and not held_out.is_measured(job.config, result):
             held_out.refuse_common(job.config, images)
     judged = _judged(job, student)
-    if to_judge := dict(judged.record) != dict(student.record):
+    if judged is not student:
         processes.on_main(lambda: judged.save(folder))
         processes.on_main(lambda: job.storage.write_result(dict(judged.record)))
     processes.on_main(lambda: job.storage.write_config(job.config))
     if images is not None:
-        processes.on_main(lambda: _report(job, judged, images, anew=to_judge))
+        processes.on_main(lambda: _report(job, judged, images, anew=judged is not student))
     return judged
 
 

@@ -29,12 +29,12 @@ def outside_layers(traced: Graph, variables: Mapping[int, tuple[int, ...]], kern
     whole = set(variables)  # values that hold a variable's numbers, or numbers computed of these one by one
     found: set[int] = set()
     for operation in traced.operations:
-        weights = [value for value in operation.reads if value in above and value not in activations]
+        weights = [value for value in operation.reads if value is not None and value in above and value not in activations]
         if not any(value in activations for value in operation.reads):
             if operation.name in (*SAME_NUMBERS, *SCALING, *ELEMENTWISE) and whole.issuperset(weights):
                 whole.update(operation.makes)
             continue
-        read = frozenset().union(*(above[value] for value in weights if value is not None))
+        read = frozenset().union(*(above[value] for value in weights))
         if operation.name in PRODUCTS:
             found |= read
         elif not _is_elementwise(traced, operation, activations, whole.issuperset(weights)):
