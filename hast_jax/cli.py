@@ -189,7 +189,7 @@ def _parse(arguments: list[str], words: bool) -> list[str]:
         left = flags.FLAGS(arguments)
         hasattr(getattr(flags.FLAGS, "config", None), "lock")  # raises the error of a config that could not be read
     except flags.Error as error:
-        raise _wrong_flag(_last_line(error), arguments[1:]) from error
+        raise _wrong_flag(_last_line(error), [] if words else arguments[1:]) from error
     except BrokenPipeError:  # who reads the help has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -207,14 +207,27 @@ def _parse(arguments: list[str], words: bool) -> list[str]:
 
 
 def _last_values(arguments: list[str]) -> list[str]:
-    """The arguments without `--config.FIELD=...` of which the field is given again later: tuples would grow."""
-    fields_of = [re.match(r"--?config\.([\w.]+)=", argument) for argument in arguments]
-    names = [found and found[1] for found in fields_of]
-    return [each for place, each in enumerate(arguments) if names[place] is None or names[place] not in names[place + 1 :]]
+    """The arguments without the values of fields that are given again later: tuples would grow.
+
+    `--config.FIELD VALUE` becomes `--config.FIELD=VALUE`.
+    """
+    joined: list[str] = []
+    for argument in arguments:
+        open_field = re.fullmatch(r"--?config\.([\w.]+)", joined[-1]) if joined and "--" not in joined else None
+        if open_field and open_field[1] in fields.FIELDS and not isinstance(fields.FIELDS[open_field[1]].default, bool):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    found = [re.match(r"--?config\.([\w.]+)=", argument) for argument in joined]
+    names = [each and each[1] for each in found]
+    return [each for place, each in enumerate(joined) if names[place] is None or names[place] not in names[place + 1 :]]
 
 
 def _wrong_flag(words: str, arguments: list[str]) -> UserError:
-    """The error of a flag. words: absl's, which take the place of ours where absl knows more. arguments: the command's."""
+    """The error of a flag. words: absl's, which take the place of ours where absl knows more.
+
+    arguments: those of a command that takes no words.
+    """
     if missing := re.match(r"flag --(\w+)=None: ", words):
         if len(arguments) == 1 and not arguments[0].startswith("-"):
             return UserError(f"--{missing[1]} is missing: write --{missing[1]}={arguments[0]}; --help shows the flags.")

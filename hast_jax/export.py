@@ -79,6 +79,8 @@ def run(
     found = student.load(folder.student, from_config.module(config))
     config.eval.update(real)
     config_lib.validate(config)
+    if real and config.eval.dataset == "none":
+        raise UserError(f"{workdir} was run without real images: name a data set with --dataset.")
     path = output or workdir / _name(format, options)
     return export(found, path, format, images=_synthetic(folder, config), test=_real(config), **options)
 

@@ -170,7 +170,7 @@ def _prepare(
         if processes.count() > 1:
             raise UserError("several processes share one run folder: give a workdir, on a file system that all of them use.")
         return job(MemoryRun()), given, dataset
-    if (workdir / run_folder.CELLS).exists():
+    if (workdir / run_folder.CELLS).exists() and RunFolder(workdir).config.exists():
         raise UserError(f"{workdir} is the folder of a sweep: a run needs a folder of its own.")
     processes.on_main(lambda: run_folder.open_for_run(workdir, config))
     storage = RunFolder(workdir)
@@ -183,16 +183,26 @@ def _prepare(
                 "weights": crc32(variables),
                 "number of devices": devices,
                 "held-out images": held_out_images,
+                "images to learn from": crc32(given) if given else 0,
                 "run folder (on one file system?)": known,
             }
         )
         processes.on_main(lambda: storage.check_teacher(variables, teacher.structure.program))
         processes.on_main(lambda: storage.check_test(checksum(dataset)))
-        processes.on_main(lambda: storage.check_images(*given) if given else storage.check_own_images())
+        processes.on_main(lambda: _begin_with(storage, config, given))
+        return job(storage), given, dataset
     except BaseException:
         run_folder.release(workdir)
         raise
-    return job(storage), given, dataset
+
+
+def _begin_with(storage: RunFolder, config: ConfigDict, given: Given | None) -> None:
+    """Record that a run learns from given images. Raises UserError if it began with others, or with its own."""
+    if given is None:
+        storage.check_own_images()
+    else:
+        storage.check_images(*given)
+        storage.write_config(config)
 
 
 def checksum(dataset: datasets.Dataset | None) -> int | None:
@@ -231,11 +241,9 @@ def _training_images(job: Job, given: Given | None) -> Given:
         images, labels = synthesize.run(job)
         held_out.refuse_common(job.config, images)
         processes.on_main(lambda: job.storage.check_images(images, labels))
+        processes.on_main(lambda: job.storage.write_config(job.config))  # nothing can be refused any more
     else:
         images, labels = given
-        if processes.count() > 1:
-            processes.require_same({"images": crc32((images, labels))})
-    processes.on_main(lambda: job.storage.write_config(job.config))  # now that nothing of the config can be refused any more
     if isinstance(job.storage, RunFolder):
         picture, teacher = job.storage.picture, job.config.teacher
         processes.on_main(lambda: save_picture(picture, images, teacher.mean, teacher.std))

@@ -57,7 +57,7 @@ def end_segment(job: Job, segment: dict[str, Any] | None) -> None:
 def _ended(job: Job, segment: dict[str, Any]) -> dict[str, Any]:
     """The segment with the seconds of each stage. If it was interrupted, they are taken from the log."""
     before = segment["spent_before"]
-    return {"seconds": {name: round(job.recorder.seconds(name) - before[name], 1) for name in STAGES}, **segment}
+    return {"seconds": {name: round(job.recorder.seconds(name) - before.get(name, 0.0), 1) for name in STAGES}, **segment}
 
 
 def summary(job: Job, images: int, evaluations: dict[int, float]) -> dict[str, Any]:

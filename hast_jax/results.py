@@ -139,7 +139,7 @@ def _labels(folders: list[Path]) -> list[str]:
     names = [path.name for path in whole]
     if len(set(names)) < len(names):
         above = os.path.commonpath(whole)
-        names = [str(path.relative_to(above)) for path in whole]
+        names = [str(path.relative_to(above)) if str(path) != above else path.name for path in whole]
     return names
 
 

@@ -58,9 +58,7 @@ def test_without_the_accuracies_of_earlier_epochs_a_run_ends_with_those_that_can
     finished: Path, unfinished: Path
 ) -> None:
     (unfinished / "evaluations.json").write_text('{"half": ')
-    with pytest.warns(
-        Notice, match=r"evaluations.json is missing or damaged \(.*\): the accuracies of earlier epochs are lost"
-    ):
+    with pytest.warns(Notice, match=r"evaluations.json is missing or damaged \(.*\): the best epoch is chosen among those"):
         again = tiny.run(unfinished)
     whole = json.loads((finished / "result.json").read_text())
     assert [again[name] for name in ("no_finetuning", "last")] == [whole[name] for name in ("no_finetuning", "last")]
@@ -90,15 +88,23 @@ def test_a_run_that_began_with_given_images_makes_none_of_its_own(copy: Path) ->
         tiny.run(copy)
 
 
+def test_a_finished_run_without_its_config_knows_the_config_from_its_result(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    with pytest.raises(UserError, match=r"made with another config: finetune.eps: 0.02 -> 0.5"):
+        tiny.run(copy, finetune__eps=0.5)
+    assert not (copy / "config.json").exists()
+    tiny.run(copy)
+    assert (copy / "config.json").exists()
+
+
 def test_values_of_small_files_that_are_of_another_kind_are_left_out(copy: Path) -> None:
     folder = run_folder.RunFolder(copy)
     for content in ([1], [{"started": "x"}]):
         folder.write_segments(content)
         assert folder.read_segments() == []
-    folder.teacher.write_text('{"crc32": 1, "program": 2, "accuracy": {}}')
+    folder.teacher.write_text('{"crc32": 0, "program": 2, "accuracy": {}}')
     assert folder.teacher_accuracy() is None
-    with pytest.raises(UserError, match="began with a teacher of other weights"):
-        folder.check_teacher({}, 3)
+    folder.check_teacher({}, 3)  # without the version of JAX, programs are not compared
     folder.metrics.write_text('{"stage": "finetune", "step": null, "seconds": 1}\n')
     assert read_metrics(folder.metrics) == []
 

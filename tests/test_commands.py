@@ -59,6 +59,7 @@ def test_what_works_in_one_process_refuses_several(command: list[str]) -> None:
         (["main", DIGITS, "--workdir=a", "config.seed=7"], "does not take the word 'config.seed=7': write --config.seed=7."),
         (["evaluate", "--workdir=a", "best"], "does not take the word 'best': write its flag before it"),
         (["main", DIGITS, "--workdir="], "--workdir is empty: name a folder"),
+        (["reproduce", "table1"], "--config is missing, or its get_config returns nothing: --help says what it takes."),
         (["evaluate", "runs/a"], "--workdir is missing: write --workdir=runs/a; --help shows the flags."),
         (["report", "--workdir=a", "--average_bits=nan"], "--average_bits=nan: give a number from 2 to 8"),
         (["export", "--workdi=a"], "there is no flag --workdi (did you mean workdir?): --help shows the flags."),
@@ -73,7 +74,7 @@ def test_words_without_a_flag_and_unusable_flags_are_refused(command: list[str],
 
 
 def test_of_a_field_that_is_given_twice_the_last_value_counts(tmp_path) -> None:
-    twice = ["--config.teacher.mean=(.5,)", "--config.teacher.mean=(7.,)", "--config.finetune.epochs=0"]
+    twice = ["--config.teacher.mean=(.5,)", "--config.teacher.mean", "(7.,)", "--config.finetune.epochs", "0"]
     done = tiny.call([*tiny.module("main"), DIGITS, f"--workdir={tmp_path}/run", *twice, "--config.finetune.epochs=1"])
     assert "config.teacher.mean is (7.0,)" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 

@@ -214,9 +214,17 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     for place in ("val/a", "val/b", "elsewhere"):
         (tmp_path / place).mkdir(parents=True)
         picture(32, 32).save(tmp_path / place / "1.png")
-    (tmp_path / "val" / "a" / "more").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "val" / "a" / "loop").symlink_to(tmp_path / "val" / "a")
-    assert image_files.folder(tmp_path / "val", (8, 8, 3), CROP).labels.tolist() == [0, 0, 1]
+    class_folder = tmp_path / "val" / "a"
+    (class_folder / "more").symlink_to(tmp_path / "elsewhere")
+    (class_folder / "around").symlink_to(tmp_path / "val")
+    (class_folder / "itself").symlink_to(class_folder)
+    (class_folder / "z").mkdir()
+    picture(32, 32).save(class_folder / "z" / "2.png")
+    (class_folder / "a").symlink_to(class_folder / "z")  # the folder comes before its link
+    found = image_files.folder(tmp_path / "val", (8, 8, 3), CROP)
+    assert found.labels.tolist() == [0, 0, 0, 1]
+    names = [str(path.relative_to(tmp_path / "val")) for path in found._sources]
+    assert names == ["a/1.png", "a/more/1.png", "a/z/2.png", "b/1.png"]
 
 
 def test_a_network_of_one_channel_reads_folders_in_grey(tmp_path: Path) -> None:

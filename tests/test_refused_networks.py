@@ -14,7 +14,7 @@ from flax import nnx
 import hast_jax
 from hast_jax import networks
 from hast_jax.deliver import report
-from hast_jax.errors import UserError
+from hast_jax.errors import Notice, UserError
 from hast_jax.networks import rules
 from hast_jax.student import Student
 
@@ -348,6 +348,8 @@ def _by_frequency(x, w):
 
 PRODUCTS = {  # ways to multiply activations with weights -> the shape of the weights
     "a matrix of a vector": ((16,), lambda x, w: x @ w.reshape(4, 4)),
+    "a sum with a matrix of a vector": ((16,), lambda x, w: (x[..., None] * w.reshape(1, 1, 1, 4, 4)).sum(-2)),
+    "a vector over positions": ((64,), lambda x, w: (x.reshape(len(x), 64, 4) * w[None, :, None]).sum(1)),
     "a sum": ((1, 1, 1, 4, 4), lambda x, w: (x[..., None] * w).sum(-2)),
     "a sum in bfloat16": ((1, 1, 1, 4, 4), lambda x, w: (x[..., None] * w.astype(jnp.bfloat16)).astype(jnp.float32).sum(-2)),
     "a sum of repeated activations": ((1, 1, 1, 4, 4), lambda x, w: (jnp.repeat(x[..., None], 4, -1) * w).sum(-2)),
@@ -364,6 +366,8 @@ OTHERS = {  # ways to use weights elementwise -> the shape of the weights
     "a scale of each position": ((1, 8, 8, 4), lambda x, w: jnp.tanh(x * w)),
     "a scale of each channel": ((4,), lambda x, w: (x * w[None, None, None]).sum((1, 2), keepdims=True)),
     "a bound": ((1, 8, 8, 4), jnp.maximum),
+    "a mask": ((1, 8, 8, 1), lambda x, w: nn.relu(x * nn.sigmoid(w))),
+    "more channels": ((1, 8, 8, 4), lambda x, w: jnp.concatenate([x, jnp.broadcast_to(w, x.shape)], -1)),
     "another row": ((1, 1, 1, 4), lambda x, w: jnp.concatenate([x, jnp.broadcast_to(w, (len(x), 1, 8, 4))], 1)),
 }
 
@@ -395,7 +399,8 @@ class Sows(Base):
 @pytest.mark.parametrize("way", PRODUCTS)
 def test_weights_outside_of_layers_that_multiply_and_add_are_found_however_this_is_written(way: str) -> None:
     refused(Outside(way), r"weights that nothing quantizes \(mixing\)")
-    refused(Outside(way, "constants"), r"weights that nothing quantizes \(constants/mixing\)")
+    with pytest.warns(Notice, match="Outside multiplies activations with constants/mixing, which stays in full precision"):
+        networks.create(Outside(way, "constants"), IMAGE, rules=rules.normalise("w4a4"))
 
 
 @pytest.mark.parametrize(
@@ -404,6 +409,13 @@ def test_weights_outside_of_layers_that_multiply_and_add_are_found_however_this_
 def test_weights_that_are_used_elementwise_are_no_matrices(module: nn.Module) -> None:
     student = networks.create(module, IMAGE, rules=rules.normalise("w4a4"))
     assert [layer.path for layer in student.kernels] == [("stem",), ("head",)]
+    assert not student.structure.others
+
+
+def test_a_rule_may_name_weights_that_need_none() -> None:
+    """Saved students have such rules, from versions that asked for them."""
+    networks.create(Outside("a position"), IMAGE, rules=rules.normalise({"default": "w4a4", "mixing": None}))
+    refused(Outside("a position"), "the rule 'stem/kernel' names no layer", {"default": "w4a4", "stem/kernel": None})
 
 
 def test_the_network_that_the_refused_ones_spoil_is_accepted() -> None:

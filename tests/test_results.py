@@ -55,6 +55,7 @@ def test_runs_with_the_same_name_are_told_apart(tmp_path) -> None:
         (tmp_path / place / "result.json").write_text(json.dumps(RESULT))
     text = results.table([tmp_path / "a" / "run", tmp_path / "b" / "run"])
     assert "| a/run |" in text and "| b/run |" in text
+    assert results.table([tmp_path / "a" / "run"] * 2).count("| run |") == 2
 
 
 def test_a_damaged_result_is_named(tmp_path) -> None:

@@ -48,6 +48,7 @@ def test_the_last_rule_that_matches_wins_and_the_default_is_the_first_wherever_i
         ("block[0-9]+/conv", ("net", "block12", "conv"), True),
         ("default", ("default", "conv"), False),
         ("(?i)BLOCK1", ("block1", "conv"), True),
+        ("(?x) block1 # the first", ("block1", "conv"), True),
         (r"(\w)\1_conv", ("aa_conv",), True),
         (r"(\w)\1_conv", ("ab_conv",), False),
     ],

@@ -135,6 +135,8 @@ def test_variables_may_be_flat_as_in_a_file(separator: str | None) -> None:
     variables = values()
     assert same(weights.from_variables(Net(), flatten_dict(variables, sep=separator), IMAGE, CALL), variables)
     assert same(weights.from_variables(Net(), torch_names(variables, ""), IMAGE, CALL), variables)
+    with pytest.raises(UserError, match="3 is unknown"):
+        weights.from_variables(Net(), flatten_dict(variables, sep=separator) | {3: np.zeros(3, np.float32)}, IMAGE, CALL)
 
 
 def test_the_path_of_a_file_is_refused_with_what_reads_it() -> None:

@@ -87,12 +87,17 @@ def environment() -> dict[str, str]:
 
 
 def call(arguments: list[str], place: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run one of the package's commands to its end, in a folder, as a fork of FORKS. This saves the time of its imports."""
+    """Run one of the package's commands to its end, in a folder, as a fork of FORKS. This saves the time of its imports.
+
+    The variables JAX_..., which JAX reads when it is imported, are those of the time when FORKS began.
+    """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / "stdout", Path(folder) / "stderr"]
+        for path in outputs:
+            path.touch()
         process = FORKS.Process(target=_become, args=(arguments[2:], place, outputs, environment()))
         process.start()
-        process.join()
+        process.join(timeout=600)
         return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in outputs))
 
 

@@ -139,13 +139,15 @@ def _have_size(files: list[Path], image: tuple[int, ...]) -> bool:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder. Links to folders are followed, but no folder is read twice."""
-    seen = set()
+    """All files below a folder. Links to folders are followed, but not to those around it, and no folder is read twice."""
+    itself, seen = folder.resolve(), set()
     for place, inside, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:
+        real = Path(place).resolve()
+        if real in seen or real in itself.parents:
             inside.clear()
             continue
         seen.add(real)
+        inside.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))  # the same order on every file system
         yield from (Path(place) / name for name in names)
 
 

@@ -85,7 +85,8 @@ def compiled(pattern: str) -> re.Pattern[str]:
         re.compile(pattern)  # on its own too, because "a)(b" is valid between parentheses
         flags = re.match(r"(?:\(\?[aimsux]+\))*", pattern)  # of the whole expression, such as (?i), at whose start they must be
         length = flags.end() if flags else 0
-        return re.compile(rf"{pattern[:length]}(?:^|/)(?:{pattern[length:]})(?:/|$)")
+        end = "\n" if "x" in pattern[:length] else ""  # (?x) allows a comment, which a line break ends
+        return re.compile(rf"{pattern[:length]}(?:^|/)(?:{pattern[length:]}{end})(?:/|$)")
     except (re.error, OverflowError, RecursionError) as error:
         words = " ".join(str(error).split())  # the message may quote a line break of the pattern
         raise InputError(f"the pattern {shown(pattern)} is no regular expression: {words}.") from error
@@ -114,9 +115,9 @@ def _read(text: str) -> Bits:
 
 
 def _checked(bits: Any) -> int | None:
-    if bits is None or bits == FULL_PRECISION:
-        return None
     whole = isinstance(bits, numbers.Integral) and not isinstance(bits, bool)
+    if bits is None or (whole and bits == FULL_PRECISION):
+        return None
     if not whole or not MIN_BITS <= bits <= MAX_BITS:
         raise InputError(
             f"the bits {shown(bits)} are impossible: they must be whole numbers between {MIN_BITS} and {MAX_BITS}, or "

@@ -1,10 +1,11 @@
 """Where the activations of a network are quantized, and with how many bits. Its structure and the rules decide."""
 
+import warnings
 from typing import NamedTuple
 
 import flax.linen as nn
 
-from hast_jax.errors import InputError
+from hast_jax.errors import InputError, Notice
 from hast_jax.networks.rules import Bits, Rules, bits_of, compiled
 from hast_jax.networks.structure import Call, Path, Structure, name_of
 
@@ -51,15 +52,23 @@ def _site_name(call: Call, kind: Path) -> Path:
 
 
 def check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
-    """Raise InputError if a rule matches no layer, or if the rules quantize a matrix outside all layers."""
+    """Raise InputError if a rule matches nothing, or if the rules quantize weights outside all layers.
+
+    Of weights in other collections than `params`, such as constants, a notice tells that they stay in full precision.
+    """
     paths = [layer.path for layer in structure.layers] + [call.path for call in structure.marks]
     for pattern, _ in rules[1:]:
-        if not any(compiled(pattern).search("/".join(path)) for path in [*paths, *structure.others]):
+        if not any(compiled(pattern).search("/".join(path)) for path in [*paths, *structure.variables]):
             more = f" and {len(paths) - 12} more" if len(paths) > 12 else ""
             names = ", ".join("/".join(path) for path in paths[:12]) + more
             raise InputError(f"the rule {pattern!r} names no layer of {name_of(module)}; there are: {names}.")
     for path in structure.others:
-        if bits_of(rules, path)[0] is not None:
+        if bits_of(rules, path)[0] is None:
+            continue
+        if path[0] in structure.collections:
+            words = f"{name_of(module)} multiplies activations with {'/'.join(path)}, which stays in full precision."
+            warnings.warn(words, Notice, stacklevel=2)
+        else:
             raise InputError(
                 f"{name_of(module)} has weights that nothing quantizes ({'/'.join(path)}), because they belong to no nn.Conv "
                 "or nn.Dense, or because nn.jit hides the layer: use such a layer without nn.jit, or leave the weights in full "

@@ -61,8 +61,9 @@ class Structure(NamedTuple):
     """A network, each part in the order of execution.
 
     marks: calls of `Activation`. norms: calls of batch norms. branches: calls of batch norms whose outputs end a branch.
-    others: paths of matrices that no layer owns, in `params`, or else with their collection. classes: the number of logits.
-    collections: those of its variables. program: the checksum of what it computes (`graph.Graph`).
+    variables: paths of the variables outside of layers and batch norms, in `params`, or else with their collection. others:
+    those of them that multiply activations. classes: the number of logits. collections: those of its variables. program: the
+    checksum of what it computes (`graph.Graph`).
     """
 
     layers: tuple[Layer, ...]
@@ -71,6 +72,7 @@ class Structure(NamedTuple):
     norms: tuple[Call, ...]
     branches: tuple[Call, ...]
     others: tuple[Path, ...]
+    variables: tuple[Path, ...]
     classes: int
     collections: tuple[str, ...]
     program: int
@@ -141,6 +143,7 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         leaf, number = leaves.get(("params", *layer.kernel)), numbers.get(("params", *layer.kernel))
         refusals.refuse_kernel(module, traced, Kernel(path, layer.axes, calls[path], leaf, number))
         kernels.add(numbers[("params", *layer.kernel)])
+    owners = seen.layers.keys() | {call.path for call in seen.norms}
     others = outside_layers(traced, {numbers[path]: leaf.shape for path, leaf in leaves.items()}, kernels)
     return Structure(
         tuple(seen.layers.values()),
@@ -148,7 +151,8 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         tuple(seen.marks),
         tuple(seen.norms),
         branches(traced, norms, {value(call, "output") for call in seen.calls}, set(inputs.values()), seen.shapes),
-        tuple(path[1:] if path[0] == "params" else path for path, number in numbers.items() if number in others),
+        tuple(_outside(path) for path, number in numbers.items() if number in others),
+        tuple(_outside(path) for path in numbers if path[1:-1] not in owners),
         seen.classes,
         tuple(variables),
         traced.checksum,
@@ -176,6 +180,11 @@ def argument(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any,
         return arguments[0], lambda x: ((x, *arguments[1:]), named)
     name = next(name for name in READ if name in named)
     return named[name], lambda x: ((), {**named, name: x})
+
+
+def _outside(path: Path) -> Path:
+    """How a rule names a variable: by its path in `params`, or else with its collection."""
+    return path[1:] if path[0] == "params" else path
 
 
 class _Seen:

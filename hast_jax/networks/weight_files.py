@@ -17,11 +17,13 @@ import numpy as np
 import safetensors.numpy
 
 from hast_jax.errors import Notice, UserError
+from hast_jax.kinds import shown
 from hast_jax.networks import flax_trees, keras_files
 from hast_jax.networks.packed import check_archive
 
 StateDict = dict[str, np.ndarray]
 
+LONGEST = 1000  # characters of a text that is read as numbers: parsing takes far more memory than the text
 ALONE = "save the state dict alone, as torch.save(model.state_dict(), FILE)"
 
 
@@ -80,9 +82,18 @@ def _safetensors_metadata(path: Path) -> Metadata:
         if key not in raw:
             return None
         try:
-            return tuple(map(float, np.ravel(ast.literal_eval(raw[key].strip()))))
-        except (ValueError, TypeError, SyntaxError):  # another program means something else by this key
-            warnings.warn(f"{path}: its {key}, {raw[key]!r}, is no list of numbers and is ignored.", Notice, stacklevel=2)
+            if len(raw[key]) > LONGEST:
+                raise ValueError
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)
+                found = ast.literal_eval(raw[key].strip())
+            found = tuple(found) if isinstance(found, tuple | list) else (found,)
+            if not all(isinstance(each, int | float) and not isinstance(each, bool) for each in found):
+                raise ValueError
+            return tuple(map(float, found))
+        except (ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError):
+            # Another program may mean something else by this key.
+            warnings.warn(f"{path}: its {key}, {shown(raw[key])}, is no list of numbers and is ignored.", Notice, stacklevel=2)
             return None
 
     def number(key):

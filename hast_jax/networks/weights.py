@@ -193,7 +193,7 @@ def from_variables(
             "hast_jax.networks.weights.read(pathlib.Path(PATH)), and give the state."
         )
     if _is_state_dict(variables):
-        state = {name if isinstance(name, str) else "/".join(map(str, name)): array for name, array in variables.items()}
+        state = {"/".join(map(str, n)) if isinstance(n, tuple) else str(n): array for n, array in variables.items()}
         return from_state_dict(model, state, image, None, call)
     if not isinstance(variables, Mapping):  # a TrainState
         variables = {name: getattr(variables, name) for name in flax_trees.COLLECTIONS if hasattr(variables, name)}

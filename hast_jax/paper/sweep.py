@@ -60,6 +60,7 @@ class Sweep:
         self.test_images = len(dataset.labels)
         teacher, variables = from_config.teacher(config)  # weights that cannot be read are refused before a folder is made
         source = _source(config, variables) if config.synthesis.source else None
+        held_out.checksum(config)  # a missing set is refused before a folder is made, too
         _check_origin(workdir, config)
         if RunFolder(workdir).segments.exists():
             raise UserError(f"{workdir} is the folder of a run: a sweep needs a folder of its own.")
@@ -70,7 +71,7 @@ class Sweep:
             if source is not None:
                 folder.check_images(*source)
             folder.write_config(self.config)
-        except UserError:
+        except BaseException:
             run_folder.release(workdir)
             raise
         self.teacher = variables

@@ -61,6 +61,8 @@ def choose(devices: int, batch: int | None = None) -> int:
     try:
         found = jax.local_device_count()
     except (RuntimeError, AssertionError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):  # of processes that do not find each other
+            raise
         asked = os.environ.get("JAX_PLATFORMS", "")
         which = f"of JAX_PLATFORMS={asked}: unset this variable, or install" if asked else "that it can use: install"
         words = str(error).split("\n")[0] or "no device answers"

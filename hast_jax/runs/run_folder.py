@@ -167,7 +167,7 @@ class RunFolder:
         try:
             return {int(epoch): float(top1) for epoch, top1 in json.loads(self.evaluations.read_text()).items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            words = f"{self.evaluations} is missing or damaged ({error}): the accuracies of earlier epochs are lost."
+            words = f"{self.evaluations} is missing or damaged ({error}): the best epoch is chosen among those that follow."
             warnings.warn(words, Notice, stacklevel=2)
             return {}
 
@@ -182,7 +182,12 @@ class RunFolder:
 
     def read_result(self) -> dict[str, Any] | None:
         """The result of the finished run; None if it is not finished."""
-        return read_json(self.result) if self.result.exists() else None
+        if not self.result.exists():
+            return None
+        found = read_json(self.result)
+        if not {"config", "seconds", "teacher", "last"} <= found.keys():
+            raise UserError(f"{self.result} is damaged: delete it, and repeat the command that made the run.")
+        return found
 
     def write_config(self, config: ConfigDict) -> None:
         """Write the config, whose free fields may have changed since the run began."""
@@ -218,15 +223,17 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
         raise _unwritable(path, error) from error
     try:
         _refuse_links(path.rglob("*"))
-        if folder.config.exists():
-            lines = config_lib.difference(config_lib.to_dict(_config_of(folder)), config_lib.to_dict(config))
+        result = None if folder.config.exists() else folder.read_result()
+        if folder.config.exists() or result is not None:
+            known = config_lib.from_dict(result["config"]) if result is not None else _config_of(folder)
+            lines = config_lib.difference(config_lib.to_dict(known), config_lib.to_dict(config))
             if lines:
                 raise UserError(
                     f"{path} was made with another config: {'; '.join(lines)}; use another workdir, or the old config."
                 )
         elif (folder.card.exists() or folder.report.exists()) and not folder.teacher.exists():
             raise UserError(f"{path} is no run folder, and its README.md or report.html would be lost: use another workdir.")
-        else:
+        if not folder.config.exists():
             folder.write_config(config)
     except OSError as error:
         release(path)
