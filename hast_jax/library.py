@@ -81,7 +81,7 @@ def quantize(
 
     Args:
       model: a `flax.linen.Module`, unchanged: convolutions, linear layers, batch norms and any functions between them.
-      variables: its trained `params` and `batch_stats`, as a tree or a TrainState.
+      variables: its trained `params` and `batch_stats`: a tree, a TrainState, or a flat dict with the names of a weight file.
       image: (height, width, channels) of the images that the model takes.
       mean, std: one number for each channel, or one for all. The model takes (x - mean) / std for images x in [0, 1]; None: it
         takes x.
