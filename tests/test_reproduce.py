@@ -342,6 +342,7 @@ def test_a_sweep_and_a_run_refuse_each_others_folder(tmp_path: Path, copy: Path)
     with pytest.raises(UserError, match="is the folder of a run: a sweep needs a folder of its own"):
         sweep(copy)
     (tmp_path / "sweep" / "cells").mkdir(parents=True)
+    (tmp_path / "sweep" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="is the folder of a sweep: a run needs a folder of its own"):
         tiny.run(tmp_path / "sweep")
 
