@@ -197,7 +197,7 @@ def _prepare(
 
 
 def _begin_with(storage: RunFolder, config: ConfigDict, given: Given | None) -> None:
-    """Record that a run learns from given images. Raises UserError if it began with others, or with its own."""
+    """Record the given images that a run learns from (None: it makes its own). Raises UserError if it began with others."""
     if given is None:
         storage.check_own_images()
     else:

@@ -60,13 +60,13 @@ def run(names: Sequence[str], sweep: Sweep, skip: Collection[str] = ()) -> str:
     Raises UserError if a label belongs to no cell, or if an experiment has no other cells. SIGTERM ends the process between two
     experiments, cells or steps.
     """
-    known = {cell.label for name in names if name in EXPERIMENTS for cell in EXPERIMENTS[name](sweep.config).cells}
+    labels = {name: {cell.label for cell in EXPERIMENTS[name](sweep.config).cells} for name in names if name in EXPERIMENTS}
+    known = set[str]().union(*labels.values())
     if unknown := set(skip) - known:
         there = "; ".join(sorted(known)) or "none, because figures have no cells"
         raise UserError(f"--skip={min(unknown)}: no cell has this label; there are: {there}.")
-    for name in set(names) & set(EXPERIMENTS):
-        if all(cell.label in skip for cell in EXPERIMENTS[name](sweep.config).cells):
-            raise UserError(f"--skip leaves no cell of {name}: leave out {name} itself.")
+    if empty := [name for name, its in labels.items() if its <= set(skip)]:
+        raise UserError(f"--skip leaves no cell of {empty[0]}: leave out {empty[0]} itself.")
     devices = parallel.choose(sweep.config.devices, sweep.config.finetune.batch)
     context = tables.context(sweep, devices)
     sections = {}

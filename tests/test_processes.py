@@ -215,6 +215,14 @@ def test_processes_that_were_not_given_the_same_command_are_refused(tmp_path: Pa
     assert all(words in errors and "Traceback" not in errors for _, _, errors in ends), ends
 
 
+@pytest.mark.slow
+def test_processes_with_other_held_out_images_are_refused(finished: Path, tmp_path: Path) -> None:
+    """Otherwise only one of them would measure the agreement, and would wait for the other."""
+    ends = end(twice(tiny.command(tmp_path / "run", *CALM), [f"--config.eval.held_out={finished}/synthetic"]))
+    assert [status for status, _, _ in ends] == [1, 1], ends
+    assert all("do not have the same held-out images:" in errors for _, _, errors in ends), ends
+
+
 def test_a_process_that_meets_a_broken_one_says_what_that_one_said(tmp_path: Path) -> None:
     """The part of the other process is played by the same one: it leaves its sentence, and then meets the broken connection."""
     code = f"""

@@ -44,11 +44,11 @@ def advice(module: nn.Module, call: Mapping[str, Any]) -> str:
     """What a user can do so that a network infers, although its call with the arguments `call` trains."""
     parameters = signature(type(module).__call__).parameters
     now = {name: call.get(name, each.default) for name, each in parameters.items()}
-    usual = {name: value for name, value in TRAINING.items() if name in now and now[name] is not value}
-    switches = {name: not value for name, value in now.items() if isinstance(value, bool) and SWITCH.search(name)}
-    attributes = {name: value for name, value in TRAINING.items() if getattr(module, name, value) is not value}
-    for name, value in attributes.items():
-        return f"make it with {name}={value}"
-    for name, value in (usual or {name: value for name, value in switches.items() if name not in TRAINING}).items():
-        return f"set {name}={value} in its call, by the argument call or the field teacher.call"
+    usual = [(name, value) for name, value in TRAINING.items() if name in now and now[name] is not value]
+    others = [(n, not v) for n, v in now.items() if isinstance(v, bool) and n not in TRAINING and SWITCH.search(n)]
+    attributes = [(name, value) for name, value in TRAINING.items() if getattr(module, name, value) is not value]
+    if attributes:
+        return "make it with {}={}".format(*attributes[0])
+    if usual or others:
+        return "set {}={} in its call, by the argument call or the field teacher.call".format(*(usual or others)[0])
     return "let it call its nn.BatchNorm with use_running_average=True"

@@ -22,6 +22,10 @@ KINDS: dict[type, str] = {
     nn.WeightNorm: "its weights are computed from others",
     nn.SpectralNorm: "its weights are computed from others",
 }
+NNX = (
+    "a flax.nnx module, whose calls cannot be intercepted: write the same network as a flax.linen.Module; "
+    "docs/your_network.md shows how its variables become those of flax.linen."
+)
 
 
 class Kernel(NamedTuple):
@@ -41,10 +45,7 @@ class Kernel(NamedTuple):
 def refuse_bridge(module: Any, inner: Any) -> None:
     """Refuse a `flax.nnx` module inside a Linen network."""
     if _is_nnx(inner):
-        raise InputError(
-            f"{name_of(module)} holds {place(inner)}, a flax.nnx module, whose calls cannot be intercepted: write it as a "
-            "flax.linen.Module; docs/your_network.md shows how its variables become those of flax.linen."
-        )
+        raise InputError(f"{name_of(module)} holds {place(inner)}, {NNX}")
 
 
 def refuse_collections(module: nn.Module, collections: Mapping[str, Any]) -> None:
@@ -103,8 +104,5 @@ def _is_nnx(module: Any) -> bool:
 def no_linen_module(module: Any) -> str:
     """The words that refuse anything that is no Linen module."""
     if _is_nnx(module):
-        return (
-            f"{name_of(module)} is a flax.nnx module, whose calls cannot be intercepted: write the same network as a "
-            "flax.linen.Module; docs/your_network.md shows how its variables become those of flax.linen."
-        )
+        return f"{name_of(module)} is {NNX}"
     return f"the network is a {name_of(module)}: give an instance of a flax.linen.Module."

@@ -71,8 +71,8 @@ class Structure(NamedTuple):
     marks: tuple[Call, ...]
     norms: tuple[Call, ...]
     branches: tuple[Call, ...]
-    others: tuple[Path, ...]
     variables: tuple[Path, ...]
+    others: tuple[Path, ...]
     classes: int
     collections: tuple[str, ...]
     program: int
@@ -138,11 +138,10 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
     names = [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) for path, _ in found]
     leaves, numbers = dict(zip(names, (leaf for _, leaf in found))), dict(zip(names, traced.inputs[:-1]))
     calls = Counter(call.path for call in seen.calls)
-    kernels = set()
     for path, layer in seen.layers.items():
         leaf, number = leaves.get(("params", *layer.kernel)), numbers.get(("params", *layer.kernel))
         refusals.refuse_kernel(module, traced, Kernel(path, layer.axes, calls[path], leaf, number))
-        kernels.add(numbers[("params", *layer.kernel)])
+    kernels = {numbers[("params", *layer.kernel)] for layer in seen.layers.values()}
     owners = seen.layers.keys() | {call.path for call in seen.norms}
     others = outside_layers(traced, {numbers[path]: leaf.shape for path, leaf in leaves.items()}, kernels)
     return Structure(
@@ -151,8 +150,8 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         tuple(seen.marks),
         tuple(seen.norms),
         branches(traced, norms, {value(call, "output") for call in seen.calls}, set(inputs.values()), seen.shapes),
-        tuple(_outside(path) for path, number in numbers.items() if number in others),
         tuple(_outside(path) for path in numbers if path[1:-1] not in owners),
+        tuple(_outside(path) for path, number in numbers.items() if number in others),
         seen.classes,
         tuple(variables),
         traced.checksum,

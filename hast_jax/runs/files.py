@@ -3,6 +3,7 @@
 import json
 import os
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,14 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
-    """The value in a file of a run folder. Raises UserError if the file is damaged, or if the value is not of this kind."""
+def read_json(path: Path, kind: type[Any] = dict, keys: Collection[str] = ()) -> Any:
+    """The value in a file of a run folder: of this kind, and with these keys. Raises UserError if the file is damaged."""
     try:
         value = json.loads(path.read_text())
         if not isinstance(value, kind):
             raise ValueError(f"it holds a {type(value).__name__} instead of a {kind.__name__}")
+        if missing := [key for key in keys if key not in value]:
+            raise ValueError(f"{missing[0]!r} is missing")
         return value
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): delete it, and repeat the command that made the run.") from error

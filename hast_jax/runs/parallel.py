@@ -58,15 +58,7 @@ def choose(devices: int, batch: int | None = None) -> int:
     Raises UserError if JAX finds no device, if a process has fewer devices, or if the devices of all processes together do not
     divide `batch`. Every process raises it if the processes have different numbers of local devices.
     """
-    try:
-        found = jax.local_device_count()
-    except (RuntimeError, AssertionError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):  # of processes that do not find each other
-            raise
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        which = f"of JAX_PLATFORMS={asked}: unset this variable, or install" if asked else "that it can use: install"
-        words = str(error).split("\n")[0] or "no device answers"
-        raise UserError(f"JAX finds no device {which} the JAX of this device, such as jax[cuda] ({words}).") from error
+    found = _local_devices()
     counts = [len(jax.local_devices(process)) for process in range(jax.process_count())]
     if len(set(counts)) > 1:
         raise UserError(f"the processes of this run have {counts} devices: give all the same command and number of devices.")
@@ -82,6 +74,18 @@ def choose(devices: int, batch: int | None = None) -> int:
             "config.devices."
         )
     return used
+
+
+def _local_devices() -> int:
+    try:
+        return jax.local_device_count()
+    except jax.errors.JaxRuntimeError:  # of processes that do not find each other
+        raise
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        which = f"of JAX_PLATFORMS={asked}: unset this variable, or install" if asked else "that it can use: install"
+        words = str(error).split("\n")[0] or "no device answers"
+        raise UserError(f"JAX finds no device {which} the JAX of this device, such as jax[cuda] ({words}).") from error
 
 
 def make_room_for_programs() -> None:

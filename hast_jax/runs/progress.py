@@ -26,6 +26,7 @@ class Update(NamedTuple):
 
 
 Progress = Callable[[Update], None]
+LINE = {"stage": str, "step": int, "seconds": int | float}  # what each line of a log has, besides values
 
 
 def silent(update: Update) -> None:
@@ -109,10 +110,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for text in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             line = json.loads(text)
-            if (
-                isinstance(line, dict)
-                and "stage" in line
-                and all(isinstance(line.get(n), int | float) for n in ("step", "seconds"))
-            ):
+            if isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in LINE.items()):
                 lines.append(line)
     return lines

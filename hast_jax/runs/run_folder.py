@@ -83,7 +83,8 @@ class RunFolder:
 
     def check_own_images(self) -> None:
         """Raise UserError if this run, which now makes its images, began with given ones."""
-        source = _config_of(self).synthesis.source
+        known = _config_of(self)
+        source = known.synthesis.source if known is not None else ""
         if source and self.images.exists():
             raise UserError(f"{self} began with the images of {source}: name them again, or use another workdir.")
 
@@ -182,12 +183,7 @@ class RunFolder:
 
     def read_result(self) -> dict[str, Any] | None:
         """The result of the finished run; None if it is not finished."""
-        if not self.result.exists():
-            return None
-        found = read_json(self.result)
-        if not {"config", "seconds", "teacher", "last"} <= found.keys():
-            raise UserError(f"{self.result} is damaged: delete it, and repeat the command that made the run.")
-        return found
+        return read_json(self.result, keys=("config", "seconds", "teacher", "last")) if self.result.exists() else None
 
     def write_config(self, config: ConfigDict) -> None:
         """Write the config, whose free fields may have changed since the run began."""
@@ -223,9 +219,8 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
         raise _unwritable(path, error) from error
     try:
         _refuse_links(path.rglob("*"))
-        result = None if folder.config.exists() else folder.read_result()
-        if folder.config.exists() or result is not None:
-            known = config_lib.from_dict(result["config"]) if result is not None else _config_of(folder)
+        known = _config_of(folder)
+        if known is not None:
             lines = config_lib.difference(config_lib.to_dict(known), config_lib.to_dict(config))
             if lines:
                 raise UserError(
@@ -291,14 +286,23 @@ def _hold(lock: Path) -> None:
 def open_for_reading(path: Path) -> tuple[RunFolder, ConfigDict]:
     """A run folder and the config that it was made with. Raises UserError if `path` is no run folder."""
     folder = RunFolder(path)
-    if not folder.config.exists():
+    config = _config_of(folder)
+    if config is None:
         raise UserError(f"{path} is no run folder: it has no config.json; give the --workdir of a run.")
-    return folder, _config_of(folder)
+    return folder, config
 
 
-def _config_of(folder: RunFolder) -> ConfigDict:
-    """The folder's config. A missing field, as in a folder of an older version, has its default."""
-    values = read_json(folder.config)
+def _config_of(folder: RunFolder) -> ConfigDict | None:
+    """The folder's config, also if only its result is left; None if it has neither.
+
+    A missing field, as in a folder of an older version, has its default.
+    """
+    if folder.config.exists():
+        values = read_json(folder.config)
+    elif (result := folder.read_result()) is not None:
+        values = result["config"]
+    else:
+        return None
     try:
         config = config_lib.from_dict(values)
         config_lib.validate(config)  # the folder may be a stranger's
