@@ -15,6 +15,7 @@ from hast_jax.data.datasets import normalise
 from hast_jax.errors import UserError, sentence
 from hast_jax.method import quantizer
 from hast_jax.networks import Network, rules, user_files, weights
+from hast_jax.networks.linear import name_of
 
 ROUNDING = 1e-6  # of a logit, however small all logits are
 LOGITS_AGREE = 0.01  # as a share of the largest logit. Frameworks round differently; a wrong network differs by far more
@@ -145,7 +146,7 @@ def _network(config: ConfigDict, own: nn.Module | None, **settings: Any) -> Netw
         **settings,
     )
     if network.classes != config.teacher.classes:
-        name = type(network.module).__name__
+        name = name_of(network.module)
         wanted = config.teacher.classes
         raise UserError(
             f"{name} gives {network.classes} logits, not {wanted}: set config.teacher.classes to {network.classes}."

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
+from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from hast_jax import config as config_lib
@@ -16,7 +17,8 @@ from hast_jax.data.datasets import check_labels
 from hast_jax.errors import InputError
 from hast_jax.fields import FIELDS, GIVEN
 from hast_jax.method.pyramid import PIXEL_MEAN, PIXEL_STD
-from hast_jax.networks import Network, inference, rules, structure, weights
+from hast_jax.networks import Network, from_nnx, inference, rules, structure, weights
+from hast_jax.networks.linear import name_of
 from hast_jax.runs import parallel, processes
 from hast_jax.runs.memory import MemoryRun
 from hast_jax.runs.progress import Progress, Recorder
@@ -34,8 +36,8 @@ class Setting:
 
     def __init__(
         self,
-        model: nn.Module,
-        variables: Variables,
+        model: nn.Module | nnx.Module,
+        variables: Variables | None,
         image: tuple[int, ...],
         mean: tuple[float, ...] | None,
         std: tuple[float, ...] | None,
@@ -59,15 +61,15 @@ class Setting:
         self.std = _numbers("std", std, channels) if std is not None else defaults[1:] * channels
         self.rules = rules.normalise(bits)
         structure.forget()
-        self.call = inference.arguments(model, call or {})
-        self.model = model
-        found = structure.inspect(model, self.image, self.call)
+        self.model, variables = from_nnx.linen(model, variables)
+        self.call = inference.arguments(self.model, call or {})
+        found = structure.inspect(self.model, self.image, self.call)
         self.classes = found.classes
-        checked = weights.from_variables(model, variables, self.image, call=self.call)
+        checked = weights.from_variables(self.model, variables, self.image, call=self.call)
         rest = variables if isinstance(variables, Mapping) else {}
         others = {name: rest[name] for name in found.collections if name in rest and name not in checked}
         self.variables = {**others, **checked}
-        weights.check_collections(model, self.variables, self.image, self.call)
+        weights.check_collections(self.model, self.variables, self.image, self.call)
         self.config = config_lib.default()
         weight_bits, activation_bits = (rules.FULL_PRECISION if b is None else b for b in self.rules[0][1])
         self.config.update_from_flattened_dict(
@@ -76,7 +78,7 @@ class Setting:
                 "bits.weights": weight_bits,
                 "bits.activations": activation_bits,
                 "bits.rules": rules.text_of(self.rules[1:]),
-                "teacher.network": f"{type(model).__name__} {GIVEN}",
+                "teacher.network": f"{name_of(self.model)} {GIVEN}",
                 "teacher.weights": GIVEN,
                 "teacher.classes": self.classes,
                 "teacher.image": self.image,

@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
+from flax import nnx
 
 from hast_jax import config as config_lib
 from hast_jax import from_config, networks, paths, pipeline
@@ -60,8 +61,8 @@ RECIPES: dict[str, dict[str, Any]] = {"best": config_lib.BEST, "paper": {}}
 
 
 def quantize(
-    model: nn.Module,
-    variables: Variables,
+    model: nn.Module | nnx.Module,
+    variables: Variables | None = None,
     *,
     image: Shape,
     mean: tuple[float, ...] | None = None,
@@ -80,8 +81,10 @@ def quantize(
     """Quantize a trained network without its data.
 
     Args:
-      model: a `flax.linen.Module`, unchanged: convolutions, linear layers, batch norms and any functions between them.
+      model: a `flax.linen.Module` or a `flax.nnx.Module`, unchanged: convolutions, linear layers, batch norms and any functions
+        between them.
       variables: its trained `params` and `batch_stats`: a tree, a TrainState, or a flat dict with the names of a weight file.
+        None: those that a `flax.nnx.Module` holds.
       image: (height, width, channels) of the images that the model takes.
       mean, std: one number for each channel, or one for all. The model takes (x - mean) / std for images x in [0, 1]; None: it
         takes x.
@@ -109,7 +112,7 @@ def quantize(
     dataset = real_images(test, setting.image, setting.classes) if test is not None else None
     if given is not None:
         setting.config.synthesis.source = GIVEN
-    own = pipeline.GivenNetwork(model, setting.variables, dataset, given)
+    own = pipeline.GivenNetwork(setting.model, setting.variables, dataset, given)
     if workdir == "":
         raise InputError("workdir is empty: name a folder, or give None.")
     path = None if workdir is None else paths.local(workdir)
@@ -118,8 +121,8 @@ def quantize(
 
 
 def synthesize(
-    model: nn.Module,
-    variables: Variables,
+    model: nn.Module | nnx.Module,
+    variables: Variables | None = None,
     *,
     image: Shape,
     mean: tuple[float, ...] | None = None,
@@ -150,8 +153,8 @@ def synthesize(
 
 
 def calibrate(
-    model: nn.Module,
-    variables: Variables,
+    model: nn.Module | nnx.Module,
+    variables: Variables | None,
     images: Any,
     *,
     bits: Any = "w4a4",
@@ -175,8 +178,8 @@ def calibrate(
 
 
 def finetune(
-    model: nn.Module,
-    variables: Variables,
+    model: nn.Module | nnx.Module,
+    variables: Variables | None,
     ranges: Variables,
     images: Any,
     labels: Any,
@@ -209,7 +212,7 @@ def finetune(
 
 
 def evaluate(
-    model: nn.Module | Student,
+    model: nn.Module | nnx.Module | Student,
     variables: Variables | None = None,
     images: Any = None,
     labels: Any = None,
@@ -236,12 +239,12 @@ def evaluate(
         config = config_lib.default()
         config.teacher.mean, config.teacher.std, config.eval.batch = mean, std, evaluation_batch(shape)
     else:
-        if variables is None or mean is None or std is None or len(shape) != 3:
-            raise InputError("evaluate needs variables, images, labels, mean and std of a network that is not a Student.")
+        if mean is None or std is None or len(shape) != 3:
+            raise InputError("evaluate needs images, labels, mean and std of a network that is not a Student.")
         setting = Setting(model, variables, shape, mean, std, bits or "full", 0, call, {}, None)
         config = setting.config
         ranges = variables.get("ranges", {}) if bits and isinstance(variables, Mapping) else {}
-        network = _student_with(config, model, ranges) if bits else from_config.bare_teacher(config, model)
+        network = _student_with(config, setting.model, ranges) if bits else from_config.bare_teacher(config, setting.model)
         check_ranges(ranges, network)
         variables = {**setting.variables, "ranges": ranges}
     dataset = real_images((images, labels), shape, network.classes)

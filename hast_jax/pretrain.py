@@ -23,6 +23,7 @@ from hast_jax.cross_checks import base_splits
 from hast_jax.data import datasets
 from hast_jax.errors import UserError, sentence
 from hast_jax.networks import Network, inference, structure, weights
+from hast_jax.networks.from_nnx import FromNnx
 from hast_jax.runs import parallel
 from hast_jax.runs.files import write_bytes
 from hast_jax.runs.progress import silent
@@ -162,6 +163,9 @@ def main(_: list[str]) -> None:
             raise UserError("config.eval.split holds images of the train split, from which the teacher learns: choose another.")
         devices = parallel.setup(config.devices)
         network = from_config.bare_teacher(config)
+        if isinstance(network.module, FromNnx):
+            name = structure.name_of(network.module)
+            raise UserError(f"pretrain trains networks of flax.linen: train {name} in your own code, and give its weights.")
         train_set: Any = datasets.load(config, "train")
         test_set: Any = datasets.load(config, config.eval.split)
         if config.pretrain.batch > len(train_set.labels):

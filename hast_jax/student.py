@@ -13,14 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hast_jax import networks, paths
 from hast_jax.data.datasets import normalise
 from hast_jax.errors import InputError, Notice, UserError
 from hast_jax.method.quantizer import RANGE_RULES
-from hast_jax.networks import Codes, Network, structure, weights
+from hast_jax.networks import Codes, Network, from_nnx, structure, weights
 from hast_jax.networks import rules as rules_lib
+from hast_jax.networks.linear import name_of
 from hast_jax.networks.rules import Rules
 from hast_jax.runs.files import crc32, write_bytes, write_json
 from hast_jax.runs.run_folder import RunFolder
@@ -50,7 +52,7 @@ class Student:
         """One line, because the arrays would fill a screen."""
         bits = ", ".join(f"{pattern}={rules_lib.form(each)}" for pattern, each in self.rules).removeprefix(f"{rules_lib.ALL}=")
         shape = " x ".join(map(str, self.image))
-        return f"<Student of {type(self.network.module).__name__}, images {shape}, bits {bits}>"
+        return f"<Student of {name_of(self.network.module)}, images {shape}, bits {bits}>"
 
     def __call__(self, images: Any) -> jax.Array:
         """Logits float32 [n, classes] of images [n, height, width, channels].
@@ -99,7 +101,7 @@ class Student:
         flat = {"/".join(name): np.asarray(leaf) for name, leaf in flatten_dict(jax.device_get(dict(self.variables))).items()}
         description = {
             "format": FORMAT,
-            "module": type(self.network.module).__name__,
+            "module": name_of(self.network.module),
             "rules": self.rules,
             "call": dict(self.network.call),
             "learned_ranges": self.network.learned_ranges,
@@ -120,7 +122,7 @@ class Student:
             raise UserError(f"the student cannot be written to {path}: {error.strerror}; choose another folder.") from error
 
 
-def load(folder: str | Path, model: nn.Module | None = None) -> Student:
+def load(folder: str | Path, model: nn.Module | nnx.Module | None = None) -> Student:
     """The student that `Student.save` wrote to a folder, or that of a run folder.
 
     model: the module that was quantized; for a built-in network it may be left out. Raises UserError if the folder holds no
@@ -139,21 +141,20 @@ def load(folder: str | Path, model: nn.Module | None = None) -> Student:
                 f"{path} holds a student of your own network {said['module']}: give its module, as in load(folder, model)."
             )
         model = networks.module(name, said["classes"], **said["arguments"])
+    module, _ = from_nnx.linen(model)
     structure.forget()
-    network = networks.create(model, image, call=call, rules=rules, **settings)
+    network = networks.create(module, image, call=call, rules=rules, **settings)
     ranges = {f"ranges/{name}": ("ranges", *each) for name, each in network.range_names.items()}
     variables = unflatten_dict({ranges.get(name, tuple(name.split("/"))): jnp.asarray(each) for name, each in arrays.items()})
     variables.setdefault("ranges", {})
-    checked = weights.from_variables(model, variables, image, call=call)
+    checked = weights.from_variables(module, variables, image, call=call)
     found = {"/".join(name) for name in flatten_dict(variables["ranges"])}
     if found != network.range_names.keys():
-        raise UserError(
-            f"{path} holds a student of another network than {type(model).__name__}: its ranges are of other layers."
-        )
+        raise UserError(f"{path} holds a student of another network than {name_of(module)}: its ranges are of other layers.")
     program, version = said["program"]
     if network.structure.program != program and version == jax.__version__:
         warnings.warn(
-            f"{path} holds a student of a network that computed something else than this {type(model).__name__}: its code, or "
+            f"{path} holds a student of a network that computed something else than this {name_of(module)}: its code, or "
             "JAX's precision, was changed since.",
             Notice,
             stacklevel=2,

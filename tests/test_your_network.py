@@ -13,13 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.flax import save_file
 
 from hast_jax import from_config, library, networks
 from hast_jax.errors import UserError
-from hast_jax.given import Setting
 from hast_jax.networks import rules, user_files, weights
 
 PAGE = (tiny.ROOT / "docs" / "your_network.md").read_text()
@@ -55,36 +53,6 @@ def test_the_pages_commands_train_quantize_and_evaluate_its_network(tmp_path: Pa
     assert result["teacher"] > 95 and result["last"] > result["teacher"] - 3
     ranges = json.loads((tmp_path / "runs" / "densenet" / "ranges.json").read_text())
     assert "Conv_0/input/low" in ranges and "output/input/low" in ranges
-
-
-def test_the_pages_lines_give_a_linen_network_the_variables_of_an_nnx_network() -> None:
-    class InNnx(nnx.Module):
-        def __init__(self, rngs: nnx.Rngs):
-            self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
-            self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
-            self.blocks = nnx.List([nnx.Linear(8, 8, rngs=rngs), nnx.List([nnx.Linear(8, 8, rngs=rngs)])])
-            self.head = nnx.Linear(8, 10, rngs=rngs)
-
-        def __call__(self, x):
-            x = nnx.relu(self.norm(self.conv(x))).mean((1, 2))
-            return self.head(self.blocks[1][0](self.blocks[0](x)))
-
-    class InLinen(nn.Module):
-        def setup(self):
-            self.conv, self.head = nn.Conv(8, (3, 3)), nn.Dense(10)
-            self.norm, self.blocks = nn.BatchNorm(use_running_average=True), [nn.Dense(8), [nn.Dense(8)]]
-
-        def __call__(self, x):
-            x = nn.relu(self.norm(self.conv(x))).mean((1, 2))
-            return self.head(self.blocks[1][0](self.blocks[0](x)))
-
-    names = {"nnx": nnx, "model": InNnx(nnx.Rngs(0))}
-    exec(next(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "nnx" in block), names)
-    variables = weights.from_variables(InLinen(), names["variables"], (8, 8, 3))
-    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
-    np.testing.assert_allclose(InLinen().apply(variables, images), names["model"](images), atol=1e-6)
-    with pytest.raises(UserError, match=r"is a flax.nnx module, .*your_network.md shows how"):
-        Setting(names["model"], variables, (8, 8, 3), None, None, "w4a4", 0, None, {}, None)
 
 
 @pytest.mark.slow
@@ -157,7 +125,11 @@ def test_flattening_as_pytorch_does_needs_no_other_weights() -> None:
     ("name", "content", "words"),
     [
         ("nothing.py:Net", None, "there is no file"),
-        ("a.py:Net", "Net = 3", "is a int: name a flax.linen.Module, its class, or a function that makes one"),
+        (
+            "a.py:Net",
+            "Net = 3",
+            "is a int: name a flax.linen.Module or flax.nnx.Module, its class, or a function that makes one",
+        ),
         ("e.py:Net", "def Net(): return 3", "makes a int: name a flax.linen.Module"),
         ("b.py:Net", "1 / 0", "cannot be imported: ZeroDivisionError"),
         ("c.py:Net", "", "has no 'Net'"),
@@ -168,7 +140,11 @@ def test_flattening_as_pytorch_does_needs_no_other_weights() -> None:
             "def Net():\n    import nowhere_to_be_found",
             r"ModuleNotFoundError: No module named 'nowhere_to_be_found'\.$",
         ),
-        ("i.py:Net", "import jax\nNet = jax.nn.relu", "cannot be constructed: .*; name a flax.linen.Module, its class, or a"),
+        (
+            "i.py:Net",
+            "import jax\nNet = jax.nn.relu",
+            "cannot be constructed: .*; name a flax.linen.Module or flax.nnx.Module, its class, or a",
+        ),
         ("d.py:Net", "import flax.linen as nn\nclass Net(nn.Module):\n    width: int", "cannot be constructed: TypeError"),
     ],
 )

@@ -27,8 +27,9 @@ class Operation(NamedTuple):
 class Graph:
     """A traced function as a list of operations, in order. The functions that it calls are inlined.
 
-    inputs, outputs: the numbers of its arguments and results, in the order of their leaves. checksum: of the traced program. It
-    depends on the version of JAX too, because versions may trace the same function to other programs.
+    inputs, outputs: the numbers of its arguments and results, in the order of their leaves. constants: the numbers of arrays
+    that it uses without being given them. checksum: of the traced program. It depends on the version of JAX too, because
+    versions may trace the same function to other programs.
     """
 
     def __init__(self, traced: Any):
@@ -39,6 +40,7 @@ class Graph:
         numbers: dict[Any, int] = {}
         for variable in (*traced.jaxpr.constvars, *traced.jaxpr.invars):
             numbers[variable] = self._new()
+        self.constants = [numbers[variable] for variable in traced.jaxpr.constvars]
         self.inputs = [numbers[variable] for variable in traced.jaxpr.invars]
         self._write_out(traced.jaxpr, numbers)
         self.outputs = [self._number(variable, numbers) for variable in traced.jaxpr.outvars]
@@ -55,7 +57,9 @@ class Graph:
     def upstream(self, marked: Iterable[int]) -> dict[int, frozenset[int]]:
         """For each value, the marked values that it depends on, itself included. Values that depend on none are absent."""
         marked = set(marked)
-        found: dict[int, frozenset[int]] = {value: frozenset([value]) for value in self.inputs if value in marked}
+        found: dict[int, frozenset[int]] = {
+            value: frozenset([value]) for value in (*self.inputs, *self.constants) if value in marked
+        }
         for operation in self.operations:
             above = frozenset().union(*(found.get(value, frozenset()) for value in operation.reads if value is not None))
             for value in operation.makes:
@@ -87,6 +91,7 @@ class Graph:
             inner = getattr(inner, "jaxpr", inner)
             if inner is not None and len(inner.invars) == len(reads) and equation.primitive.name != "scan":
                 inside = {variable: self._new() for variable in inner.constvars}
+                self.constants += inside.values()
                 inside |= {v: self._new() if number is None else number for v, number in zip(inner.invars, reads)}
                 self._write_out(inner, inside)
                 for outer, variable in zip(equation.outvars, inner.outvars):

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import flax.linen as nn
 
 from hast_jax.errors import InputError
+from hast_jax.networks.from_nnx import FromNnx
 from hast_jax.networks.linear import name_of
-from hast_jax.networks.refusals import no_linen_module
 
 SWITCH = re.compile("train|infer|eval|test|determin|running|frozen")  # in names of arguments
 # Usual names of the arguments that tell inference from training -> their values in inference.
@@ -23,8 +23,8 @@ def arguments(module: nn.Module, given: Mapping[str, Any] = {}) -> dict[str, Any
     Raises UserError if the call needs another argument besides the images.
     """
     if not isinstance(module, nn.Module):
-        raise InputError(no_linen_module(module))
-    parameters = list(signature(type(module).__call__).parameters.values())[2:]
+        raise InputError(f"the network is a {name_of(module)}: give an instance of a flax.linen.Module or a flax.nnx.Module.")
+    parameters = list(_parameters(module).values())[2:]
     usual = (each for each in parameters if each.name in TRAINING and each.default is not TRAINING[each.name])
     known = {each.name: TRAINING[each.name] for each in usual} | dict(given)
     named = (each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD))
@@ -36,13 +36,13 @@ def arguments(module: nn.Module, given: Mapping[str, Any] = {}) -> dict[str, Any
 
 def training_arguments(module: nn.Module) -> dict[str, Any]:
     """The keyword arguments of a call that make `module` train: its arguments among `TRAINING`, with the opposite values."""
-    parameters = signature(type(module).__call__).parameters
+    parameters = _parameters(module)
     return {name: not inferring for name, inferring in TRAINING.items() if name in parameters}
 
 
 def advice(module: nn.Module, call: Mapping[str, Any]) -> str:
     """What a user can do so that a network infers, although its call with the arguments `call` trains."""
-    parameters = signature(type(module).__call__).parameters
+    parameters = _parameters(module)
     now = {name: call.get(name, each.default) for name, each in parameters.items()}
     usual = [(name, value) for name, value in TRAINING.items() if name in now and now[name] is not value]
     others = [(n, not v) for n, v in now.items() if isinstance(v, bool) and n not in TRAINING and SWITCH.search(n)]
@@ -52,3 +52,8 @@ def advice(module: nn.Module, call: Mapping[str, Any]) -> str:
     if usual or others:
         return "set {}={} in its call, by the argument call or the field teacher.call".format(*(usual or others)[0])
     return "let it call its nn.BatchNorm with use_running_average=True"
+
+
+def _parameters(module: nn.Module) -> Mapping[str, Parameter]:
+    """Those of the network's call, of which the first two are the network and the images."""
+    return signature(type(module.part.origin if isinstance(module, FromNnx) else module).__call__).parameters

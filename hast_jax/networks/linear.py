@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from hast_jax.errors import InputError
+from hast_jax.networks.from_nnx import FromNnx
 
 LINEAR = (nn.Conv, nn.Dense, nn.DenseGeneral, nn.Einsum)
 
@@ -43,7 +44,7 @@ def _einsum_axes(module: nn.Einsum, text: str) -> tuple[int, ...]:
 
 def name_of(module: Any) -> str:
     """The name of a network or layer in messages."""
-    return type(module).__name__
+    return type(module.part.origin if isinstance(module, FromNnx) else module).__name__
 
 
 def place(module: nn.Module) -> str:

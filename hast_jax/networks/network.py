@@ -6,10 +6,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax import nnx
 
 from hast_jax.errors import InputError
 from hast_jax.method import quantizer
-from hast_jax.networks import inference
+from hast_jax.networks import from_nnx, inference
 from hast_jax.networks import structure as structure_lib
 from hast_jax.networks.rules import Rules, bits_of, compiled
 from hast_jax.networks.sites import Site, check_rules, sites
@@ -69,7 +70,7 @@ class Network:
 
 
 def create(
-    module: nn.Module,
+    module: nn.Module | nnx.Module,
     image: tuple[int, ...],
     *,
     call: Mapping[str, Any] | None = None,
@@ -85,15 +86,16 @@ def create(
 
     Raises UserError, with the reason, if the module cannot be quantized.
     """
-    call = inference.arguments(module, call or {})
-    structure = structure_lib.inspect(module, image, call)
-    aligned = _branches(module, structure, branches)
+    linen, _ = from_nnx.linen(module)
+    call = inference.arguments(linen, call or {})
+    structure = structure_lib.inspect(linen, image, call)
+    aligned = _branches(linen, structure, branches)
     if rules is None:
-        return Network(module, structure, call, aligned, **settings)
-    check_rules(module, structure, rules)
+        return Network(linen, structure, call, aligned, **settings)
+    check_rules(linen, structure, rules)
     bits = {layer: bits_of(rules, layer.path)[0] for layer in structure.layers}
     kernels = {layer: weights for layer, weights in bits.items() if weights is not None}
-    return Network(module, structure, call, aligned, kernels, sites(structure, rules), **settings)
+    return Network(linen, structure, call, aligned, kernels, sites(structure, rules), **settings)
 
 
 def _branches(module: nn.Module, structure: Structure, pattern: str) -> tuple[Call, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+from flax import nnx
 
 from hast_jax.errors import InputError
 from hast_jax.networks.graph import PRODUCTS, Graph
@@ -22,10 +23,6 @@ KINDS: dict[type, str] = {
     nn.WeightNorm: "its weights are computed from others",
     nn.SpectralNorm: "its weights are computed from others",
 }
-NNX = (
-    "a flax.nnx module, whose calls cannot be intercepted: write the same network as a flax.linen.Module; "
-    "docs/your_network.md shows how its variables become those of flax.linen."
-)
 
 
 class Kernel(NamedTuple):
@@ -44,8 +41,11 @@ class Kernel(NamedTuple):
 
 def refuse_bridge(module: Any, inner: Any) -> None:
     """Refuse a `flax.nnx` module inside a Linen network."""
-    if _is_nnx(inner):
-        raise InputError(f"{name_of(module)} holds {place(inner)}, {NNX}")
+    if isinstance(inner, nnx.bridge.ToLinen):
+        raise InputError(
+            f"{name_of(module)} holds {place(inner)}, a flax.nnx module, whose layers cannot be found there: write the whole "
+            "network in flax.linen, or in flax.nnx."
+        )
 
 
 def refuse_collections(module: nn.Module, collections: Mapping[str, Any]) -> None:
@@ -95,14 +95,3 @@ def refuse_products_of_activations(module: nn.Module, traced: Graph) -> None:
                 f"{name_of(module)} multiplies activations with each other (attention?): only products of activations with "
                 "weights are quantized, so a transformer cannot be quantized."
             )
-
-
-def _is_nnx(module: Any) -> bool:
-    return any(base.__module__.startswith("flax.nnx") for base in type(module).__mro__)
-
-
-def no_linen_module(module: Any) -> str:
-    """The words that refuse anything that is no Linen module."""
-    if _is_nnx(module):
-        return f"{name_of(module)} is {NNX}"
-    return f"the network is a {name_of(module)}: give an instance of a flax.linen.Module."

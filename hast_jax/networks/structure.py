@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from hast_jax.errors import InputError, Notice, UserError
 from hast_jax.networks import graph, refusals
 from hast_jax.networks.branches import Call, branches
+from hast_jax.networks.from_nnx import FromNnx
 from hast_jax.networks.inference import advice
 from hast_jax.networks.layers import Activation
 from hast_jax.networks.linear import LINEAR, name_of, place, summed_axes
-from hast_jax.networks.matrices import outside_layers
+from hast_jax.networks.matrices import constant_factors, outside_layers
 from hast_jax.networks.refusals import Kernel
 
 Path = tuple[str, ...]
@@ -62,8 +63,9 @@ class Structure(NamedTuple):
 
     marks: calls of `Activation`. norms: calls of batch norms. branches: calls of batch norms whose outputs end a branch.
     variables: paths of the variables outside of layers and batch norms, in `params`, or else with their collection. others:
-    those of them that multiply activations. classes: the number of logits. collections: those of its variables. program: the
-    checksum of what it computes (`graph.Graph`).
+    those of them that multiply activations. constants: how many products of activations with constant arrays there are.
+    classes: the number of logits. collections: those of its variables. program: the checksum of what it computes
+    (`graph.Graph`).
     """
 
     layers: tuple[Layer, ...]
@@ -73,6 +75,7 @@ class Structure(NamedTuple):
     branches: tuple[Call, ...]
     variables: tuple[Path, ...]
     others: tuple[Path, ...]
+    constants: int
     classes: int
     collections: tuple[str, ...]
     program: int
@@ -112,8 +115,11 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         raise
     except Exception as error:  # whatever the network does wrong
         words = str(error).strip().split("\n")[0].rstrip(".")
-        transformed = type(module).__module__ == nn.jit.__module__  # its arguments besides the images may be traced
-        advice = "; give the network itself, without nn.jit or nn.remat around it" if transformed else ""
+        advice = ""
+        if type(module).__module__ == nn.jit.__module__:  # its arguments besides the images may be traced
+            advice = "; give the network itself, without nn.jit or nn.remat around it"
+        elif isinstance(module, FromNnx) and isinstance(error, jax.errors.JAXTypeError):
+            advice = "; leave out nnx.jit, nnx.remat, nnx.scan and nnx.vmap around its layers, if there are any"
         raise InputError(
             f"{name_of(module)} fails on images {images.shape}: {type(error).__name__}: {words}{advice}."
         ) from error
@@ -152,6 +158,7 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         branches(traced, norms, {value(call, "output") for call in seen.calls}, set(inputs.values()), seen.shapes),
         tuple(_outside(path) for path in numbers if path[1:-1] not in owners),
         tuple(_outside(path) for path, number in numbers.items() if number in others),
+        constant_factors(traced, traced.inputs[:-1]),
         seen.classes,
         tuple(variables),
         traced.checksum,

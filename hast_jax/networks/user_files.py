@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+from flax import nnx
 
 from hast_jax import paths
 from hast_jax.errors import InputError
+from hast_jax.networks import from_nnx
 
 CLASSES = ("classes", "num_classes", "n_classes")  # what a constructor may call the number of logits
 
@@ -68,23 +70,27 @@ def make(name: str, classes: int, arguments: Mapping[str, Any]) -> nn.Module:
     """The network that "FILE.py:NAME" names: a class or a function that makes it, or the network itself.
 
     arguments: of the class or function. If it takes the number of classes (under one of the names `CLASSES`) and `arguments` do
-    not give it, `classes` is given. Raises UserError if there is no such network, or if it cannot be made.
+    not give it, `classes` is given. If it takes `rngs`, as networks of flax.nnx do, `nnx.Rngs(0)` is given. Raises UserError if
+    there is no such network, or if it cannot be made.
     """
     found = load(name)
-    wanted = "name a flax.linen.Module, its class, or a function that makes one"
-    if isinstance(found, nn.Module):
+    wanted = "name a flax.linen.Module or flax.nnx.Module, its class, or a function that makes one"
+    if isinstance(found, nn.Module | nnx.Module):
         if arguments:
             raise InputError(f"{name} is a finished network, which takes no config.teacher.arguments: leave them out.")
-        return found
+        return from_nnx.linen(found)[0]
     if not callable(found):
         raise InputError(f"{name} is a {type(found).__name__}: {wanted}.")
     try:
-        taken = python_inspect.signature(found).parameters
-        known = {each: classes for each in CLASSES if each in taken and each not in arguments}
+        maker: Any = found
+        taken = python_inspect.signature(maker.__init__ if isinstance(found, type) else maker).parameters
+        known: dict[str, Any] = {each: classes for each in CLASSES if each in taken and each not in arguments}
+        if "rngs" in taken:  # of flax.nnx, whose first weights those of the file replace
+            known["rngs"] = nnx.Rngs(0)
         made = found(**known, **arguments)
     except Exception as error:  # whatever its constructor does wrong
         advice = "" if isinstance(error, ImportError) else f"; {wanted}, and give its arguments in config.teacher.arguments"
         raise InputError(f"{name} cannot be constructed: {_words(error)}{advice}.") from error
-    if not isinstance(made, nn.Module):
+    if not isinstance(made, nn.Module | nnx.Module):
         raise InputError(f"{name} makes a {type(made).__name__}: {wanted}.")
-    return made
+    return from_nnx.linen(made)[0]

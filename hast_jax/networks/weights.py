@@ -22,8 +22,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hast_jax import paths
 from hast_jax.errors import InputError, UserError
-from hast_jax.networks import flax_trees, keras_files, name_fit, structure
+from hast_jax.networks import flax_trees, from_nnx, keras_files, name_fit, structure
 from hast_jax.networks import names as names_lib
+from hast_jax.networks.linear import name_of
 from hast_jax.networks.weight_files import Metadata, StateDict, encoded, read
 
 __all__ = [
@@ -127,7 +128,7 @@ def abstract_variables(model: nn.Module, image: Shape = (32, 32, 3), call: Mappi
         words = str(error).split("\n")[0].rstrip(".")
         given = f" with {dict(call)}" if call else ""
         raise InputError(
-            f"{type(model).__name__} fails on an image {tuple(image)}{given}: {type(error).__name__}: {words}; "
+            f"{name_of(model)} fails on an image {tuple(image)}{given}: {type(error).__name__}: {words}; "
             "give an image and arguments that its __call__ takes."
         ) from error
     return {name: variables.get(name, {}) for name in flax_trees.COLLECTIONS}
@@ -160,6 +161,8 @@ def from_state_dict(
     values are not finite or variances are negative by `epsilon` or more. The message names the tensors.
     """
     state = {name: array for name, array in state.items() if not name.endswith(COUNTERS)}
+    if isinstance(model, from_nnx.FromNnx):
+        state = from_nnx.renamed(state)
     expected = flatten_dict(abstract_variables(model, image, call))
     maps = [_name_map(expected, names)] if names else _library_maps(model, expected)
     fit, chosen = name_fit.best(state, maps)
@@ -216,9 +219,9 @@ def _is_state_dict(variables: Any) -> bool:
 def _library_maps(model: nn.Module, expected: Mapping[tuple[str, ...], Any]) -> list[dict[str, tuple[str, ...]]]:
     """The name map of each library. PyTorch's map is left out if it fails, because the model did not declare it."""
     maps = []
-    for library, name_of in libraries(model).items():
+    for library, name in libraries(model).items():
         try:
-            maps.append(_name_map(expected, name_of))
+            maps.append(_name_map(expected, name))
         except UserError:
             if library != TORCH:
                 raise
@@ -235,7 +238,7 @@ def check_collections(model: nn.Module, variables: Variables, image: Shape, call
     except (ScopeCollectionNotFound, ScopeVariableNotFoundError) as error:
         words = str(error).split(". ")[0]
         raise InputError(
-            f"{type(model).__name__} has variables besides params and batch_stats, which are not given ({words}): give all of "
+            f"{name_of(model)} has variables besides params and batch_stats, which are not given ({words}): give all of "
             "its variables in Python, because weight files hold only these two collections."
         ) from error
 
