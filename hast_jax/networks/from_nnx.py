@@ -79,12 +79,11 @@ class FromNnx(nn.Module):
         for name, part in self.part.parts.items():
             setattr(self, name, part.layer() if part.layer else FromNnx(part))
         for name, variable in self.part.variables.items():
-            value = jnp.asarray(variable.get_value())
-            value = value.astype(value.dtype)  # no longer of a weak type, as `jnp.full(4, 1.5)` is
+            first = partial(jnp.asarray, variable.get_value())
             if _collection(variable) == PARAMS:
-                setattr(self, name, self.param(name, lambda _, value=value: value))
+                setattr(self, name, self.param(name, lambda _, first=first: first()))
             else:
-                setattr(self, name, self.variable(_collection(variable), name, lambda value=value: value).value)
+                setattr(self, name, self.variable(_collection(variable), name, first).value)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """What the nnx network gives for these arguments."""
@@ -288,12 +287,15 @@ def _variables(root: Part) -> dict[Path, tuple[str, nnx.Variable]]:
 
 
 def _drop_arrays(part: Part) -> None:
-    """Zeros that take no memory in place of the layers' weights, which the Linen module has as variables of its own."""
-    inner = [value for value in vars(part.origin).values() if isinstance(value, nnx.Variable)] if part.layer else []
-    for variable in (*inner, *part.variables.values()):
+    """Zeros that take no memory in place of the layers' weights, which the Linen module has as variables of its own.
+
+    Other variables keep their values, as NumPy arrays: these have no weak type, as `jnp.full(4, 1.5)` has.
+    """
+    layers = [value for value in vars(part.origin).values() if isinstance(value, nnx.Variable)] if part.layer else []
+    for variable in (*layers, *part.variables.values()):
         value = variable.get_value()
-        if part.layer or isinstance(value, jax.ShapeDtypeStruct):
-            variable.set_value(np.broadcast_to(np.zeros((), value.dtype), value.shape))
+        empty = part.layer or isinstance(value, jax.ShapeDtypeStruct)
+        variable.set_value(np.broadcast_to(np.zeros((), value.dtype), value.shape) if empty else np.asarray(value))
     for each in part.parts.values():
         _drop_arrays(each)
 
