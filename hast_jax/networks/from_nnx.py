@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.nnx import bridge
+from flax.nnx.nn import dtypes
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
@@ -37,9 +38,15 @@ LAYERS: dict[type, tuple[Callable[..., nn.Module], dict[str, str]]] = {
     nnx.Einsum: (nn.Einsum, {"shape": "kernel_shape", **{name: name for name in ("einsum_str", *NUMBERS[1:])}}),
     nnx.BatchNorm: (nn.BatchNorm, {name: name for name in NORM}),
 }
-# Settings of nnx layers that a Linen layer cannot take, with the value that changes nothing.
-OTHERWISE = {"preferred_element_type": None, "dot_general_cls": None, "einsum_op": jnp.einsum}
-PRODUCTS = {"dot_general": lax.dot_general, "conv_general_dilated": lax.conv_general_dilated}
+# Settings of nnx layers that a Linen layer does not take, with the values that change nothing.
+USUAL = {
+    "preferred_element_type": None,
+    "dot_general_cls": None,
+    "dot_general": lax.dot_general,
+    "conv_general_dilated": lax.conv_general_dilated,
+    "einsum_op": jnp.einsum,
+    "promote_dtype": dtypes.promote_dtype,
+}
 # Layers that cannot be quantized, with the reason.
 REFUSED: dict[type, str] = {
     nnx.MultiHeadAttention: "attention multiplies activations with each other",
@@ -216,7 +223,7 @@ def _layer(kind: type, found: Any, path: Path) -> Callable[[], nn.Module]:
         )
     if getattr(found, "batch_axis", None):
         raise InputError(f"{_place(found, path)} is a LinearGeneral that is no linear layer: it has axes of batches.")
-    for name, usual in (OTHERWISE | PRODUCTS).items():
+    for name, usual in USUAL.items():
         if getattr(found, name, None) not in (None, usual):
             raise InputError(f"{_place(found, path)} has a {name} of its own: leave it out.")
     make, names = LAYERS[kind]
