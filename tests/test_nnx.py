@@ -304,6 +304,26 @@ def test_a_file_of_a_state_is_read_for_a_network_in_a_file(form: str, tmp_path: 
     np.testing.assert_allclose(networks.logits(teacher, variables, images()), own_logits(model), atol=1e-5)
 
 
+def test_weights_of_pytorch_fit_a_network_with_the_same_attributes() -> None:
+    class Ported(Base):
+        def add(self, rngs):
+            self.blocks = nnx.List([nnx.Sequential(nnx.Conv(4, 4, (3, 3), rngs=rngs), nnx.relu, nnx.BatchNorm(4, rngs=rngs))])
+
+        def middle(self, x):
+            return self.blocks[0](x)
+
+    model = trained(Ported)
+    ours = flat(model, ".")
+    names = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+    state = {}
+    for name, array in ours.items():
+        *modules, leaf = name.replace("layers.", "").split(".")
+        state[".".join([*modules, names[leaf]])] = weights.to_torch_layout(array)
+    assert "blocks.0.2.running_var" in state
+    module, _ = from_nnx.linen(Ported(rngs=nnx.Rngs(5)))
+    np.testing.assert_allclose(logits(module, weights.from_state_dict(module, state, IMAGE)), own_logits(model), atol=1e-5)
+
+
 def test_the_constructor_gets_the_classes_and_random_numbers() -> None:
     module = user_files.make(f"{__file__}:Base", 7, {})
     assert networks.create(module, IMAGE).classes == 7 and inference.arguments(module) == {}

@@ -22,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
 from hast_jax.errors import InputError
+from hast_jax.networks import names
 
 Path = tuple[str, ...]
 
@@ -99,9 +100,16 @@ class FromNnx(nn.Module):
         return network(*arguments, **named)
 
     def state_dict_names(self) -> dict[str, Callable[[Path], str]]:
-        """The name map of nnx: a variable is named by its path in the nnx network (`renamed`)."""
-        names = {path: f"{PARAMS}/{name}" for path, (name, _) in _variables(self.part).items()}
-        return {"flax.nnx": lambda path: names[path]}
+        """The name maps of nnx (`renamed`) and of PyTorch, by the paths in the nnx network, in which lists have numbers."""
+        paths = {path: place for path, (place, _) in _variables(self.part).items()}
+        sequences = {place for place, part in nnx.iter_graph(self.part.origin) if isinstance(part, nnx.Sequential)}
+
+        def torch(path: Path) -> str:
+            place = paths[path]  # PyTorch's Sequential has no `layers` in the names of its members
+            inner = [str(step) for end, step in enumerate(place) if place[:end] not in sequences]
+            return names.torch((path[0], *inner))
+
+        return {"flax.nnx": lambda path: "/".join((PARAMS, *map(str, paths[path]))), "torch, from flax.nnx": torch}
 
 
 # Names that members of a Linen module cannot have.
@@ -141,7 +149,7 @@ def _values(root: Part, state: Mapping[str, Any]) -> dict[Path, Any]:
     """
     pure = nnx.to_pure_dict(state) if isinstance(state, nnx.State) else state
     given = {"/".join(map(str, path)): value for path, value in flatten_dict(dict(pure)).items()}
-    wanted = {name: path for path, (name, _) in _variables(root).items()}
+    wanted = {"/".join(map(str, place)): path for path, (place, _) in _variables(root).items()}
     missing = sorted(wanted.keys() - given.keys())
     unknown = sorted(name for name in given.keys() - wanted.keys() if not _is_random(name.split("/")))
     if missing or unknown:
@@ -273,9 +281,9 @@ def _collection(variable: nnx.Variable) -> str:
     return PARAMS if isinstance(variable, nnx.Param) else type(variable).__name__.lower()
 
 
-def _variables(root: Part) -> dict[Path, tuple[str, nnx.Variable]]:
-    """Path of each variable of the Linen module -> its name in a state dict of nnx, and the variable of the nnx network."""
-    names = {id(variable): "/".join(map(str, path)) for path, variable in nnx.iter_graph(root.origin)}
+def _variables(root: Part) -> dict[Path, tuple[tuple[str | int, ...], nnx.Variable]]:
+    """Path of each variable of the Linen module -> its path in the nnx network, and the variable there."""
+    places: dict[int, Any] = {id(variable): path for path, variable in nnx.iter_graph(root.origin)}
     found = {}
 
     def walk(part: Part, path: Path) -> None:
@@ -290,7 +298,7 @@ def _variables(root: Part) -> dict[Path, tuple[str, nnx.Variable]]:
             found[(_collection(variable), *path, name)] = variable
 
     walk(root, ())
-    return {path: (names[id(variable)], variable) for path, variable in found.items()}
+    return {path: (places[id(variable)], variable) for path, variable in found.items()}
 
 
 def _drop_arrays(part: Part) -> None:
