@@ -13,7 +13,7 @@ from hast_jax.errors import AccuracyWarning, InputError, UserError
 
 if TYPE_CHECKING:
     from hast_jax.deliver.exports import Exported, export
-    from hast_jax.library import calibrate, evaluate, finetune, quantize, synthesize
+    from hast_jax.library import calibrate, evaluate, finetune, quantize, read_weights, synthesize
     from hast_jax.runs.progress import Update
     from hast_jax.stages.evaluate import Accuracy
     from hast_jax.student import Student, load
@@ -35,11 +35,12 @@ __all__ = [
     "finetune",
     "load",
     "quantize",
+    "read_weights",
     "synthesize",
 ]
 
 _PLACES = {
-    **dict.fromkeys(("calibrate", "evaluate", "finetune", "quantize", "synthesize"), "hast_jax.library"),
+    **dict.fromkeys(("calibrate", "evaluate", "finetune", "quantize", "read_weights", "synthesize"), "hast_jax.library"),
     "Exported": "hast_jax.deliver.exports",
     "export": "hast_jax.deliver.exports",
     "Student": "hast_jax.student",

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from hast_jax import config as config_lib
 from hast_jax import from_config
 from hast_jax.cross_checks import MAX_BATCH_VALUES
-from hast_jax.data.datasets import check_labels
+from hast_jax.data.datasets import check_labels, check_pair
 from hast_jax.errors import InputError
 from hast_jax.fields import FIELDS, GIVEN
 from hast_jax.method.pyramid import PIXEL_MEAN, PIXEL_STD
@@ -53,6 +53,8 @@ class Setting:
         defaults: the mean and the standard deviation of each channel if `mean` and `std` are None.
         """
         chosen = _dotted(fields)
+        if not isinstance(call or {}, Mapping):
+            raise InputError(f"call is {call!r}: give a dict of keyword arguments, such as {{'train': False}}.")
         self.image = _numbers("image", image, 3)
         channels = self.image[-1]
         if (mean is None) != (std is None):
@@ -175,6 +177,7 @@ def normalised_images(images: Any) -> np.ndarray:
 
 def given_images(given: tuple[Any, Any], image: tuple[int, ...], classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Normalised images float32 [n, *image] and labels int32 [n] to learn from. Raises InputError if they are anything else."""
+    check_pair("images", given)
     images, labels = normalised_images(given[0]), np.asarray(given[1])
     if images.shape[1:] != tuple(image):
         raise InputError(f"the images have the shape {images.shape[1:]}: the network takes {tuple(image)}.")

@@ -31,6 +31,7 @@ from hast_jax.given import (
     normalised_images,
     range_names,
 )
+from hast_jax.networks import weights
 from hast_jax.runs import parallel
 from hast_jax.runs.progress import Progress
 from hast_jax.stages import calibrate as calibrate_stage
@@ -140,8 +141,8 @@ def synthesize(
     mean, std: as in `quantize`, but None means that the network takes normalised images. Both set the spread of the noise from
     which the images start. For the other arguments and the errors see `quantize`.
     """
-    if count < 1:
-        raise InputError(f"count is {count}: it must be positive.")
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"count is {count!r}: it must be a whole number above zero.")
     batches = -(-count // MOST_TOGETHER)
     batch = -(-count // batches)
     sizes = {"synthesis.images": batch * batches, "synthesis.iterations": iterations, "synthesis.batch": batch}
@@ -232,8 +233,9 @@ def evaluate(
     """
     shape = tuple(np.shape(images)[1:])
     if isinstance(model, Student):
-        if variables is not None:
-            raise InputError("a Student holds its variables: give evaluate(student, images=..., labels=...).")
+        given = {"variables": variables, "mean": mean, "std": std, "bits": bits, "call": call}
+        if named := [name for name, value in given.items() if value is not None]:
+            raise InputError(f"a Student has its own {named[0]}: give evaluate(student, images=..., labels=...).")
         shape = model.image
         network, variables, mean, std = model.network, model.variables, model.mean, model.std
         config = config_lib.default()
@@ -251,6 +253,16 @@ def evaluate(
     with _shown(progress) as shown:
         logits = partial(networks.logits, network)
         return evaluate_stage.evaluator(logits, dataset, config, parallel.choose(0), shown)(variables)
+
+
+def read_weights(path: str | Path) -> Mapping[str, np.ndarray]:
+    """The arrays of a weight file or of a folder of Orbax by their names, which may be given as `variables`.
+
+    Kinds of files: .safetensors, .npz, .msgpack, .h5, .keras, .pth, .pt, .ckpt, .bin. Raises UserError if there is no such
+    file, if the file is damaged, or if a package that reads it is missing.
+    """
+    state, _ = weights.read(weights.locate(str(path)))
+    return state
 
 
 def _student_with(config: Any, model: nn.Module, ranges: Any) -> networks.Network:

@@ -9,9 +9,11 @@ from hast_jax.errors import UserError
 def local(path: str | Path) -> Path:
     """`path` on a file system of this machine, with `~` replaced by the home folder.
 
-    Raises UserError for the address of a bucket, such as gs://bucket/run, which would become a folder called "gs:", and for
-    the home folder of a user who does not exist.
+    Raises UserError for anything but a text or a path, for the address of a bucket, such as gs://bucket/run, which would become
+    a folder called "gs:", and for the home folder of a user who does not exist.
     """
+    if not isinstance(path, str | Path) or "\0" in str(path):
+        raise UserError(f"{path!r} is no path: give a text or a pathlib.Path.")
     address = re.match(r"([A-Za-z][\w+.-]+):/", str(path))
     if address:
         raise UserError(f"{path} is no path of this machine: give a folder, or mount the {address[1]} storage as a folder.")

@@ -155,12 +155,26 @@ def test_damaged_ranges_are_named(unfinished: Path, content: str) -> None:
         tiny.run(unfinished)
 
 
-@pytest.mark.parametrize("name", ["README.md", "report.html"])
-def test_a_folder_with_a_page_of_the_users_own_is_no_run_folder(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=r"is no run folder, and its .* would be lost"):
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("README.md", "report.html", "config.json", "result.json", "teacher.json", "metrics.jsonl", "images.json"),
+        *("checkpoints/best/100/weights", "checkpoints/mine", "student/student.safetensors", "synthetic/labels.npy"),
+    ],
+)
+@pytest.mark.parametrize("content", ['{"lr": 0.1}', "mine"])
+def test_a_folder_with_files_of_another_program_is_no_run_folder(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"is no run folder, and its {name.split('/')[0]} would be lost: use another workdir"):
         tiny.run(tmp_path)
-    assert (tmp_path / name).read_text() == "mine"
+    assert (tmp_path / name).read_text() == content and len(list(tmp_path.rglob("*"))) == len(Path(name).parts)
+
+
+def test_a_foreign_config_is_no_run_to_evaluate(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"lr": 0.1}')
+    done = tiny.call(tiny.evaluate(tmp_path))
+    assert done.returncode == 1 and "is no run folder, or its config.json is lost: give the --workdir" in done.stderr
 
 
 def test_given_images_that_are_too_few_are_refused_before_the_folder_is_made(finished: Path, tmp_path: Path) -> None:

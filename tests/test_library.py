@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 import hast_jax
 from hast_jax import from_config, networks
 from hast_jax.data import datasets
-from hast_jax.errors import Notice
+from hast_jax.errors import Notice, UserError
 from hast_jax.given import Setting
 from hast_jax.networks import weights
 from hast_jax.runs import run_folder
@@ -90,8 +90,16 @@ def test_only_images_of_the_students_shape_are_evaluated(student: hast_jax.Stude
     three = np.repeat(digits.images, 3, -1)
     with pytest.raises(hast_jax.UserError, match=r"give uint8 images \[n, 8, 8, 1\]"):
         hast_jax.evaluate(student, images=three, labels=digits.labels)
-    with pytest.raises(hast_jax.UserError, match="a Student holds its variables"):
+    with pytest.raises(hast_jax.UserError, match="a Student has its own variables: give evaluate"):
         hast_jax.evaluate(student, digits.images, digits.labels)
+
+
+@pytest.mark.parametrize("given", [{"bits": "w2a2"}, {"mean": 0.0, "std": 1 / 255}, {"call": {"train": True}}])
+def test_a_student_is_not_evaluated_with_other_settings_than_its_own(
+    student: hast_jax.Student, digits: datasets.Arrays, given: dict
+) -> None:
+    with pytest.raises(hast_jax.UserError, match=f"a Student has its own {next(iter(given))}"):
+        hast_jax.evaluate(student, images=digits.images, labels=digits.labels, **given)
 
 
 def test_a_student_takes_uint8_images_and_normalised_ones(student: hast_jax.Student, digits: datasets.Arrays) -> None:
@@ -274,12 +282,49 @@ def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
         ({"test": (np.zeros((3, 8, 8, 1)), np.zeros(3))}, "give uint8 images"),
         ({"test": (np.zeros((3, 8, 8, 1), np.uint8), np.full(3, 10))}, "from 0 to 9"),
         ({"call": {"train": True}}, "with the moments of the batch"),
+        ({"call": "train"}, "call is 'train': give a dict of keyword arguments"),
+        ({"test": np.zeros((3, 8, 8, 1), np.uint8)}, r"test is a ndarray: give a pair \(images, labels\)"),
+        ({"images": np.zeros((3, 8, 8, 1), np.float32)}, r"images is a ndarray: give a pair \(images, labels\)"),
+        ({"std": (1e-12,)}, "the squares of their variances are too large for float32: check mean and std, and the weights"),
     ],
 )
 def test_what_is_impossible_is_refused_in_one_sentence(network: tuple, changes: dict, words: str) -> None:
     with pytest.raises(hast_jax.UserError, match=words) as error:
         quantize(network, **changes)
-    assert isinstance(error.value, ValueError) and "\n" not in str(error.value)
+    assert isinstance(error.value, UserError) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("count", ["5", 1.5, 0])
+def test_a_number_of_images_that_is_no_whole_number_is_refused(network: tuple, count: object) -> None:
+    with pytest.raises(hast_jax.UserError, match=f"count is {count!r}: it must be a whole number above zero"):
+        hast_jax.synthesize(*network, image=(8, 8, 1), count=count)
+
+
+@pytest.mark.parametrize("path", [3, b"/tmp/run", "a\0b"])
+def test_a_workdir_that_is_no_path_is_refused(network: tuple, path: object) -> None:
+    with pytest.raises(hast_jax.UserError, match=r"is no path: give a text or a pathlib\.Path"):
+        quantize(network, workdir=path)
+
+
+def test_variables_without_values_are_named(network: tuple) -> None:
+    model, variables = network
+    with pytest.raises(hast_jax.UserError, match=r"is no array of numbers, such as a jax.ShapeDtypeStruct"):
+        quantize((model, jax.eval_shape(lambda: variables)))
+
+
+def test_a_weight_file_is_read_into_variables(network: tuple) -> None:
+    model, variables = network
+    read = hast_jax.read_weights("digits")
+    jax.tree.map(np.testing.assert_array_equal, weights.from_variables(model, read, (8, 8, 1)), dict(variables))
+    with pytest.raises(hast_jax.UserError, match=r"there is no weight file nowhere\.npz"):
+        hast_jax.read_weights("nowhere.npz")
+
+
+@pytest.mark.usefixtures("little_optimization")
+def test_strict_promotion_of_types_is_no_obstacle(network: tuple, digits: datasets.Arrays) -> None:
+    with jax.numpy_dtype_promotion("strict"):
+        student = quantize(network, test=(digits.images, digits.labels), fields=FEW_STEPS | {"finetune.epochs": 1})
+        assert hast_jax.evaluate(student, images=digits.images, labels=digits.labels).top1 == student.record["last"]
 
 
 def test_variables_that_a_network_reads_and_nobody_gave_are_named() -> None:
@@ -341,7 +386,7 @@ def test_a_stage_refuses_what_the_others_did_not_make(network: tuple, digits: da
         hast_jax.finetune(model, variables, {}, images, np.zeros(20, int), fields={"finetune.batch": 60})
     with pytest.raises(ValueError, match="positive for each channel"):
         hast_jax.evaluate(model, variables, digits.images, digits.labels, mean=MEAN, std=(0.0,))
-    with pytest.raises(ValueError, match="evaluate needs variables, images"):
+    with pytest.raises(ValueError, match="evaluate needs images, labels, mean and std"):
         hast_jax.evaluate(model, variables, mean=MEAN, std=STD)
 
 

@@ -224,6 +224,12 @@ class OwnCall(Base):
         return OwnDense(4, name="double")(x)
 
 
+class TrainFirst(Base):
+    @nn.compact
+    def __call__(self, train, x):
+        return super().__call__(x, train)
+
+
 class Embedded(Base):
     def middle(self, x):
         return x + nn.Embed(3, 4, name="table")(jnp.zeros(len(x), jnp.int32))[:, None, None]
@@ -318,6 +324,7 @@ def refused(module: Any, words: str, bits: Any = "w4a4", **arguments: Any) -> st
         (Maps(), r"Maps gives \(2, 1, 10\) for two images, not logits \(2, n\)"),
         (OfTheBatch(), r"OfTheBatch gives \(10,\) for two images"),
         (Needs(), r"the call of Needs needs 'temperature': give it, as call={'temperature': ...}"),
+        (TrainFirst(), "the call of TrainFirst takes 'train' first: let it take the images first"),
         (AlwaysTraining(), "as in training: let it call its nn.BatchNorm with use_running_average=True"),
         (Base, "give an instance of a flax.linen.Module"),
         (lambda x: x, "the network is a function: give an instance of a flax.linen.Module"),

@@ -140,7 +140,7 @@ def test_variables_may_be_flat_as_in_a_file(separator: str | None) -> None:
 
 
 def test_the_path_of_a_file_is_refused_with_what_reads_it() -> None:
-    with pytest.raises(UserError, match=r"are the path 'net.h5': read the file first, as state, _ = hast_jax.networks.weights"):
+    with pytest.raises(UserError, match=r"path 'net.h5': read the file, and give hast_jax.read_weights\('net.h5'\)"):
         weights.from_variables(Net(), Path("net.h5"), IMAGE, CALL)
 
 

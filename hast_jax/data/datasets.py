@@ -124,12 +124,19 @@ def sample(config: ConfigDict, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def real_images(test: tuple[Any, Any], image: tuple[int, ...], classes: int) -> Arrays:
     """Real images uint8 [n, *image] and labels int32 [n] for evaluation. Raises InputError if they are anything else."""
+    check_pair("test", test)
     images, labels = np.asarray(test[0]), np.asarray(test[1])
     if images.dtype != np.uint8 or images.shape[1:] != tuple(image) or not len(images):
         wanted = ", ".join(map(str, image))
         raise InputError(f"the real images are {images.dtype} {images.shape}: give uint8 images [n, {wanted}] of 0 ... 255.")
     check_labels(labels, len(images), classes)
     return Arrays(images, labels.astype(np.int32), classes)
+
+
+def check_pair(name: str, given: Any) -> None:
+    """Raise InputError unless the argument called `name` is a pair of images and labels."""
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise InputError(f"{name} is a {type(given).__name__}: give a pair (images, labels).")
 
 
 def check_labels(labels: np.ndarray, images: int, classes: int) -> None:

@@ -97,7 +97,7 @@ def export(
     as ONNX or StableHLO. Raises UserError if LiteRT cannot convert or run the network, if a package is missing, if `path`
     cannot be written, or if the file gives another class than the student for too many images (`comparison.refuse_difference`).
     """
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         raise InputError(f"the format {format!r} is unknown: choose from {', '.join(FORMATS)}.")
     if not isinstance(student, Student):
         raise InputError(f"the student is a {type(student).__name__}: give what quantize or load returned.")

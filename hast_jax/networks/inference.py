@@ -24,7 +24,10 @@ def arguments(module: nn.Module, given: Mapping[str, Any] = {}) -> dict[str, Any
     """
     if not isinstance(module, nn.Module):
         raise InputError(f"the network is a {name_of(module)}: give an instance of a flax.linen.Module or a flax.nnx.Module.")
-    parameters = list(_parameters(module).values())[2:]
+    taken = list(_parameters(module).values())[1:]
+    if taken and taken[0].name in TRAINING:
+        raise InputError(f"the call of {name_of(module)} takes {taken[0].name!r} first: let it take the images first.")
+    parameters = taken[1:]
     usual = (each for each in parameters if each.name in TRAINING and each.default is not TRAINING[each.name])
     known = {each.name: TRAINING[each.name] for each in usual} | dict(given)
     named = (each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD))
@@ -51,7 +54,7 @@ def advice(module: nn.Module, call: Mapping[str, Any]) -> str:
         return "make it with {}={}".format(*attributes[0])
     if usual or others:
         return "set {}={} in its call, by the argument call or the field teacher.call".format(*(usual or others)[0])
-    return "let it call its nn.BatchNorm with use_running_average=True"
+    return "let it call its nn.BatchNorm with use_running_average=True, or give an argument that makes it infer, as call={...}"
 
 
 def _parameters(module: nn.Module) -> Mapping[str, Parameter]:

@@ -192,8 +192,7 @@ def from_variables(
     """
     if isinstance(variables, str | os.PathLike):
         raise InputError(
-            f"the variables are the path {str(variables)!r}: read the file first, as state, _ = "
-            "hast_jax.networks.weights.read(pathlib.Path(PATH)), and give the state."
+            f"the variables are the path {str(variables)!r}: read the file, and give hast_jax.read_weights({str(variables)!r})."
         )
     if _is_state_dict(variables):
         state = {"/".join(map(str, n)) if isinstance(n, tuple) else str(n): array for n, array in variables.items()}
@@ -246,6 +245,8 @@ def check_collections(model: nn.Module, variables: Variables, image: Shape, call
 def _variable(name: str, ours: str, array: np.ndarray, variable: jax.ShapeDtypeStruct) -> jax.Array:
     """An array of a file as the `variable` that the network calls `ours`. Raises _FaultError if the array does not fit."""
     wanted = variable.shape
+    if array.dtype == object:
+        raise _FaultError(f"{name} is no array of numbers, such as a jax.ShapeDtypeStruct")
     is_flax = name_fit.is_flax(ours)
     if not is_flax:
         converted = _from_torch(array, len(wanted))

@@ -171,12 +171,22 @@ def pmap_steps(step: Callable[..., tuple[Any, Any]], count: int, steps: int = 1,
         state, metrics = lax.scan(lambda s, _: step(s, *constants), state, length=steps)
         return state, jax.tree.map(lambda m: m[-1], metrics)
 
-    return jax.pmap(run, axis_name=AXIS, devices=devices(count, all_processes), donate_argnums=0)
+    return jax.pmap(_promoting(run), axis_name=AXIS, devices=devices(count, all_processes), donate_argnums=0)
 
 
 def pmap(function: Callable[..., Any], count: int) -> Callable[..., Any]:
     """`function` on each of `count` local devices. All arguments and results have the leading axis of devices."""
-    return jax.pmap(function, axis_name=AXIS, devices=devices(count))
+    return jax.pmap(_promoting(function), axis_name=AXIS, devices=devices(count))
+
+
+def _promoting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with JAX's usual promotion of types, which Optax needs, even if the user has chosen the strict one."""
+
+    def promoting(*arguments: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*arguments)
+
+    return promoting
 
 
 def mean(tree: Any) -> Any:

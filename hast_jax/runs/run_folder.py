@@ -26,6 +26,13 @@ from hast_jax.runs.synthetic_set import SyntheticSet
 Tree = Any
 
 CELLS = "cells"  # the folder in which a sweep keeps its runs
+# Keys of files that tell a run folder from another program's folder.
+OURS = {
+    "config.json": {"synthesis", "finetune"},
+    "teacher.json": {"crc32"},
+    "images.json": {"images", "crc32"},
+    "result.json": {"config", "seconds"},
+}
 
 # The locks of this process, which may open a folder twice. The key is the lock file's inode, because a folder may be moved.
 _held: dict[tuple[int, int], BaseFileLock] = {}
@@ -205,12 +212,13 @@ class RunFolder:
 def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
     """Make the run folder, or open one that was made with the same config. This process holds it until `release`, or its end.
 
-    Raises UserError if the folder cannot be written, if another process holds it, if something in it is a link, or if it was
-    made with another config. The error message then shows the differences. If the folder has a config, it stays as it is: see
-    `RunFolder.write_config`.
+    Raises UserError if the folder cannot be written, if another process holds it, if something in it is a link, if it holds
+    files of other programs that a run would replace, or if it was made with another config. The error message then shows the
+    differences. If the folder has a config, it stays as it is: see `RunFolder.write_config`.
     """
     folder = RunFolder(path)
     try:
+        _refuse_foreign(path)
         path.mkdir(parents=True, exist_ok=True)
         lock = path / ".lock"
         _refuse_links([lock])
@@ -226,8 +234,6 @@ def open_for_run(path: Path, config: ConfigDict) -> RunFolder:
                 raise UserError(
                     f"{path} was made with another config: {'; '.join(lines)}; use another workdir, or the old config."
                 )
-        elif (folder.card.exists() or folder.report.exists()) and not folder.teacher.exists():
-            raise UserError(f"{path} is no run folder, and its README.md or report.html would be lost: use another workdir.")
         if not folder.config.exists():
             folder.write_config(config)
     except OSError as error:
@@ -259,6 +265,25 @@ def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(f"the run folder {path} cannot be written: {known or f'{error.strerror}; choose another workdir'}.")
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a run made the folder."""
+
+    def keys(name: str) -> set[str]:
+        with contextlib.suppress(UserError, OSError):
+            return set(read_json(path / name))
+        return set()
+
+    return any(wanted <= keys(name) for name, wanted in OURS.items())
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise UserError if another program's files would be lost in a run."""
+    places = [path / "checkpoints", path / "tensorboard", *vars(RunFolder(path)).values()]
+    lost = [place.name for place in places if place != path and place.exists()]
+    if lost and not _is_ours(path):
+        raise UserError(f"{path} is no run folder, and its {lost[0]} would be lost: use another workdir.")
+
+
 def _refuse_links(paths: Iterable[Path]) -> None:
     for each in paths:
         if each.is_symlink():  # links in a stranger's folder could make a run write anywhere
@@ -286,9 +311,9 @@ def _hold(lock: Path) -> None:
 def open_for_reading(path: Path) -> tuple[RunFolder, ConfigDict]:
     """A run folder and the config that it was made with. Raises UserError if `path` is no run folder."""
     folder = RunFolder(path)
-    config = _config_of(folder)
+    config = _config_of(folder) if _is_ours(path) else None
     if config is None:
-        raise UserError(f"{path} is no run folder: it has no config.json; give the --workdir of a run.")
+        raise UserError(f"{path} is no run folder, or its config.json is lost: give the --workdir of a run.")
     return folder, config
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -29,14 +30,21 @@ def check_logits(teacher: networks.Network, variables: weights.Variables, config
     @jax.jit
     def look(variables: weights.Variables, images: jax.Array) -> tuple[jax.Array, ...]:
         logits, taps = networks.apply(teacher, variables, images)
-        return logits, *losses.bn_statistics(losses.bn_moments(taps.batch_norms))
+        largest = jnp.stack([jnp.max(jnp.abs(tap.inputs)) for tap in taps.batch_norms])
+        return logits, largest, *losses.bn_statistics(losses.bn_moments(taps.batch_norms))
 
     noise = jax.random.normal(jax.random.key(0), (2, *config.teacher.image))
     found = look(variables, pyramid.images([noise], pyramid.unit_of(config.teacher.mean, config.teacher.std)))
-    if not all(np.isfinite(each).all() for each in jax.device_get(found)):
+    finite = [np.isfinite(each).all() for each in jax.device_get(found)]
+    if not all(finite[:2]):
         raise UserError(
             "the teacher's logits or the inputs of its batch norms are not finite on images of noise: give other weights, "
             "because these are damaged or too large for float32."
+        )
+    if not all(finite):
+        raise UserError(
+            f"the inputs of the teacher's batch norms are as large as {np.max(found[1]):.1e} on images of noise, so that the "
+            "squares of their variances are too large for float32: check mean and std, and the weights."
         )
     logits = np.asarray(found[0])
     if np.all(logits >= 0) and np.allclose(logits.sum(1), 1, atol=1e-3):
