@@ -177,6 +177,9 @@ class Assorted(nn.Module):
         x = jnp.where(x > 0.1, x, jnp.clip(x, -1, 0.05)) * gate[:, None, None] ** 0.5
         x = nn.avg_pool(x, (3, 3), (1, 2), "SAME", count_include_pad=False) - x.mean((1, 2), keepdims=True)
         x = x + 2 / (3 + x[:, :, ::2].max(2, keepdims=True) ** 2)
+        x = jnp.stack([x, jnp.exp2(-x), jnp.cos(x)], 1).sum(1) / jnp.tile(1 + x[:, :, :1] ** 2, (1, 1, x.shape[2], 1))
+        x = x - jax.scipy.special.logsumexp(x[..., ::-1][..., np.asarray([3, 0, 0, 7, -1])], -1, keepdims=True)
+        x = jax.image.resize(x, (x.shape[0], 9, 5, x.shape[-1]), "nearest")
         return nn.log_softmax(nn.Dense(self.classes)(nn.selu(x[:, ::-1]).reshape((len(x), -1))))
 
 
@@ -215,6 +218,8 @@ def test_a_kernel_whose_integers_need_32_bits_is_written_as_floats(operators: st
 @pytest.mark.parametrize(
     ("mix", "words"),
     [
+        (lambda x: jnp.tile(x, (2, 1, 1, 1)), "merges the axis of the images"),
+        (lambda x: x - x[np.zeros(1, int)], "at other positions than constant ones of one axis"),
         (lambda x: x - x[:1], "takes some images out of a batch"),
         (lambda x: x - x.mean(0, keepdims=True), "mixes the images of a batch"),
         (lambda x: x.reshape((-1, *x.shape[2:]))[:, None] * jnp.ones((1, 16, 1, 1)), "merges the axis of the images"),

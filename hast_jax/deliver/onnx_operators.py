@@ -89,6 +89,19 @@ def _expm1(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...]) 
     return replace(x, shift=np.float64(-1.0))
 
 
+def _exp2(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...]) -> Value:
+    x = _affine(graph, "mul", operands[0], constant(np.float32(np.log(2))), shape)
+    assert x is not None
+    return _unary("Exp")(graph, {}, [x], shape)
+
+
+def _is_finite(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...]) -> Value:
+    x = graph.plain(operands[0])
+    name = graph.tensor(x)
+    found = graph.node("Or", graph.node("IsNaN", name), graph.node("IsInf", name))
+    return Value(shape, graph.node("Not", found), x.order)
+
+
 def _log1p(graph: Graph, _: Any, operands: list[Value], shape: tuple[Any, ...]) -> Value:
     x = graph.plain(operands[0])
     return _unary("Log")(graph, {}, [replace(x, shift=np.float64(1.0))], shape)
@@ -228,6 +241,44 @@ def _concatenate(graph: Graph, given: dict[str, Any], operands: list[Value], sha
     return Value(shape, graph.node("Concat", *names, axis=order.index(given["dimension"])), order)
 
 
+def _gather(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
+    """Elements at constant positions of one axis, as of `x[..., [2, 0, 1]]`."""
+    x, places = graph.plain(operands[0]), operands[1].array
+    numbers = given["dimension_numbers"]
+    (axis, *others) = numbers.start_index_map
+    rest = [other for other in range(len(x.shape)) if other != axis]
+    whole = all(given["slice_sizes"][other] == x.shape[other] for other in rest if isinstance(x.shape[other], int))
+    if (
+        places is None
+        or others
+        or not whole
+        or places.ndim != 2
+        or numbers.collapsed_slice_dims != (axis,)
+        or list(numbers.offset_dims) != rest
+        or not isinstance(x.shape[axis], int)
+        or np.any((places < 0) | (places >= x.shape[axis]))
+    ):
+        raise cannot_write("it takes elements at other positions than constant ones of one axis")
+    indices = graph.constant(places[:, 0].astype(np.int64))
+    return Value(shape, graph.node("Gather", x.name, indices, axis=x.order.index(axis)), x.order)
+
+
+def _stack(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
+    axis = given["axis"]
+    wider = (*shape[:axis], 1, *shape[axis + 1 :])
+    parts = [
+        _reshape(graph, {}, [each], wider) if each.array is None else Value(wider, array=np.expand_dims(each.array, axis))
+        for each in operands
+    ]
+    return _concatenate(graph, {"dimension": axis}, parts, shape)
+
+
+def _tile(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
+    x = graph.plain(operands[0])
+    repeats = np.asarray([given["reps"][axis] for axis in x.order], np.int64)
+    return Value(shape, graph.node("Tile", x.name, graph.constant(repeats)), x.order)
+
+
 OPERATORS: dict[str, Operator] = {
     MARK: quantized,
     "conv_general_dilated": convolution,
@@ -255,6 +306,8 @@ OPERATORS: dict[str, Operator] = {
     "floor": _unary("Floor"),
     "ceil": _unary("Ceil"),
     "exp": _unary("Exp"),
+    "exp2": _exp2,
+    "is_finite": _is_finite,
     "log": _unary("Log"),
     "expm1": _expm1,
     "log1p": _log1p,
@@ -288,6 +341,9 @@ OPERATORS: dict[str, Operator] = {
     "slice": _slice,
     "rev": _reverse,
     "concatenate": _concatenate,
+    "gather": _gather,
+    "stack": _stack,
+    "tile": _tile,
 }
 
 # Operations that broadcast their operands: a stretched operand needs no Expand.
@@ -308,5 +364,8 @@ ELEMENTWISE = frozenset(OPERATORS) - {
     "slice",
     "rev",
     "concatenate",
+    "gather",
+    "stack",
+    "tile",
     MARK,
 }
