@@ -2,8 +2,8 @@
 
     python -m hast_jax.main --config=configs/cifar100.py:w3a3,best,small --workdir=runs/c100-w3a3
 
-`best` is the recipe that loses least (docs/recipe.md). `small` is a budget for two cores. `best,small` makes 1,024 images with
-200 iterations each and trains for 2,400 steps of 64, in about half an hour. W3A3 gave 61.74 on average.
+`best` is the recipe that loses the least accuracy (docs/recipe.md). `small` is a budget for two cores. `best,small` makes 1,024
+images with 200 iterations each and trains for 2,400 steps of 64, in about half an hour. W3A3 gave 61.74 on average.
 
 Without `best` the settings are HAST's, from its supplement and its config file for CIFAR-100. The paper reports 66.68 for W4A4
 and 55.67 for W3A3, from a teacher of 70.33 %. Without `small` the budget is the paper's, which is meant for an accelerator:

@@ -55,7 +55,7 @@ ROOMS = {
     "student": Room(4, 495, 940, "the quantized network, saved and loaded", ("student",)),
     "runs": Room(5, 20, 940, "folders, checkpoints, devices, loop, progress"),
     "config": Room(6, 20, 940, "every field, described once", ("config", "cross_checks", "fields")),
-    "networks": Room(7, 20, 625, "any Linen module, weights from files", ("models", "networks")),
+    "networks": Room(7, 20, 625, "any Linen or nnx module, weights", ("models", "networks")),
     "data": Room(7, 650, 940, "real images, for evaluation"),
     "method": Room(8, 20, 625, "the paper, as functions of arrays"),
 }

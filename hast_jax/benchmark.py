@@ -147,7 +147,11 @@ class Variant(NamedTuple):
 
 
 def variants(device: str | None, config: ConfigDict) -> list[Variant]:
-    """What is measured: for a kind of device each arithmetic and, in one process, its compiler options in one of these."""
+    """The variants to measure.
+
+    Without a kind of device: the config's arithmetic. With a kind: each arithmetic and, in one process, each compiler option of
+    the kind in `OPTIONS_ARITHMETIC`.
+    """
     if not device:
         return [Variant(config.teacher.arithmetic)]
     options = COMPILER_OPTIONS.get(device, {}) if processes.count() == 1 else {}

@@ -55,8 +55,8 @@ FIELDS: dict[str, Field] = {
     ),
     "log_every": Field(
         50,
-        "Steps between two log lines, but at least `steps_per_call`. A run in several processes stops for SIGTERM only at a "
-        "log line.",
+        "Steps between two log lines; if `steps_per_call` is larger, that many. A run in several processes stops for "
+        "SIGTERM only at a log line.",
         count,
         free=True,
     ),

@@ -36,7 +36,7 @@ class Field:
     """One field of the config.
 
     default: its type is the field's kind: bool, int, float, str, or a tuple whose elements have the type of the first one.
-    help: the description in docs/configuration.md and --helpfull.
+    help: the description in docs/configuration.md and --help.
     choices: texts that the help lists. If the field has no `rule`, its value must be one of them.
     free: whether the value may change when a run resumes. own: whether it may differ between the processes of one run.
     """

@@ -87,11 +87,11 @@ def quantize(
       variables: its trained `params` and `batch_stats`: a tree, a TrainState, or a flat dict with the names of a weight file.
         None: those that a `flax.nnx.Module` holds.
       image: (height, width, channels) of the images that the model takes.
-      mean, std: one number for each channel, or one for all. The model takes (x - mean) / std for images x in [0, 1]; None: it
-        takes x.
+      mean, std: one number for each channel, or one for all. The model takes (x - mean) / std for images x in [0, 1]. If
+        both are None, the model takes x itself.
       bits: "w4a4"; a pair (weights, activations); one number for both; or a dict from patterns of layer paths to such values,
         with a "default".
-      budget: "trial", "small" (for two cores) or "full" (the paper's images, for an accelerator).
+      budget: "trial", "small" (for two cores) or "full" (as many images as the paper's, for an accelerator).
       recipe: "best", the settings that lose the least accuracy; or "paper", the paper's settings.
       workdir: the folder of the run. The same call with the same folder resumes an interrupted run. None: nothing is written.
       seed: the seed of everything random.

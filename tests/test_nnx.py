@@ -441,7 +441,7 @@ class Resized(nn.Module):
 
 @pytest.mark.parametrize("module", [HiddenInNnx(rngs=nnx.Rngs(0)), HiddenInLinen()])
 def test_arrays_that_are_no_variables_stay_in_full_precision_with_a_notice(module: Any) -> None:
-    with pytest.warns(Notice, match=f"{type(module).__name__} multiplies activations with arrays that are no variables of it"):
+    with pytest.warns(Notice, match=f"{type(module).__name__} multiplies activations with arrays that are not among its"):
         networks.create(module, IMAGE, rules=BITS)
 
 

@@ -99,7 +99,7 @@ def folder(path: Path, image: tuple[int, ...], crop: float, order: str = "") -> 
     PyTorch's ImageFolder. "number" is for folders whose names are whole numbers. "" means "name" if both orders agree.
 
     Raises UserError if there are no images, if the order of the classes is not clear, if `crop` would cut the borders of images
-    that have the network's size already, or unless images have 1 or 3 channels.
+    that have the network's size already, or if images have another number of channels than 1 or 3.
     """
     if image[2] not in (1, 3):
         raise UserError(

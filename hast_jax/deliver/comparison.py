@@ -73,7 +73,7 @@ def refuse_difference(comparisons: Sequence[Comparison], layers: Mapping[str, fl
 
     A good file differs from the student on a few images: it adds up its sums in another order, and rounding decides the class.
     The share `MOST_DIFFERENT` of the images may differ, and `ROUNDED_MORE` * (`rounded` + 1) more, but at most half of all.
-    layers: as in `Exported`. The error message names the first layer that differs.
+    layers: as in `Exported`. The error message names the first layer that differs, if `layers` has any.
     """
     for each in comparisons:
         if each.rounded is None:

@@ -1,4 +1,4 @@
-"""Networks: any Linen module as teacher or student, built-in networks by name, and weights from files."""
+"""Networks: any Linen or nnx module as teacher or student, built-in networks by name, and weights from files."""
 
 from functools import partial
 from typing import Any

@@ -304,7 +304,7 @@ def _variables(root: Part) -> dict[Path, tuple[tuple[str | int, ...], nnx.Variab
 def _drop_arrays(part: Part) -> None:
     """Zeros that take no memory in place of the layers' weights, which the Linen module has as variables of its own.
 
-    Other variables keep their values, as NumPy arrays: these have no weak type, as `jnp.full(4, 1.5)` has.
+    Other variables keep their values, as NumPy arrays, which have no weak type (unlike `jnp.full(4, 1.5)`).
     """
     layers = [value for value in vars(part.origin).values() if isinstance(value, nnx.Variable)] if part.layer else []
     for variable in (*layers, *part.variables.values()):

@@ -61,7 +61,7 @@ class Network:
     def range_names(self) -> dict[str, Path]:
         """The paths of all leaves of the collection `ranges`, by their names: "block/conv/input/low", "block/conv/kernel/high".
 
-        A path is no split name, because the name of a module may hold a "/".
+        Do not split a name to get its path, because the name of a module may hold a "/".
         """
         names = {site.name for site in self.sites.values()}
         if self.learned_ranges:

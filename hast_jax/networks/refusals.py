@@ -57,7 +57,7 @@ def refuse_collections(module: nn.Module, collections: Mapping[str, Any]) -> Non
 
 
 def refuse_kernel(module: nn.Module, traced: Graph, kernel: Kernel) -> None:
-    """Refuse a kernel that is stacked by a loop, of which the weights are computed, or that is used outside of its layer.
+    """Refuse a kernel that a loop stacks, one from which the layer computes its weights, and one that is used elsewhere too.
 
     The products that read a kernel as it is must be as many as the calls of its layer.
     """

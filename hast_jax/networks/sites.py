@@ -54,7 +54,7 @@ def _site_name(call: Call, kind: Path) -> Path:
 def check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
     """Raise InputError if a rule matches nothing, or if the rules quantize weights outside all layers.
 
-    Of weights in other collections than `params`, and of constant arrays, a notice tells that they stay in full precision.
+    A notice says that weights in other collections than `params`, and constant arrays, stay in full precision.
     """
     paths = [layer.path for layer in structure.layers] + [call.path for call in structure.marks]
     for pattern, _ in rules[1:]:
@@ -63,10 +63,8 @@ def check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
             names = ", ".join("/".join(path) for path in paths[:12]) + more
             raise InputError(f"the rule {pattern!r} names no layer of {name_of(module)}; there are: {names}.")
     if structure.constants:
-        words = (
-            f"{name_of(module)} multiplies activations with arrays that are no variables of it, which stay in full precision."
-        )
-        warnings.warn(words, Notice, stacklevel=2)
+        words = f"{name_of(module)} multiplies activations with arrays that are not among its variables"
+        warnings.warn(f"{words}: these arrays stay in full precision.", Notice, stacklevel=2)
     for path in structure.others:
         if bits_of(rules, path)[0] is None:
             continue

@@ -62,10 +62,10 @@ class Structure(NamedTuple):
     """A network, each part in the order of execution.
 
     marks: calls of `Activation`. norms: calls of batch norms. branches: calls of batch norms whose outputs end a branch.
-    variables: paths of the variables outside of layers and batch norms, in `params`, or else with their collection. others:
-    those of them that multiply activations. constants: how many products of activations with constant arrays there are.
-    classes: the number of logits. collections: those of its variables. program: the checksum of what it computes
-    (`graph.Graph`).
+    variables: paths of the variables outside of layers and batch norms, relative to `params`; in another collection a path
+    begins with the collection's name. others: those of them that multiply activations. constants: how many products of
+    activations with constant arrays there are. classes: the number of logits. collections: those of its variables. program: the
+    checksum of what it computes (`graph.Graph`).
     """
 
     layers: tuple[Layer, ...]

@@ -23,7 +23,7 @@ def images_of(config: ConfigDict) -> np.ndarray | None:
 
 
 def measure(job: Job, variables: Variables) -> dict[str, Any] | None:
-    """What student and teacher have in common on the held-out images; None without such images.
+    """How often student and teacher agree on the held-out images, and their KL divergence; None without such images.
 
     {"images": number, "agreement": per cent, "kl": nats, "crc32": of the images}
     """
@@ -35,7 +35,7 @@ def measure(job: Job, variables: Variables) -> dict[str, Any] | None:
 
 
 def is_measured(config: ConfigDict, result: Mapping[str, Any]) -> bool:
-    """Whether `result`, that of a run, has what `measure` would give. It also has it if no held-out images are named now."""
+    """Whether the `result` of a run already holds what `measure` would give; True if no held-out images are named."""
     images, known = images_of(config), result.get("held_out")
     if images is None or known is None:
         return images is None
