@@ -1,5 +1,6 @@
 """Paths that a person gives, in flags, in a config or in Python."""
 
+import os
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ def local(path: str | Path) -> Path:
     Raises UserError for anything but a text or a path, for the address of a bucket, such as gs://bucket/run, which would become
     a folder called "gs:", and for the home folder of a user who does not exist.
     """
-    if not isinstance(path, str | Path) or "\0" in str(path):
+    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
         raise UserError(f"{path!r} is no path: give a text or a pathlib.Path.")
     address = re.match(r"([A-Za-z][\w+.-]+):/", str(path))
     if address:

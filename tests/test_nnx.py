@@ -1,8 +1,11 @@
 """A network of flax.nnx is quantized as it is: given in Python or in a file, with the weights that it holds or with a state."""
 
+import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -246,6 +249,15 @@ def test_a_network_becomes_a_student_that_is_saved_loaded_and_exported(tmp_path:
         warnings.simplefilter("error", Notice)
         again = student_of(model, bits={"default": "w4a4", "listed_2_0": "w8a8"}, workdir=tmp_path / "run")
     np.testing.assert_array_equal(again(images()), student(images()))
+
+
+def test_the_pages_line_quantizes_a_network() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (tiny.ROOT / "docs" / "your_network.md").read_text(), re.DOTALL)
+    line = next(block for block in blocks if "quantize(model, image=" in block)
+    few = {"budget": "trial", "fields": FIELDS | {"synthesis.iterations": 1, "finetune.steps_per_epoch": 1}}
+    page = {"hast_jax": SimpleNamespace(quantize=partial(hast_jax.quantize, **few)), "model": Base(rngs=nnx.Rngs(0))}
+    exec(line, page)
+    assert page["student"](np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 10)
 
 
 def test_single_stages_take_the_network_alone() -> None:

@@ -234,8 +234,8 @@ def _layer(kind: type, found: Any, path: Path) -> Callable[[], nn.Module]:
     for name, usual in USUAL.items():
         if getattr(found, name, None) not in (None, usual):
             raise InputError(f"{_place(found, path)} has a {name} of its own: leave it out.")
-    make, names = LAYERS[kind]
-    settings = {ours: getattr(found, theirs) for ours, theirs in names.items()}
+    make, shared = LAYERS[kind]
+    settings = {ours: getattr(found, theirs) for ours, theirs in shared.items()}
     if kind is nnx.Einsum:
         settings["use_bias"] = found.bias_shape is not None
     return partial(make, **settings)
