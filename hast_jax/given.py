@@ -53,8 +53,6 @@ class Setting:
         defaults: the mean and the standard deviation of each channel if `mean` and `std` are None.
         """
         chosen = _dotted(fields)
-        if not isinstance(call or {}, Mapping):
-            raise InputError(f"call is {call!r}: give a dict of keyword arguments, such as {{'train': False}}.")
         self.image = _numbers("image", image, 3)
         channels = self.image[-1]
         if (mean is None) != (std is None):

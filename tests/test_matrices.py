@@ -1,8 +1,11 @@
 """Weights outside of layers: those that multiply and add activations are found; those used elementwise are no obstacle."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_refused_networks import IMAGE, Base, refused
 
@@ -90,3 +93,30 @@ def test_a_rule_may_name_weights_that_need_none() -> None:
     """Saved students have such rules, from versions that asked for them."""
     networks.create(Outside("a position"), IMAGE, rules=rules.normalise({"default": "w4a4", "mixing": None}))
     refused(Outside("a position"), "the rule 'stem/kernel' names no layer", {"default": "w4a4", "stem/kernel": None})
+
+
+class WithConstant(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(10)((x @ jnp.asarray(np.eye(4, dtype=np.float32))).mean((1, 2)))
+
+
+class Resized(nn.Module):
+    """The weights of the interpolation are computed, and no arrays of the network."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3))(x))
+        return nn.Dense(10)(jax.image.resize(x, (*x.shape[:1], 5, 5, 4), "bilinear").mean((1, 2)))
+
+
+def test_arrays_that_are_no_variables_stay_in_full_precision_with_a_notice() -> None:
+    with pytest.warns(Notice, match="WithConstant multiplies activations with arrays that are not among its variables"):
+        networks.create(WithConstant(), IMAGE, rules=rules.normalise("w4a4"))
+
+
+def test_weights_that_the_network_computes_from_nothing_need_no_notice() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        networks.create(Resized(), IMAGE, rules=rules.normalise("w4a4"))

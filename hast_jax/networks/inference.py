@@ -24,6 +24,8 @@ def arguments(module: nn.Module, given: Mapping[str, Any] = {}) -> dict[str, Any
     """
     if not isinstance(module, nn.Module):
         raise InputError(f"the network is a {name_of(module)}: give an instance of a flax.linen.Module or a flax.nnx.Module.")
+    if not isinstance(given, Mapping):
+        raise InputError(f"call is {given!r}: give a dict of keyword arguments, such as {{'train': False}}.")
     taken = list(_parameters(module).values())[1:]
     if taken and taken[0].name in TRAINING:
         raise InputError(f"the call of {name_of(module)} takes {taken[0].name!r} first: let it take the images first.")

@@ -50,8 +50,8 @@ def outside_layers(traced: Graph, variables: Mapping[int, tuple[int, ...]], kern
     return [number for number in variables if number in found and number not in kernels]
 
 
-def constant_factors(traced: Graph, variables: Collection[int]) -> int:
-    """How many products multiply activations with constant arrays. variables: the numbers of the network's variables."""
+def has_constant_factors(traced: Graph, variables: Collection[int]) -> bool:
+    """Whether a product multiplies activations with constant arrays. variables: the numbers of the network's variables."""
     activations = traced.descendants(traced.inputs[-1:])
     above = traced.upstream([*variables, *traced.constants])
     constants = frozenset(traced.constants)
@@ -60,7 +60,7 @@ def constant_factors(traced: Graph, variables: Collection[int]) -> int:
         return value in above and above[value] <= constants and value not in activations
 
     products = (operation.reads for operation in traced.operations if operation.name in PRODUCTS)
-    return sum(any(value in activations for value in reads) and any(map(is_constant, reads)) for reads in products)
+    return any(any(value in activations for value in reads) and any(map(is_constant, reads)) for reads in products)
 
 
 def _is_matrix(shape: tuple[int, ...]) -> bool:

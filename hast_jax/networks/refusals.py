@@ -7,6 +7,7 @@ import flax.linen as nn
 from flax import nnx
 
 from hast_jax.errors import InputError
+from hast_jax.networks.from_nnx import REFUSED
 from hast_jax.networks.graph import PRODUCTS, Graph
 from hast_jax.networks.linear import name_of, place
 from hast_jax.networks.matrices import SAME_NUMBERS
@@ -15,13 +16,13 @@ Path = tuple[str, ...]
 
 # Layers whose outputs are not products of input vectors with the columns of a kernel in `params`.
 KINDS: dict[type, str] = {
-    nn.MultiHeadDotProductAttention: "attention multiplies activations with each other",
+    nn.MultiHeadDotProductAttention: REFUSED[nnx.MultiHeadAttention],
     nn.ConvLocal: "a kernel for every pixel is not quantized",
-    nn.ConvTranspose: "a transposed convolution is not quantized",
-    nn.Embed: "an embedding is not quantized",
-    nn.RNNCellBase: "a recurrent network is not quantized",
-    nn.WeightNorm: "its weights are computed from others",
-    nn.SpectralNorm: "its weights are computed from others",
+    nn.ConvTranspose: REFUSED[nnx.ConvTranspose],
+    nn.Embed: REFUSED[nnx.Embed],
+    nn.RNNCellBase: REFUSED[nnx.RNNCellBase],
+    nn.WeightNorm: REFUSED[nnx.WeightNorm],
+    nn.SpectralNorm: REFUSED[nnx.SpectralNorm],
 }
 
 

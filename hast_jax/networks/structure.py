@@ -22,7 +22,7 @@ from hast_jax.networks.from_nnx import FromNnx
 from hast_jax.networks.inference import advice
 from hast_jax.networks.layers import Activation
 from hast_jax.networks.linear import LINEAR, name_of, place, summed_axes
-from hast_jax.networks.matrices import constant_factors, outside_layers
+from hast_jax.networks.matrices import has_constant_factors, outside_layers
 from hast_jax.networks.refusals import Kernel
 
 Path = tuple[str, ...]
@@ -63,9 +63,9 @@ class Structure(NamedTuple):
 
     marks: calls of `Activation`. norms: calls of batch norms. branches: calls of batch norms whose outputs end a branch.
     variables: paths of the variables outside of layers and batch norms, relative to `params`; in another collection a path
-    begins with the collection's name. others: those of them that multiply activations. constants: how many products of
-    activations with constant arrays there are. classes: the number of logits. collections: those of its variables. program: the
-    checksum of what it computes (`graph.Graph`).
+    begins with the collection's name. others: those of them that multiply activations. constants: whether constant arrays
+    multiply activations. classes: the number of logits. collections: those of its variables. program: the checksum of what it
+    computes (`graph.Graph`).
     """
 
     layers: tuple[Layer, ...]
@@ -75,7 +75,7 @@ class Structure(NamedTuple):
     branches: tuple[Call, ...]
     variables: tuple[Path, ...]
     others: tuple[Path, ...]
-    constants: int
+    constants: bool
     classes: int
     collections: tuple[str, ...]
     program: int
@@ -158,7 +158,7 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         branches(traced, norms, {value(call, "output") for call in seen.calls}, set(inputs.values()), seen.shapes),
         tuple(_outside(path) for path in numbers if path[1:-1] not in owners),
         tuple(_outside(path) for path, number in numbers.items() if number in others),
-        constant_factors(traced, traced.inputs[:-1]),
+        has_constant_factors(traced, traced.inputs[:-1]),
         seen.classes,
         tuple(variables),
         traced.checksum,
