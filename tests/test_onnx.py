@@ -171,7 +171,9 @@ class Assorted(nn.Module):
         x = nn.softplus(norm(nn.Conv(12, (3, 3))(nn.gelu(x, approximate=False))))
         a, b, c = jnp.split(x, (3, 8), axis=-1)  # parts of a channel axis
         x = jnp.concatenate([jnp.sin(c), 1 - a, b[..., ::2], -b], axis=-1)  # 4 + 3 + 3 + 5 channels
-        x = x.transpose(0, 2, 1, 3)[:, 1:-1]
+        rows = jnp.broadcast_to(jnp.linspace(-1, 1, x.shape[1])[:, None, None], (*x.shape[:3], 1))
+        x = jnp.pad(jnp.concatenate([rows, x, jnp.zeros_like(rows)], -1), ((0, 0), (1, 1), (2, 0), (0, 0)), mode="edge")
+        x = x.transpose(0, 2, 1, 3)[:, 3:-1, 1:-1, 1:-1]
         x = norm(nn.Conv(15, (3, 3), (2, 1), padding="SAME")(jnp.square(x) / (1 + jnp.abs(x))))
         gate = nn.softmax(x.max((1, 2)), axis=-1)
         x = jnp.where(x > 0.1, x, jnp.clip(x, -1, 0.05)) * gate[:, None, None] ** 0.5

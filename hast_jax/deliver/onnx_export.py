@@ -20,14 +20,13 @@ from onnx import TensorProto, helper
 
 from hast_jax import __version__, networks
 from hast_jax.data.datasets import normalise
-from hast_jax.deliver.onnx_graph import Graph, Grid, Value, cannot_write, constant
+from hast_jax.deliver.onnx_graph import BATCH, Graph, Grid, Value, cannot_write, constant
 from hast_jax.deliver.onnx_operators import ELEMENTWISE, OPERATORS
 from hast_jax.networks.marks import MARK, marked
 from hast_jax.student import Student
 
 INPUT, OUTPUT = "images", "logits"
 OPSET, INT4_OPSET = 13, 21  # the oldest opsets with a scale for each channel, and with INT4
-BATCH = "n"
 TRACED_BATCH = 10007  # images of the trace: a prime that is the size of no other axis. The model takes any number
 LOOPS = ("scan", "while", "cond")
 LAYOUTS = {"nhwc": (0, 1, 2, 3), "nchw": (0, 3, 1, 2)}
@@ -115,10 +114,26 @@ def _walk(graph: Graph, jaxpr: Any, constants: Sequence[Value], arguments: Seque
     def read(atom):
         return constant(atom.val) if isinstance(atom, Literal) else values[atom]
 
-    for equation in jaxpr.eqns:
-        operands = [read(atom) for atom in equation.invars]
+    for equation, atoms in _needed(jaxpr):
+        operands = [read(atom) for atom in atoms]
         values.update(zip(equation.outvars, _results(graph, equation, operands)))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _needed(jaxpr: Any) -> list[tuple[Any, list[Any]]]:
+    """The operations that the outputs depend on, each with its operands. Empty parts of a concatenation are left out.
+
+    Such parts come from `jnp.pad`, which pads every axis, some of them by nothing.
+    """
+    needed, found = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}, []
+    for equation in reversed(jaxpr.eqns):
+        if needed.isdisjoint(equation.outvars):
+            continue
+        joins = equation.primitive.name == "concatenate"
+        atoms = [atom for atom in equation.invars if atom.aval.size or not joins]
+        needed.update(atom for atom in atoms if not isinstance(atom, Literal))
+        found.append((equation, atoms))
+    return found[::-1]
 
 
 def _results(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:

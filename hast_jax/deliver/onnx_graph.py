@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from hast_jax.errors import InputError
 
 Array = Any  # an array or a scalar of numpy
+BATCH = "n"  # in a shape: the number of images
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +37,9 @@ class Grid:
 class Value:
     """A constant `array`, or the tensor `name`. Axis i of the tensor is the network's axis order[i].
 
-    shape: as in the network, with a symbolic batch size. Axes of `array` may have size 1 where `shape` has more. scale, shift:
-    x * scale + shift is still to be done; None if there is nothing to do. grid: of a quantized value. stretched: axes of the
-    tensor, too, may have size 1 where `shape` has more.
+    shape: as in the network, with `BATCH` for the number of images. Axes of `array` may have size 1 where `shape` has more.
+    scale, shift: x * scale + shift is still to be done; None if there is nothing to do. grid: of a quantized value. stretched:
+    axes of the tensor, too, may have size 1 where `shape` has more.
     """
 
     shape: tuple[Any, ...]

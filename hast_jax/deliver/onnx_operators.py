@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from hast_jax.deliver.onnx_graph import Graph, Value, cannot_write, constant
+from hast_jax.deliver.onnx_graph import BATCH, Graph, Value, cannot_write, constant
 from hast_jax.deliver.onnx_layers import Operator, both_ends, convolution, pool, product, quantized
 from hast_jax.networks.marks import MARK
 
@@ -233,12 +233,22 @@ def _reverse(graph: Graph, given: dict[str, Any], operands: list[Value], shape: 
 
 
 def _concatenate(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
-    order = next((each.order for each in operands if each.array is None), tuple(range(len(shape))))
-    for each in operands:
-        if each.array is not None and each.array.shape != each.shape:
-            raise cannot_write("it concatenates a constant that is broadcast")
-    names = [graph.tensor(each, order) for each in operands]
+    tensor = next(each for each in operands if each.array is None)
+    order = tensor.order
+    names = [graph.tensor(each, order) if each.array is None else _spread(graph, each, tensor) for each in operands]
     return Value(shape, graph.node("Concat", *names, axis=order.index(given["dimension"])), order)
+
+
+def _spread(graph: Graph, value: Value, tensor: Value) -> str:
+    """A tensor with the whole shape of the constant `value`. tensor: has the number of images and the order of axes."""
+    sizes = [1 if size == BATCH else size for size in value.shape]
+    name = graph.constant(np.broadcast_to(value.array, sizes).transpose(tensor.order))
+    if BATCH not in value.shape:
+        return name
+    batch = tensor.order.index(value.shape.index(BATCH))
+    images = graph.node("Gather", graph.node("Shape", tensor.name), graph.constant(np.asarray([batch], np.int64)))
+    once = graph.constant(np.ones(batch, np.int64)), graph.constant(np.ones(len(sizes) - batch - 1, np.int64))
+    return graph.node("Expand", name, graph.node("Concat", once[0], images, once[1], axis=0))
 
 
 def _gather(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
