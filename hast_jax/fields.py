@@ -148,8 +148,8 @@ FIELDS: dict[str, Field] = {
     ),
     "synthesis.real_split": Field(
         "",
-        "Split of `eval.dataset` from which `synthesis.images` random images take the place of synthetic ones. This upper "
-        "bound is not data-free.",
+        "Split of `eval.dataset` from which `synthesis.images` random images take the place of synthetic ones, for "
+        "comparison. Such a run is not data-free.",
     ),
     "synthesis.images": Field(5120, "Number of synthetic images: a multiple of `synthesis.batch`.", count),
     "synthesis.batch": Field(256, "Images that are made together. Batch-norm statistics are computed over one batch.", count),

@@ -1,4 +1,4 @@
-"""Real images: for evaluation, for pretraining a teacher, and for fine-tuning on real data as an upper bound.
+"""Real images: for evaluation, for pretraining a teacher, and for fine-tuning on real data, for comparison.
 
 The method itself uses no real images.
 """

@@ -200,7 +200,7 @@ def _average(costs: Sequence[Cost]) -> float:
 
 def _images_words(record: Mapping[str, Any]) -> str:
     if record.get("real_split"):
-        return f"{format_images(record)}: an upper bound, because real images were used."
+        return f"{format_images(record)}, for comparison: this student is not data-free."
     if record["iterations"] is None:
         return f"{format_images(record)}."
     return f"{format_images(record)}, made from the statistics of the network's batch norms, without any real image."

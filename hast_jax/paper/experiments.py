@@ -166,6 +166,7 @@ def recipe(config: ConfigDict) -> Experiment:
         Cell("no promotion, twice the steps", {"finetune.b": 0.0, "finetune.epochs": 2 * finetune.epochs}),
         *(Cell(f"eps = {eps:g}", {"finetune.eps": eps}) for eps in (0.01, 0.02, 0.05)),
         *(Cell(f"relaxed alignment, lambda = {lam:g}", {"finetune.lam": lam}) for lam in (100.0, 1000.0)),
+        Cell("direct alignment, lambda = 100", {"finetune.lam": 100.0, "finetune.alignment": "dfa"}),
         Cell("twice the steps", {"finetune.epochs": 2 * finetune.epochs}),
         *(Cell(f"augmentation keeps {share:g} of the image", {"finetune.crop_scale": share}) for share in (0.5, 0.8)),
         Cell("no augmentation", {"finetune.augment": False}),
@@ -179,9 +180,9 @@ def recipe(config: ConfigDict) -> Experiment:
         Cell("plateau instead of cosine", {"synthesis.schedule": "plateau"}),
         *(Cell(f"{n} iterations", {"synthesis.iterations": n}) for n in (synthesis.iterations // 2, 2 * synthesis.iterations)),
         *(Cell(f"{n} images", {"synthesis.images": n}) for n in (synthesis.images // 2, 2 * synthesis.images)),
-        Cell("noise images (lower bound)", {"synthesis.iterations": 0}),
-        Cell(f"{synthesis.images} real images (upper bound)", {"synthesis.real_split": "train"}),
-        Cell("all real images (upper bound)", {"synthesis.real_split": "train", "synthesis.images": 10**7}),
+        Cell("noise images", {"synthesis.iterations": 0}),
+        Cell(f"{synthesis.images} real images", {"synthesis.real_split": "train"}),
+        Cell("all real images", {"synthesis.real_split": "train", "synthesis.images": 10**7}),
     ]
     return Experiment("The recipe, one change at a time", cells, {})
 
