@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -108,6 +108,31 @@ def real_images() -> dict[str, Any]:
     """The values of the flags of `define_real_images` that are given."""
     values = {name: flags.FLAGS[name].value for name in REAL_IMAGES}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def define_own_network() -> None:
+    """Define the flags that name the user's code and weights, for a command that makes the network of a run folder."""
+    flags.DEFINE_string("network", None, "FILE.py:NAME of your own network. Its code is run.")
+    flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names). Its code is run.")
+    flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), if they have moved.")
+
+
+def own_network() -> dict[str, str | None]:
+    """The values of the flags of `define_own_network`."""
+    return {name: flags.FLAGS[name].value for name in ("network", "names", "weights")}
+
+
+def make_callable(module: str, function: Callable[..., Any]) -> None:
+    """Let the module of a command be called as the library's function of the same name, such as `hast_jax.export`.
+
+    Once the command is imported, the module takes the place of the function.
+    """
+
+    class Command(ModuleType):
+        def __call__(self, *arguments: Any, **named: Any) -> Any:
+            return function(*arguments, **named)
+
+    sys.modules[module].__class__ = Command
 
 
 def define_processes() -> None:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -15,12 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hast_jax import cli, from_config, networks, paths, pipeline
+from hast_jax import cli, from_config, library, networks, paths, pipeline
 from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.deliver.console import Bar, format_bits
 from hast_jax.errors import UserError
-from hast_jax.fields import GIVEN
 from hast_jax.runs import parallel, processes, run_folder
 from hast_jax.runs.progress import Progress, silent
 from hast_jax.stages.evaluate import Accuracy, evaluator
@@ -31,9 +29,7 @@ def define_flags() -> None:
     cli.define_workdir("Folder of a run.")
     flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which student; best was selected on test data.")
     cli.define_real_images()
-    flags.DEFINE_string("network", None, "FILE.py:NAME of your own network. Its code is run.")
-    flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names). Its code is run.")
-    flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), if they have moved.")
+    cli.define_own_network()
     flags.DEFINE_integer("devices", 0, "Local devices that are used. 0: the default, as for config.devices.", lower_bound=0)
     cli.define_processes()
 
@@ -64,8 +60,6 @@ def run(
     code that only a run folder names may be a stranger's and is never run.
     """
     folder, config = run_folder.open_for_reading(workdir)
-    if config.teacher.network.endswith(GIVEN):
-        raise UserError(f"the network of {workdir} was given in Python: load {folder.student} in Python, with hast_jax.load.")
     from_config.trust(config, workdir, network, names, weights)
     teacher, variables = from_config.teacher(config)
     student = from_config.student(config)
@@ -97,22 +91,13 @@ def main(_: list[str]) -> None:
         given = flags.FLAGS
         devices = parallel.setup(given.devices)
         console = Console(quiet=not processes.is_main())
-        chosen = {name: given[name].value for name in ("network", "names", "weights")}
         with Bar(console) as progress:
-            found = run(paths.local(given.workdir), given.checkpoint, devices, progress, real=cli.real_images(), **chosen)
+            own = cli.own_network()
+            found = run(paths.local(given.workdir), given.checkpoint, devices, progress, real=cli.real_images(), **own)
         console.print(found.table)
 
 
-class _Command(ModuleType):
-    """A module that can be called: `hast_jax.evaluate` is the library's function even if this command was imported."""
-
-    def __call__(self, *arguments: Any, **named: Any) -> Accuracy:
-        from hast_jax import library
-
-        return library.evaluate(*arguments, **named)
-
-
-sys.modules[__name__].__class__ = _Command
+cli.make_callable(__name__, library.evaluate)
 
 if __name__ == "__main__":
     cli.run(sys.modules["__main__"])

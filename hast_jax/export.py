@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from hast_jax import config as config_lib
 from hast_jax.data import datasets
 from hast_jax.deliver.exports import FORMATS, Exported, Options, export
 from hast_jax.errors import Notice, UserError
-from hast_jax.fields import GIVEN
 from hast_jax.runs import parallel, run_folder
 
 MOST_SYNTHETIC = 1024  # images on which the file and the student are compared
@@ -73,14 +71,13 @@ def run(
     folder, config = run_folder.open_for_reading(workdir)
     if folder.read_result() is None:
         raise UserError(f"the run in {workdir} has not finished: run its command again before the export.")
-    if config.teacher.network.endswith(GIVEN):
-        raise UserError(f"the network of {workdir} was given in Python: load {folder.student} in Python, with hast_jax.load.")
     from_config.trust(config, workdir, network, config.teacher.names, config.teacher.weights)  # the last two are not read
     found = student.load(folder.student, from_config.module(config))
     config.eval.update(real)
     config_lib.validate(config)
-    if real and config.eval.dataset == "none":
-        raise UserError(f"{workdir} was run without real images: name a data set with --dataset.")
+    if config.eval.dataset == "none" and set(real) - {"dataset"}:
+        whose = "--dataset=none names none" if "dataset" in real else f"{workdir} was run without any"
+        raise UserError(f"there are no real images, because {whose}: name a data set with --dataset.")
     path = output or workdir / _name(format, options)
     return export(found, path, format, images=_synthetic(folder, config), test=_real(config), **options)
 
@@ -151,14 +148,7 @@ def main(_: list[str]) -> None:
         Console().print(table(found, escape(f"{found.path}")))
 
 
-class _Command(ModuleType):
-    """A module that can be called: `hast_jax.export` is the library's function even if this command was imported."""
-
-    def __call__(self, *arguments: Any, **named: Any) -> Exported:
-        return export(*arguments, **named)
-
-
-sys.modules[__name__].__class__ = _Command
+cli.make_callable(__name__, export)
 
 if __name__ == "__main__":
     cli.run(sys.modules["__main__"])

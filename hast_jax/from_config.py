@@ -13,6 +13,7 @@ from hast_jax import config as config_lib
 from hast_jax import networks, paths
 from hast_jax.data.datasets import normalise
 from hast_jax.errors import UserError, sentence
+from hast_jax.fields import GIVEN
 from hast_jax.method import quantizer
 from hast_jax.networks import Network, rules, user_files, weights
 from hast_jax.networks.linear import name_of
@@ -24,7 +25,7 @@ LOGITS_AGREE = 0.01  # as a share of the largest logit. Frameworks round differe
 def module(config: ConfigDict) -> nn.Module:
     """The Linen module that the config names, without variables."""
     arguments = json.loads(config.teacher.arguments or "{}")
-    return networks.module(config.teacher.network, config.teacher.classes, **arguments)
+    return networks.module(config.teacher.network, config.teacher.classes, arguments)
 
 
 def own_code(config: ConfigDict) -> dict[str, str]:
@@ -38,9 +39,14 @@ def trust(
     """Put the code and the weights that the user names into the config of a run folder.
 
     network, names, weights_path: new values of `teacher.network`, `teacher.names` and `teacher.weights`. `teacher.check` is
-    emptied. Raises UserError if the weights are missing, or if the folder names code that the user does not name. This code may
-    be a stranger's.
+    emptied. Raises UserError if the network was given in Python, if the weights are missing, or if the folder names code that
+    the user does not name. This code may be a stranger's.
     """
+    if config.teacher.network.endswith(GIVEN):
+        raise UserError(
+            f"the network of {workdir} was given in Python, so no command can make it: load the student in Python, with "
+            "hast_jax.load."
+        )
     if weights_path is not None:
         config.teacher.weights = weights_path
     given = {field: value for field, value in {"network": network, "names": names}.items() if value is not None}
@@ -78,6 +84,8 @@ def teacher(config: ConfigDict) -> tuple[Network, weights.Variables]:
     Raises UserError if the stages cannot quantize the network, or if a file does not fit the config.
     """
     network = bare_teacher(config)
+    if not config.teacher.weights:
+        raise UserError("config.teacher.weights is empty: give the file of the trained network's weights.")
     path = weights.locate(config.teacher.weights)
     state, metadata = weights.read(path)
     for field in ("teacher.mean", "teacher.std", "eval.crop"):

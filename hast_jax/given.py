@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hast_jax import config as config_lib
 from hast_jax import from_config
 from hast_jax.cross_checks import MAX_BATCH_VALUES
-from hast_jax.data.datasets import check_labels, check_pair
+from hast_jax.data.datasets import as_array, check_pair, whole_labels
 from hast_jax.errors import InputError
 from hast_jax.fields import FIELDS, GIVEN
 from hast_jax.method.pyramid import PIXEL_MEAN, PIXEL_STD
@@ -162,7 +163,7 @@ def _as_json(call: Mapping[str, Any]) -> str:
 
 def normalised_images(images: Any) -> np.ndarray:
     """`images` as float32 [n, height, width, channels]. Raises InputError unless they are finite floating point images."""
-    array = np.asarray(images)
+    array = as_array("images", images)
     if array.ndim != 4 or not np.issubdtype(array.dtype, np.floating) or not len(array):
         raise InputError(
             f"the images are {array.dtype} {array.shape}: give normalised float32 images [n, height, width, channels]."
@@ -176,11 +177,10 @@ def normalised_images(images: Any) -> np.ndarray:
 def given_images(given: tuple[Any, Any], image: tuple[int, ...], classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Normalised images float32 [n, *image] and labels int32 [n] to learn from. Raises InputError if they are anything else."""
     check_pair("images", given)
-    images, labels = normalised_images(given[0]), np.asarray(given[1])
+    images = normalised_images(given[0])
     if images.shape[1:] != tuple(image):
         raise InputError(f"the images have the shape {images.shape[1:]}: the network takes {tuple(image)}.")
-    check_labels(labels, len(images), classes)
-    return images, labels.astype(np.int32)
+    return images, whole_labels(given[1], len(images), classes)
 
 
 def check_batch(field: str, batch: int, images: int) -> None:
@@ -194,10 +194,16 @@ def range_names(ranges: Any) -> set[str]:
     return {"/".join(name) for name in flatten_dict(ranges)} if isinstance(ranges, Mapping) else set()
 
 
-def check_ranges(ranges: Any, student: Network) -> None:
-    """Raise InputError unless `ranges` are finite and have exactly the names that `student` needs (`range_names`)."""
-    same = range_names(ranges) == student.range_names.keys()
-    if not (same and all(np.all(np.isfinite(each)) for each in flatten_dict(ranges).values())):
-        raise InputError(
-            "the ranges are not finite, or not those of this network and these bits: give what calibrate returned for them."
-        )
+def given_ranges(ranges: Any, student: Network) -> Variables:
+    """`ranges` as arrays float32. Raises InputError unless they are finite and have exactly the names that `student` needs."""
+    wanted = "give what calibrate returned for this network, these bits and the same finetune.ranges"
+    given, known = range_names(ranges), student.range_names
+    if missing := sorted(known.keys() - given):
+        raise InputError(f"the ranges lack {missing[0]}: {wanted}.")
+    if others := sorted(given - known.keys()):
+        raise InputError(f"the ranges hold {others[0]}, which this student does not have: {wanted}.")
+    flat = {path: as_array("ranges", each) for path, each in flatten_dict(dict(ranges)).items()}
+    for path, each in flat.items():
+        if not np.issubdtype(each.dtype, np.number) or not np.isfinite(each).all():
+            raise InputError(f"the range {'/'.join(path)} is not finite: {wanted}.")
+    return unflatten_dict({path: jnp.asarray(each, jnp.float32) for path, each in flat.items()})

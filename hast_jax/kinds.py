@@ -135,12 +135,20 @@ def parsed_by(parse: Callable[[str], Any], words: str) -> Rule:
     return rule
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The JSON value in a text. Raises ValueError if the text is anything else, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def json_object(text: str) -> dict[str, Any]:
     """The JSON object in a text. Raises UserError if the text is something else or holds a number that is not finite."""
     try:
-        value = json.loads(text)
+        value = parse_json(text)
         json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{error}.") from error
     if not isinstance(value, dict):
         raise InputError(f"it is {shown(value)}.")

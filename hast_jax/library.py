@@ -1,11 +1,12 @@
 """The library: quantize a network in Python, in one call or stage by stage, on plain arrays and pytrees.
 
 No function ends the process, changes environment variables or holds a lock after it returns. Nothing is printed, except a
-progress bar in a notebook or with progress=True. Without `workdir` nothing is written. All functions but `evaluate` take
-`fields`: values of config fields that replace the defaults, such as {"finetune.lam": 0.0}.
+progress bar in a notebook or with progress=True. Without `workdir` nothing is written. The functions that make
+something take `fields`: values of config fields that replace the defaults, such as {"finetune.lam": 0.0}.
 """
 
 import contextlib
+import numbers
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from flax import nnx
 
 from hast_jax import config as config_lib
 from hast_jax import from_config, networks, paths, pipeline
-from hast_jax.data.datasets import real_images
+from hast_jax.data.datasets import as_array, real_images, whole_labels
 from hast_jax.deliver.console import library_bar
 from hast_jax.errors import InputError
 from hast_jax.fields import GIVEN
@@ -25,9 +26,9 @@ from hast_jax.given import (
     NORMALISED,
     Setting,
     check_batch,
-    check_ranges,
     evaluation_batch,
     given_images,
+    given_ranges,
     normalised_images,
     range_names,
 )
@@ -105,14 +106,13 @@ def quantize(
     Returns the student. Raises UserError, with one sentence, for an impossible argument, before any long work.
     """
     for name, chosen, known in (("budget", budget, BUDGETS), ("recipe", recipe, RECIPES)):
-        if chosen not in known:
+        if not isinstance(chosen, str) or chosen not in known:
             raise InputError(f"{name} is {chosen!r}: choose one of {', '.join(known)}.")
     changes = {**RECIPES[recipe], **BUDGETS[budget], **config_lib.VARIANTS.get(f"{recipe},{budget}", {})}
+    changes |= {"synthesis.source": GIVEN} if images is not None else {}
     setting = Setting(model, variables, image, mean, std, bits, seed, call, changes, fields)
     given = given_images(images, setting.image, setting.classes) if images is not None else None
     dataset = real_images(test, setting.image, setting.classes) if test is not None else None
-    if given is not None:
-        setting.config.synthesis.source = GIVEN
     own = pipeline.GivenNetwork(setting.model, setting.variables, dataset, given)
     if workdir == "":
         raise InputError("workdir is empty: name a folder, or give None.")
@@ -141,13 +141,15 @@ def synthesize(
     mean, std: as in `quantize`, but None means that the network takes normalised images. Both set the spread of the noise from
     which the images start. For the other arguments and the errors see `quantize`.
     """
-    if not isinstance(count, int) or count < 1:
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
         raise InputError(f"count is {count!r}: it must be a whole number above zero.")
     batches = -(-count // MOST_TOGETHER)
     batch = -(-count // batches)
     sizes = {"synthesis.images": batch * batches, "synthesis.iterations": iterations, "synthesis.batch": batch}
     sizes |= {**_best("synthesis"), "finetune.batch": 1, "calibration.batch": 1}
     setting = Setting(model, variables, image, mean, std, "full", seed, call, sizes, fields, NORMALISED)
+    if setting.config.synthesis.images < count:
+        raise InputError(f"fields set synthesis.images to less than count, {count}: leave synthesis.images out.")
     with _shown(progress) as shown:
         made, labels = synthesize_stage.run(setting.job(shown))
     return made[:count], labels[:count]
@@ -203,11 +205,11 @@ def finetune(
     sizes = {**_best("finetune"), "finetune.epochs": epochs, "finetune.batch": min(64, len(images)), "synthesis.source": GIVEN}
     shape = images.shape[1:]
     setting = Setting(model, variables, shape, mean, std, bits, seed, call, sizes, fields, NORMALISED)
-    images, labels = given_images((images, labels), setting.image, setting.classes)
+    labels = whole_labels(labels, len(images), setting.classes)
     check_batch("finetune.batch", setting.config.finetune.batch, len(images))
     with _shown(progress) as shown:
         job = setting.job(shown, setting.config.finetune.batch)
-        check_ranges(ranges, job.student)
+        ranges = given_ranges(ranges, job.student)
         state, _ = finetune_stage.run(job, images, labels, ranges, None)
     return finetune_stage.student_variables(job.student, setting.variables, ranges, state.trained)
 
@@ -229,26 +231,34 @@ def evaluate(
     labels: whole numbers from 0 to the number of classes - 1. Raises UserError for an impossible argument.
 
     For a student: `evaluate(student, images=..., labels=...)`. For a network in full precision: `evaluate(model, variables,
-    images, labels, mean=..., std=...)`. For a quantized network: the same with `bits`, and with `ranges` among the variables.
+    images, labels, mean=..., std=...)`. For a quantized network: the same with `bits`, and with the collection `ranges` among
+    the variables. The other arguments are those of `quantize`.
     """
-    shape = tuple(np.shape(images)[1:])
     if isinstance(model, Student):
         given = {"variables": variables, "mean": mean, "std": std, "bits": bits, "call": call}
         if named := [name for name, value in given.items() if value is not None]:
             raise InputError(f"a Student has its own {named[0]}: give evaluate(student, images=..., labels=...).")
-        shape = model.image
-        network, variables, mean, std = model.network, model.variables, model.mean, model.std
+    if images is None or labels is None:
+        raise InputError("evaluate needs images and labels: give both.")
+    images = as_array("images", images)
+    if images.ndim != 4:
+        raise InputError(f"the images have the shape {images.shape}: give uint8 images [n, height, width, channels].")
+    if isinstance(model, Student):
+        network, variables, shape = model.network, model.variables, model.image
         config = config_lib.default()
-        config.teacher.mean, config.teacher.std, config.eval.batch = mean, std, evaluation_batch(shape)
+        config.teacher.mean, config.teacher.std, config.eval.batch = model.mean, model.std, evaluation_batch(shape)
     else:
-        if mean is None or std is None or len(shape) != 3:
-            raise InputError("evaluate needs images, labels, mean and std of a network that is not a Student.")
-        setting = Setting(model, variables, shape, mean, std, bits or "full", 0, call, {}, None)
+        shape = images.shape[1:]
+        ranges, variables = _ranges_apart(variables)
+        if bits is None and ranges:
+            raise InputError("the variables hold the ranges of a quantized network: give its bits, or leave out the ranges.")
+        setting = Setting(model, variables, shape, mean, std, "full" if bits is None else bits, 0, call, {}, None)
         config = setting.config
-        ranges = variables.get("ranges", {}) if bits and isinstance(variables, Mapping) else {}
-        network = _student_with(config, setting.model, ranges) if bits else from_config.bare_teacher(config, setting.model)
-        check_ranges(ranges, network)
-        variables = {**setting.variables, "ranges": ranges}
+        if bits is None:
+            network = from_config.bare_teacher(config, setting.model)
+        else:
+            network = _student_with(config, setting.model, ranges)
+        variables = {**setting.variables, "ranges": given_ranges(ranges, network)}
     dataset = real_images((images, labels), shape, network.classes)
     with _shown(progress) as shown:
         logits = partial(networks.logits, network)
@@ -261,8 +271,14 @@ def read_weights(path: str | Path) -> Mapping[str, np.ndarray]:
     Kinds of files: .safetensors, .npz, .msgpack, .h5, .keras, .pth, .pt, .ckpt, .bin. Raises UserError if there is no such
     file, if the file is damaged, or if a package that reads it is missing.
     """
-    state, _ = weights.read(weights.locate(str(path)))
-    return state
+    return weights.read(weights.locate(path))[0]
+
+
+def _ranges_apart(variables: Any) -> tuple[Any, Any]:
+    """The collection `ranges` among the variables, if any, and the variables without it; None if nothing else is left."""
+    if not isinstance(variables, Mapping) or "ranges" not in variables:
+        return {}, variables
+    return variables["ranges"], {name: each for name, each in variables.items() if name != "ranges"} or None
 
 
 def _student_with(config: Any, model: nn.Module, ranges: Any) -> networks.Network:

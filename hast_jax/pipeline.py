@@ -229,7 +229,8 @@ def _check_enough(config: ConfigDict, images: int) -> None:
     stage = max(("finetune", "calibration"), key=lambda name: config[name].batch)
     if images < config[stage].batch:
         settings = config.synthesis
-        place = settings.source or (f"the {settings.real_split} split" if settings.real_split else "the given set")
+        source = "the given set" if settings.source == GIVEN else settings.source
+        place = source or f"the {settings.real_split} split"
         raise UserError(
             f"{place} holds {images} images, fewer than a batch: lower config.{stage}.batch ({config[stage].batch})."
         )
@@ -272,15 +273,19 @@ def restore_student(
 ) -> tuple[weights.Variables, int]:
     """Variables of the student saved in a run folder, including its ranges, and the number of steps that it was trained.
 
-    variables: the teacher's. checkpoint: "latest" or "best". The latest student of a finished run without checkpoints is read
-    from the folder `student`. Raises UserError if there is no undamaged student.
+    variables: the teacher's. checkpoint: "latest" or "best". The latest student of a finished run without undamaged checkpoints
+    is read from the folder `student`. Raises UserError if there is no undamaged student.
     """
-    state = None
+    state, finished = None, checkpoint == "latest" and folder.result.exists()
     if folder.has_ranges() and folder.checkpoints(checkpoint).is_dir():
         ranges = folder.read_ranges(student.range_names)
         with folder.open_checkpoints(checkpoint, keep=2, writing=False) as checkpoints:
-            state = checkpoints.restore(finetune.init(variables["params"], ranges, config.finetune))
-    if state is None and checkpoint == "latest" and folder.result.exists():  # its checkpoints are not needed any more
+            try:
+                state = checkpoints.restore(finetune.init(variables["params"], ranges, config.finetune))
+            except UserError:
+                if not finished:
+                    raise
+    if state is None and finished:
         return load(folder.student, student.module).variables, config.finetune.epochs * config.finetune.steps_per_epoch
     if state is None and checkpoint == "best" and config.eval.dataset == "none":
         raise UserError(f"{folder} has no best student, because its run had no real images: use --checkpoint=latest.")

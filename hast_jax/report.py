@@ -11,7 +11,6 @@ from absl import flags
 from hast_jax import cli, from_config, paths, student
 from hast_jax.deliver import report
 from hast_jax.errors import UserError
-from hast_jax.fields import GIVEN
 from hast_jax.method.quantizer import MAX_BITS, MIN_BITS
 from hast_jax.runs import parallel, run_folder
 
@@ -20,9 +19,7 @@ def define_flags() -> None:
     """Define the flags of this command."""
     cli.define_workdir("Folder of a finished run.")
     flags.DEFINE_float("average_bits", None, "Average bits of a weight in the suggested bits by layer.", MIN_BITS, MAX_BITS)
-    flags.DEFINE_string("network", None, "FILE.py:NAME of your own network. Its code is run.")
-    flags.DEFINE_string("weights", None, "The teacher's weights (teacher.weights), if they have moved.")
-    flags.DEFINE_string("names", None, "FILE.py:FUNCTION that names the weights (teacher.names). Its code is run.")
+    cli.define_own_network()
 
 
 def run(
@@ -41,8 +38,6 @@ def run(
     if average_bits is not None and not MIN_BITS <= average_bits <= MAX_BITS:
         raise UserError(f"--average_bits={average_bits}: give a number from {MIN_BITS} to {MAX_BITS}.")
     folder, config = run_folder.open_for_reading(workdir)
-    if config.teacher.network.endswith(GIVEN):
-        raise UserError(f"the network of {workdir} was given in Python: only the run itself writes its report.")
     from_config.trust(config, workdir, network, names, weights)
     if folder.read_result() is None:
         raise UserError(f"the run in {workdir} has not finished: run its command again.")
@@ -58,8 +53,7 @@ def main(_: list[str]) -> None:
     with cli.user_errors():
         given = flags.FLAGS
         parallel.setup(1)
-        chosen = {name: given[name].value for name in ("network", "names", "weights")}
-        path = run(paths.local(given.workdir), given.average_bits, **chosen)
+        path = run(paths.local(given.workdir), given.average_bits, **cli.own_network())
         print(path)
 
 

@@ -4,7 +4,6 @@ python -m hast_jax.results runs/c100-w3a3 runs/c100-w4a4
 python -m hast_jax.results runs/c100-w3a3 --over_time=over_time      # top-1 over the time of the whole job, and a figure
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from absl import flags
 from hast_jax import cli, paths
 from hast_jax.deliver.console import format_bits, format_images, format_seconds, markdown_row
 from hast_jax.errors import UserError
+from hast_jax.kinds import parse_json
 from hast_jax.runs.progress import read_metrics
 
 HEADER = (
@@ -70,7 +70,7 @@ def result_of(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{folder} has no result.json: let its run finish.")
     try:
-        result = json.loads(path.read_text())
+        result = parse_json(path.read_text())
         if result["teacher"] is not None:
             row("", result)  # raises if a field is missing
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -86,8 +86,8 @@ def over_time(folder: Path) -> list[tuple[float, float]]:
     Raises UserError if the run's log is missing or damaged.
     """
     try:
-        settings = json.loads((folder / "config.json").read_text())["finetune"]
-        evaluations = {int(epoch): top1 for epoch, top1 in json.loads((folder / "evaluations.json").read_text()).items()}
+        settings = parse_json((folder / "config.json").read_text())["finetune"]
+        evaluations = {int(epoch): top1 for epoch, top1 in parse_json((folder / "evaluations.json").read_text()).items()}
         before, at = 0.0, {0: 0.0}
         for line in read_metrics(folder / "metrics.jsonl"):
             if line["stage"] == "finetune":

@@ -17,10 +17,11 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hast_jax import networks, paths
-from hast_jax.data.datasets import normalise
+from hast_jax.data.datasets import as_array, normalise
 from hast_jax.errors import InputError, Notice, UserError
+from hast_jax.kinds import parse_json
 from hast_jax.method.quantizer import RANGE_RULES
-from hast_jax.networks import Codes, Network, from_nnx, structure, weights
+from hast_jax.networks import Codes, Network, flax_trees, from_nnx, structure, weights
 from hast_jax.networks import rules as rules_lib
 from hast_jax.networks.linear import name_of
 from hast_jax.networks.rules import Rules
@@ -60,7 +61,7 @@ class Student:
         images: uint8 images of 0 ... 255, which are normalised by `mean` and `std`; or floating point images that are
         normalised already. Raises InputError for other images.
         """
-        images = np.asarray(images) if not isinstance(images, jax.Array) else images
+        images = as_array("images", images) if not isinstance(images, jax.Array) else images
         if images.ndim != 4 or images.shape[1:] != self.image:
             raise InputError(
                 f"the images have the shape {images.shape}: the student takes [n, {', '.join(map(str, self.image))}]."
@@ -98,7 +99,7 @@ class Student:
         Raises UserError if the files cannot be written.
         """
         path = paths.local(folder)
-        flat = {"/".join(name): np.asarray(leaf) for name, leaf in flatten_dict(jax.device_get(dict(self.variables))).items()}
+        flat = {"/".join(name): np.asarray(leaf) for name, leaf in flax_trees.leaves(dict(self.variables)).items()}
         description = {
             "format": FORMAT,
             "module": name_of(self.network.module),
@@ -140,13 +141,15 @@ def load(folder: str | Path, model: nn.Module | nnx.Module | None = None) -> Stu
             raise UserError(
                 f"{path} holds a student of your own network {said['module']}: give its module, as in load(folder, model)."
             )
-        model = networks.module(name, said["classes"], **said["arguments"])
+        model = networks.module(name, said["classes"], said["arguments"])
     module, _ = from_nnx.linen(model)
     structure.forget()
     network = networks.create(module, image, call=call, rules=rules, **settings)
     ranges = {f"ranges/{name}": ("ranges", *each) for name, each in network.range_names.items()}
     variables = unflatten_dict({ranges.get(name, tuple(name.split("/"))): jnp.asarray(each) for name, each in arrays.items()})
     variables.setdefault("ranges", {})
+    expected = weights.abstract_collections(module, image, call)
+    variables = {name: flax_trees.formed(expected.get(name), tree) for name, tree in variables.items()}
     checked = weights.from_variables(module, variables, image, call=call)
     found = {"/".join(name) for name in flatten_dict(variables["ranges"])}
     if found != network.range_names.keys():
@@ -165,7 +168,7 @@ def load(folder: str | Path, model: nn.Module | nnx.Module | None = None) -> Stu
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The description and the arrays of a student. Raises UserError if they are missing or damaged."""
     try:
-        said = json.loads((path / DESCRIPTION).read_text())
+        said = parse_json((path / DESCRIPTION).read_text())
         (path / WEIGHTS).open("rb").close()  # safetensors calls a file that may not be read one that is missing
         arrays = safetensors.numpy.load_file(path / WEIGHTS)
         if said["format"] != FORMAT or crc32(arrays) != said["crc32"]:

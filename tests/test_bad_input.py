@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
+import hast_jax.evaluate
 from hast_jax import paths, report
 from hast_jax.errors import CheckpointWarning, Notice, UserError, refused_by_disk
 from hast_jax.runs import run_folder, synthetic_set
@@ -281,6 +282,23 @@ def test_when_every_checkpoint_is_damaged_the_run_says_what_to_delete(unfinished
         truncate_checkpoint(path)
     with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(.*\): delete this folder"):
         tiny.run(unfinished)
+
+
+def test_of_a_finished_run_the_saved_student_is_evaluated_when_every_checkpoint_is_damaged(finished: Path, copy: Path) -> None:
+    for path in (copy / "checkpoints" / "latest").iterdir():
+        truncate_checkpoint(path)
+    with pytest.warns(CheckpointWarning):
+        found, expected = (hast_jax.evaluate.run(folder) for folder in (copy, finished))
+    assert found.student == expected.student
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [("config.json", hast_jax.evaluate.run), ("result.json", report.run)], ids=["config", "result"]
+)
+def test_a_file_that_is_nested_too_deeply_is_damaged(copy: Path, name: str, command: Callable) -> None:
+    (copy / name).write_text("[" * 100_000)
+    with pytest.raises(UserError, match=rf"{name} is damaged \(it is nested too deeply\)"):
+        command(copy)
 
 
 def test_a_diverging_run_stops_with_a_sentence(tmp_path: Path) -> None:

@@ -97,6 +97,29 @@ def test_variables_of_other_collections_are_written_under_the_collections_name()
     assert arrays["alpha"] == 2 and arrays["masks/alpha"] == 0.5
 
 
+def test_a_student_of_a_network_that_keeps_tuples_is_written_in_every_format(tmp_path: Path) -> None:
+    class Keeps(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3))(x))
+            self.sow("losses", "l2", jnp.sum(x**2))
+            offset, _ = self.variable("state", "pair", lambda: (jnp.ones(4), jnp.ones(3))).value
+            return nn.Dense(10)(x.mean((1, 2)) + offset[None])
+
+    variables = Keeps().init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    network = networks.create(Keeps(), (8, 8, 3), rules=rules_lib.normalise("w4a4"))
+    ranges = networks.observe(network, variables, {}, jnp.ones((2, 8, 8, 3)))
+    rest = (rules_lib.normalise("w4a4"), (8, 8, 3), (0.5,) * 3, (0.25,) * 3, {})
+    its = Student(network, {**variables, "ranges": ranges}, *rest)
+    its.save(tmp_path / "saved")
+    loaded = hast_jax.load(tmp_path / "saved", Keeps())
+    assert jax.tree.structure(loaded.variables) == jax.tree.structure(its.variables)
+    images = random_images(its)
+    np.testing.assert_array_equal(loaded(images), its(images))
+    for format in ("onnx", "safetensors", "stablehlo"):
+        hast_jax.export(loaded, tmp_path / f"student{exports.FORMATS[format].suffix}", format, images=images)
+
+
 def test_a_file_that_judges_otherwise_than_the_student_is_not_written(tmp_path: Path, monkeypatch) -> None:
     its = student("vgg")
     flat = flatten_dict(its.variables["ranges"])
@@ -208,6 +231,14 @@ def test_the_command_exports_the_student_of_a_run_and_tells_what_it_found(run: P
     its = hast_jax.load(run / "student")
     images = random_images(its)
     np.testing.assert_allclose(onnx_logits(run / "student.onnx", images), its(images), atol=1e-3)
+
+
+def test_real_images_are_left_out_by_name_and_missed_if_other_flags_speak_of_them(run: Path, tmp_path: Path) -> None:
+    command = importlib.import_module("hast_jax.export")
+    found = command.run(run, "stablehlo", tmp_path / "student.stablehlo", real={"dataset": "none"})
+    assert [each.name for each in found.comparisons] == ["images"]
+    with pytest.raises(UserError, match="there are no real images, because --dataset=none names none: name a data set"):
+        command.run(run, "stablehlo", tmp_path / "student.stablehlo", real={"dataset": "none", "split": "train"})
 
 
 def test_the_table_of_the_page_on_exports_can_be_printed_again(run: Path, monkeypatch, capsys) -> None:

@@ -312,6 +312,12 @@ def test_the_optimizer_is_pytorchs_sgd(golden: Golden, x64: None) -> None:
         np.testing.assert_allclose(params, expected, rtol=1e-10)
 
 
+def test_a_rate_that_drops_twice_at_an_epoch_falls_to_a_hundredth_as_in_pytorch() -> None:
+    config = ConfigDict({"schedule": "step", "lr": 1.0, "lr_drops": (1, 1, 3), "steps_per_epoch": 5})
+    rates = [float(schedules.learning_rate(config)(step)) for step in (4, 5, 14, 15)]
+    np.testing.assert_allclose(rates, [1, 0.01, 0.01, 0.001], rtol=1e-6)
+
+
 def test_the_learning_rate_drops_with_the_authors_epochs(golden: Golden) -> None:
     """The authors count 4 epochs of calibration, so that fine-tuning begins with their epoch 4."""
     golden.need("lr_policy")

@@ -172,7 +172,7 @@ def test_a_run_in_a_workdir_goes_on_holds_no_lock_and_its_result_never_changes(
     with pytest.raises(hast_jax.UserError, match=r"seed: 0 -> 1"):
         quantize(network, workdir=workdir, seed=1)
     done = tiny.call(tiny.evaluate(workdir, "--dataset=digits"))
-    assert done.returncode == 1 and "was given in Python: load" in done.stderr
+    assert done.returncode == 1 and "was given in Python, so no command can make it: load the student" in done.stderr
 
 
 def test_each_stage_stands_alone_on_plain_arrays(network: tuple, digits: datasets.Arrays) -> None:
@@ -187,8 +187,17 @@ def test_each_stage_stands_alone_on_plain_arrays(network: tuple, digits: dataset
     real = digits.images, digits.labels
     assert hast_jax.evaluate(model, variables, *real, mean=MEAN, std=STD).top1 > 99
     assert hast_jax.evaluate(model, trained, *real, mean=MEAN, std=STD, bits="w3a3").top1 > 50
-    with pytest.raises(ValueError, match="the ranges are not finite, or not those of this network and these bits"):
-        hast_jax.finetune(model, variables, ranges, images, labels, bits=(4, None))
+    given = {**trained, "ranges": jax.tree.map(lambda each: np.asarray(each).tolist(), trained["ranges"])}  # as from JSON
+    flat = {"/".join(path): each for path, each in flatten_dict({**trained, "ranges": {}}).items()}
+    for variables in (given, {**flat, "ranges": trained["ranges"]}):
+        assert hast_jax.evaluate(model, variables, *real, mean=MEAN, std=STD, bits="w3a3").top1 > 50
+    with pytest.raises(ValueError, match="the variables hold the ranges of a quantized network: give its bits"):
+        hast_jax.evaluate(model, trained, *real, mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match=r"the ranges hold .*, which this student does not have"):
+        hast_jax.finetune(model, trained, ranges, images, labels, bits=(4, None))
+    fixed = hast_jax.calibrate(model, trained, images, bits="w3a3", fields=FEW_STEPS | {"finetune.ranges": "fixed"})
+    with pytest.raises(ValueError, match=r"the ranges lack .*kernel/high: give .* and the same finetune\.ranges"):
+        hast_jax.finetune(model, trained, fixed, images, labels, bits="w3a3")
 
 
 def test_calibration_gives_the_same_ranges_however_many_batches_one_call_takes(network: tuple) -> None:
@@ -283,6 +292,8 @@ def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
         ({"test": (np.zeros((3, 8, 8, 1), np.uint8), np.full(3, 10))}, "from 0 to 9"),
         ({"call": {"train": True}}, "with the moments of the batch"),
         ({"call": "train"}, "call is 'train': give a dict of keyword arguments"),
+        ({"recipe": ["best"]}, r"recipe is \['best'\]: choose one of best, paper"),
+        ({"budget": {}}, "budget is {}: choose one of trial"),
         ({"test": np.zeros((3, 8, 8, 1), np.uint8)}, r"test is a ndarray: give a pair \(images, labels\)"),
         ({"images": np.zeros((3, 8, 8, 1), np.float32)}, r"images is a ndarray: give a pair \(images, labels\)"),
         ({"std": (1e-12,)}, "the squares of their variances are too large for float32: check mean and std, and the weights"),
@@ -294,10 +305,39 @@ def test_what_is_impossible_is_refused_in_one_sentence(network: tuple, changes: 
     assert isinstance(error.value, UserError) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("count", ["5", 1.5, 0])
+@pytest.mark.parametrize("count", ["5", 1.5, 0, True])
 def test_a_number_of_images_that_is_no_whole_number_is_refused(network: tuple, count: object) -> None:
     with pytest.raises(hast_jax.UserError, match=f"count is {count!r}: it must be a whole number above zero"):
         hast_jax.synthesize(*network, image=(8, 8, 1), count=count)
+
+
+def test_the_number_of_images_is_that_of_the_argument(network: tuple) -> None:
+    fields = {"synthesis.images": 32, "synthesis.batch": 32}
+    with pytest.raises(hast_jax.UserError, match=r"fields set synthesis\.images to less than count, 64"):
+        hast_jax.synthesize(*network, image=(8, 8, 1), count=np.int64(64), iterations=np.int64(1), fields=fields)
+
+
+@pytest.mark.parametrize("images", [[[1.0], [1.0, 2.0]], [np.zeros((8, 8, 1)), np.zeros((8, 9, 1))]])
+def test_images_of_unequal_sizes_are_no_array(network: tuple, student: hast_jax.Student, images: list, tmp_path: Path) -> None:
+    labels = [0, 1]
+    for call in (
+        lambda: quantize(network, images=(images, labels)),
+        lambda: quantize(network, test=(images, labels)),
+        lambda: hast_jax.evaluate(student, images=images, labels=labels),
+        lambda: hast_jax.calibrate(*network, images),
+        lambda: hast_jax.export(student, tmp_path / "student.onnx", images=images),
+        lambda: student(images),
+    ):
+        with pytest.raises(ValueError, match="the images make no array, such as lists of unequal lengths"):
+            call()
+
+
+def test_given_images_may_be_more_than_the_budget_makes_and_are_named_if_they_are_too_few(network: tuple) -> None:
+    many = np.zeros((300, 8, 8, 1), np.float32), np.zeros(300, int)
+    with pytest.raises(RuntimeError, match="enough"):
+        quantize(network, images=many, budget="trial", fields={"finetune.batch": 300}, progress=stop)
+    with pytest.raises(hast_jax.UserError, match="the given set holds 20 images, fewer than a batch"):
+        quantize(network, images=(many[0][:20], many[1][:20]), fields=FEW_STEPS | {"finetune.batch": 21})
 
 
 @pytest.mark.parametrize("path", [3, b"/tmp/run", "a\0b"])
@@ -318,6 +358,10 @@ def test_a_weight_file_is_read_into_variables(network: tuple) -> None:
     jax.tree.map(np.testing.assert_array_equal, weights.from_variables(model, read, (8, 8, 1)), dict(variables))
     with pytest.raises(hast_jax.UserError, match=r"there is no weight file nowhere\.npz"):
         hast_jax.read_weights("nowhere.npz")
+    with pytest.raises(hast_jax.UserError, match="the path of the weight file is empty"):
+        hast_jax.read_weights("")
+    with pytest.raises(hast_jax.UserError, match="None is no path"):
+        hast_jax.read_weights(None)
 
 
 @pytest.mark.usefixtures("little_optimization")
@@ -386,8 +430,13 @@ def test_a_stage_refuses_what_the_others_did_not_make(network: tuple, digits: da
         hast_jax.finetune(model, variables, {}, images, np.zeros(20, int), fields={"finetune.batch": 60})
     with pytest.raises(ValueError, match="positive for each channel"):
         hast_jax.evaluate(model, variables, digits.images, digits.labels, mean=MEAN, std=(0.0,))
-    with pytest.raises(ValueError, match="evaluate needs images, labels, mean and std"):
+    with pytest.raises(ValueError, match="evaluate needs images and labels"):
         hast_jax.evaluate(model, variables, mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match=r"the images have the shape \(719, 8, 8\): give uint8 images \[n, height"):
+        hast_jax.evaluate(model, variables, digits.images[..., 0], digits.labels)
+    for bits in (0, {}, ""):
+        with pytest.raises(ValueError, match="bits"):
+            hast_jax.evaluate(model, variables, digits.images, digits.labels, bits=bits)
 
 
 def test_a_weight_that_is_not_finite_is_named(network: tuple) -> None:

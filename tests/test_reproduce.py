@@ -208,6 +208,9 @@ def test_figure_2_comes_from_the_kept_checkpoints(tmp_path: Path, lam: float) ->
         assert (tmp_path / f"{name}.svg").stat().st_size > 1000
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 300
+    shutil.rmtree(small.path(Cell("", {}), 0) / "checkpoints" / "latest")
+    with pytest.raises(UserError, match="no checkpoint of its last epoch, which Figure 2 needs"):
+        figure2.base(small)
 
 
 def test_images_that_cannot_be_made_are_tried_once_for_all_their_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

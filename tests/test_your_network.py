@@ -169,7 +169,10 @@ def test_a_network_may_be_a_class_a_partial_a_function_or_itself_in_a_file_that_
     assert found == {"Net": 5, "Half": 5, "make": 5, "ready": 6}
     assert sys.path[-1] == str(tmp_path) and "/nowhere" in sys.path  # the file's own change of the path stays
     with pytest.raises(UserError, match=r"is a finished network, which takes no config\.teacher\.arguments"):
-        networks.module(f"{tmp_path}/nets.py:ready", 5, width=3)
+        networks.module(f"{tmp_path}/nets.py:ready", 5, {"width": 3})
+    for name in ("resnet8", f"{tmp_path}/nets.py:Net"):  # arguments may be any, such as the number of classes and a name
+        made = networks.module(name, 5, {"classes": 3, "name": "mine"})
+        assert made.classes == 3 and made.name == "mine"
 
 
 def test_a_file_may_import_its_neighbours_when_its_function_is_called_and_packages_of_the_working_directory(

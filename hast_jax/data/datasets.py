@@ -125,12 +125,19 @@ def sample(config: ConfigDict, count: int) -> tuple[np.ndarray, np.ndarray]:
 def real_images(test: tuple[Any, Any], image: tuple[int, ...], classes: int) -> Arrays:
     """Real images uint8 [n, *image] and labels int32 [n] for evaluation. Raises InputError if they are anything else."""
     check_pair("test", test)
-    images, labels = np.asarray(test[0]), np.asarray(test[1])
+    images = as_array("images", test[0])
     if images.dtype != np.uint8 or images.shape[1:] != tuple(image) or not len(images):
         wanted = ", ".join(map(str, image))
         raise InputError(f"the real images are {images.dtype} {images.shape}: give uint8 images [n, {wanted}] of 0 ... 255.")
-    check_labels(labels, len(images), classes)
-    return Arrays(images, labels.astype(np.int32), classes)
+    return Arrays(images, whole_labels(test[1], len(images), classes), classes)
+
+
+def as_array(name: str, values: Any) -> np.ndarray:
+    """`values` as an array. Raises InputError for lists of unequal lengths and the like. name: what the values are."""
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the {name} make no array, such as lists of unequal lengths: give a NumPy array.") from error
 
 
 def check_pair(name: str, given: Any) -> None:
@@ -139,11 +146,13 @@ def check_pair(name: str, given: Any) -> None:
         raise InputError(f"{name} is a {type(given).__name__}: give a pair (images, labels).")
 
 
-def check_labels(labels: np.ndarray, images: int, classes: int) -> None:
-    """Raise InputError unless `labels` are one whole number from 0 to `classes` - 1 for each of so many images."""
+def whole_labels(values: Any, images: int, classes: int) -> np.ndarray:
+    """Labels int32 [images]. Raises InputError unless `values` are one whole number from 0 to `classes` - 1 for each image."""
+    labels = as_array("labels", values)
     whole = labels.shape == (images,) and np.issubdtype(labels.dtype, np.integer)
     if not whole or labels.min() < 0 or labels.max() >= classes:
         raise InputError(f"the labels must be one whole number from 0 to {classes - 1} for each of the {images} images.")
+    return labels.astype(np.int32)
 
 
 def _digits(split: str) -> Arrays:

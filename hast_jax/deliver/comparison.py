@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hast_jax import networks
-from hast_jax.data.datasets import normalise
+from hast_jax.data.datasets import as_array, normalise
 from hast_jax.errors import InputError, UserError
 from hast_jax.student import Student
 
@@ -55,7 +55,7 @@ def judged(student: Student, images: Any) -> Judged:
     if images is None:
         key = jax.random.key(0)
         return Judged("random images", np.asarray(jax.random.bits(key, (BATCH, *student.image), np.uint8)))
-    images = np.asarray(images)
+    images = as_array("images", images)
     if images.shape[1:] != tuple(student.image) or not len(images):
         wanted = ", ".join(map(str, student.image))
         raise InputError(f"the images have the shape {images.shape}: the student takes [n, {wanted}].")

@@ -162,19 +162,25 @@ def _onnx(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[b
     int4 = options.weights == "int4"
     if int4 and options.operators == "integer":
         raise InputError("integer operators take int8 weights: leave out weights=int4 or operators=integer.")
-    built = onnx_export.build(student, **shape, operators=options.operators, int4=int4)
-    model = built.model
-    float_model, _ = onnx_export.build(_in_float32(student), **shape)
+    try:
+        built = onnx_export.build(student, **shape, operators=options.operators, int4=int4)
+        run = onnx_check.session(built.model)
+        float_model, _ = onnx_export.build(_in_float32(student), **shape)
+        float_run = onnx_check.session(float_model)
+    except UserError:
+        raise
+    except Exception as error:  # of ONNX or onnxruntime, which refuse an operation on values of some types
+        words = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        raise InputError(f"the network cannot be written as ONNX ({words}): use format=stablehlo.") from error
     prepare = _prepared(student, options)
-    run = onnx_check.session(model)
     few = sets[0].images[: 64 if max(student.image[:2]) <= 64 else 8]
     found = onnx_check.integers(built, prepare(few))
-    timed = comparison.milliseconds([run, onnx_check.session(float_model)], prepare(sets[0].images[:1]))
-    return model.SerializeToString(), {
+    timed = comparison.milliseconds([run, float_run], prepare(sets[0].images[:1]))
+    return built.model.SerializeToString(), {
         "float_bytes": float_model.ByteSize(),
         "comparisons": comparison.compare(student, lambda images: run(prepare(images)), sets),
         "layers": _different_integers(student, few, found),
-        "operators": onnx_check.operators(model),
+        "operators": onnx_check.operators(built.model),
         "milliseconds": timed[0],
         "float_milliseconds": timed[1],
     }

@@ -9,7 +9,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
 from hast_jax import __version__
-from hast_jax.networks.flax_trees import COLLECTIONS
+from hast_jax.networks.flax_trees import COLLECTIONS, leaves
 from hast_jax.networks.marks import activation_grid
 from hast_jax.student import Student
 
@@ -38,8 +38,8 @@ def build(student: Student, *, packed: bool = False) -> bytes:
             fits = np.abs(integers).max() <= 127
             arrays[path] = integers.astype(np.int8 if fits else np.int32)
     others = {name: tree for name, tree in student.variables.items() if name != "ranges"}
-    for (collection, *path), leaf in flatten_dict(others).items():
-        name = "/".join(path)
+    for (collection, *names), leaf in leaves(others).items():
+        name = "/".join(names)
         if collection == "params" and name in codes:
             continue
         if collection not in COLLECTIONS or name in arrays:

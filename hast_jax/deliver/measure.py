@@ -22,13 +22,13 @@ from hast_jax.networks import Network
 from hast_jax.networks.linear import LINEAR
 from hast_jax.networks.marks import activation_grid
 from hast_jax.networks.network import ENDS
+from hast_jax.networks.rules import FULL_PRECISION
 from hast_jax.networks.sites import Site
 from hast_jax.networks.structure import Call, mutable
 
 Array = jax.Array
 Variables = Mapping[str, Any]
 
-FULL = 32  # bits of a value that is not quantized
 BINS_OF_A_STEP, MOST_BINS = 5, 120  # of a histogram, but a step has at least one bin
 
 
@@ -95,12 +95,12 @@ def costs(network: Network, variables: Variables, image: tuple[int, ...]) -> lis
         counts[module.path] += 1
         mark = inputs[call].mark
         site = network.sites.get(call) or (network.sites.get(mark) if mark else None)
-        bits = site.bits if site else FULL
+        bits = site.bits if site else FULL_PRECISION
         layer, name = layers[module.path], "/".join(module.path)
         shape = flat[layer.kernel].shape
         products = y.size * math.prod(shape[axis] for axis in layer.axes)
         before = found[name].products if name in found else 0  # a layer may be called several times
-        found[name] = Cost(name, math.prod(shape), before + products, network.kernels.get(layer, FULL), bits)
+        found[name] = Cost(name, math.prod(shape), before + products, network.kernels.get(layer, FULL_PRECISION), bits)
         return y
 
     given = {name: tree for name, tree in variables.items() if name != "ranges"}

@@ -22,6 +22,7 @@ from hast_jax import __version__, networks
 from hast_jax.data.datasets import normalise
 from hast_jax.deliver.onnx_graph import BATCH, Graph, Grid, Value, cannot_write, constant
 from hast_jax.deliver.onnx_operators import ELEMENTWISE, OPERATORS
+from hast_jax.networks import flax_trees
 from hast_jax.networks.marks import MARK, marked
 from hast_jax.student import Student
 
@@ -29,6 +30,7 @@ INPUT, OUTPUT = "images", "logits"
 OPSET, INT4_OPSET = 13, 21  # the oldest opsets with a scale for each channel, and with INT4
 TRACED_BATCH = 10007  # images of the trace: a prime that is the size of no other axis. The model takes any number
 LOOPS = ("scan", "while", "cond")
+NOT_ON_INTEGERS = ("and", "or", "not", "neg")
 LAYOUTS = {"nhwc": (0, 1, 2, 3), "nchw": (0, 3, 1, 2)}
 
 
@@ -68,10 +70,7 @@ def build(
 
     traced = jax.make_jaxpr(logits)(variables, jax.ShapeDtypeStruct((TRACED_BATCH, *student.image), kind))
     kernels, order = _kernels(student), LAYOUTS[layout]
-    leaves = [
-        kernels.get("/".join(key.key for key in path[1:])) or constant(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
-    ]
+    leaves = [kernels.get("/".join(path[1:])) or constant(leaf) for path, leaf in flax_trees.leaves(variables).items()]
     images = Value((BATCH, *student.image), INPUT, order)
     (found,) = _walk(graph, traced.jaxpr, [constant(each) for each in traced.consts], [*leaves, images])
     graph.nodes.append(helper.make_node("Identity", [graph.tensor(found, (0, 1))], [OUTPUT], OUTPUT))
@@ -151,6 +150,8 @@ def _results(graph: Graph, equation: Any, operands: list[Value]) -> list[Value]:
         return _split(graph, given, _whole(graph, operands[0]), [_shape(each) for each in equation.outvars])
     if name not in OPERATORS or len(equation.outvars) > 1:
         raise cannot_write(f"it has the operation {name!r}")
+    if name in NOT_ON_INTEGERS and jnp.issubdtype(equation.invars[0].aval.dtype, jnp.integer):
+        raise cannot_write(f"it has the operation {name!r} on integers")
     if name in ELEMENTWISE:
         stretched = all(each.stretched or each.array is not None for each in operands)
         return [replace(OPERATORS[name](graph, given, operands, shape), stretched=stretched)]
@@ -190,7 +191,10 @@ def _computed(equation: Any, operands: list[Value]) -> list[Value]:
 
 
 def _whole(graph: Graph, value: Value) -> Value:
-    """`value` with its stored axes of size one expanded to its shape."""
+    """`value` with its stored axes of size one expanded to its shape, but for the axis of the images of a constant."""
+    if value.array is not None and value.grid is None:
+        sizes = [size if isinstance(size, int) else 1 for size in value.shape]
+        return replace(value, array=np.broadcast_to(np.asarray(value.array), sizes))
     if not value.stretched:
         return value
     if not all(isinstance(size, int) for size in value.shape[1:]):

@@ -242,7 +242,7 @@ def _concatenate(graph: Graph, given: dict[str, Any], operands: list[Value], sha
 def _spread(graph: Graph, value: Value, tensor: Value) -> str:
     """A tensor with the whole shape of the constant `value`. tensor: has the number of images and the order of axes."""
     sizes = [1 if size == BATCH else size for size in value.shape]
-    name = graph.constant(np.broadcast_to(value.array, sizes).transpose(tensor.order))
+    name = graph.constant(np.broadcast_to(np.asarray(value.array), sizes).transpose(tensor.order))
     if BATCH not in value.shape:
         return name
     batch = tensor.order.index(value.shape.index(BATCH))

@@ -32,7 +32,6 @@ Teacher = tuple[Network, Mapping[str, Any]]
 
 IMAGES, FEW_IMAGES = 128, 16  # images to measure on; FEW_IMAGES if the longer side of an image is over SMALL
 SMALL = 64
-FULL = measure.FULL
 UNNAMED = ("none", GIVEN)  # in place of the name of a data set
 ESCAPES = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -126,7 +125,8 @@ def _tiles(
         tiles.append((f"{agreed:.1f} %", "agree with the teacher", "of its training images; there were no test images"))
     before, after = _sizes(costs, student)
     tiles.append((f"{before / after:.1f} x", "smaller", f"{_bytes(before)} to {_bytes(after)}"))
-    operations = sum(each.products * FULL * FULL for each in costs) / sum(each.bit_operations for each in costs)
+    everything = sum(each.products * FULL_PRECISION**2 for each in costs)
+    operations = everything / sum(each.bit_operations for each in costs)
     tiles.append((f"{operations:.0f} x", "fewer bit operations", "multiplications times the bits of both factors"))
     return tiles
 
@@ -146,7 +146,7 @@ def _cost_rows(
     rows.append(("parameters, packed", _bytes(before), _bytes(after)))
     products = sum(each.products for each in costs)
     rows.append(("multiplications for one image", _large(products), "the same"))
-    full, quantized = products * FULL * FULL, sum(each.bit_operations for each in costs)
+    full, quantized = products * FULL_PRECISION * FULL_PRECISION, sum(each.bit_operations for each in costs)
     rows.append(("bit operations for one image", _large(full), _large(quantized)))
     return rows
 
@@ -188,14 +188,14 @@ def _sizes(costs: Sequence[Cost], student: Student) -> tuple[float, float]:
     trees = {name: tree for name, tree in student.variables.items() if name != "ranges"}
     everything = 4 * sum(leaf.size for leaf in jax.tree.leaves(trees))
     grids = 8 * sum(codes.step.size for codes in student.codes().values())
-    return everything, everything - sum(each.parameters * (FULL - each.weights) / 8 for each in costs) + grids
+    return everything, everything - sum(each.parameters * (FULL_PRECISION - each.weights) / 8 for each in costs) + grids
 
 
 def _average(costs: Sequence[Cost]) -> float:
-    """The average bits of the quantized weights; `FULL` if there are none."""
-    quantized = [each for each in costs if each.weights < FULL]
+    """The average bits of the quantized weights; `FULL_PRECISION` if there are none."""
+    quantized = [each for each in costs if each.weights < FULL_PRECISION]
     total = sum(each.parameters for each in quantized)
-    return sum(each.parameters * each.weights for each in quantized) / total if total else FULL
+    return sum(each.parameters * each.weights for each in quantized) / total if total else FULL_PRECISION
 
 
 def _images_words(record: Mapping[str, Any]) -> str:

@@ -68,8 +68,12 @@ def fake_quantize_weight(kernel: Array, bits: int, axes: tuple[int, ...] | None 
     axes: those that one output channel sums over; by default all but the last.
     """
     axes = tuple(range(kernel.ndim - 1)) if axes is None else axes
-    low, high = jnp.min(kernel, axes, keepdims=True), jnp.max(kernel, axes, keepdims=True)
-    return fake_quantize(kernel, low, high, bits)
+    return fake_quantize(kernel, *kernel_range(kernel, axes), bits)
+
+
+def kernel_range(kernel: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The minimum and the maximum of each output channel. axes: as in `fake_quantize_weight`; they are kept, with size 1."""
+    return jnp.min(kernel, axes, keepdims=True), jnp.max(kernel, axes, keepdims=True)
 
 
 def fake_quantize_activation(x: Array, low: Array, high: Array, bits: int, straight_through: str) -> Array:

@@ -40,13 +40,14 @@ def image_rate(plateau: Plateau, iteration: Array, settings: Any) -> Array:
 
 
 def learning_rate(settings: Any) -> optax.Schedule:
-    """The student's rate at each step: a cosine to zero, or a division by 10 at each epoch in `lr_drops`.
+    """The student's rate at each step: a cosine to zero, or a division by 10 at each epoch in `lr_drops`, as often as it is in
+    them.
 
     settings: `config.finetune`.
     """
     if settings.schedule == "cosine":
         return optax.cosine_decay_schedule(settings.lr, settings.epochs * settings.steps_per_epoch)
-    drops = {epoch * settings.steps_per_epoch: 0.1 for epoch in settings.lr_drops}
+    drops = {epoch * settings.steps_per_epoch: 0.1 ** settings.lr_drops.count(epoch) for epoch in settings.lr_drops}
     return optax.piecewise_constant_schedule(settings.lr, drops)
 
 

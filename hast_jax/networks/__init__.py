@@ -1,5 +1,6 @@
 """Networks: any Linen or nnx module as teacher or student, built-in networks by name, and weights from files."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -26,14 +27,15 @@ ARCHITECTURES: dict[str, Any] = {
 }
 
 
-def module(name: str, classes: int, **arguments: Any) -> nn.Module:
+def module(name: str, classes: int, arguments: Mapping[str, Any] = {}) -> nn.Module:
     """The module called `name`: one of `ARCHITECTURES`, or "FILE.py:NAME" for a network in a user's file.
 
-    arguments: of the constructor, besides `classes`. Raises UserError if there is no such network or if its constructor fails.
+    arguments: of the constructor. They win over `classes` if they give the number of classes too. Raises UserError if there is
+    no such network or if its constructor fails.
     """
     if name in ARCHITECTURES:
         try:
-            return ARCHITECTURES[name](classes=classes, **arguments)
+            return ARCHITECTURES[name](**{"classes": classes, **arguments})
         except TypeError as error:
             raise InputError(f"{name} takes no such arguments ({error}): leave config.teacher.arguments empty.") from error
     return user_files.make(name, classes, arguments)

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -57,8 +56,7 @@ def kernel_codes(network: Network, params: Variables, ranges: Variables) -> dict
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _codes(kernel: jax.Array, bits: int, axes: tuple[int, ...]) -> tuple[Any, Any, Any]:
-    low, high = jnp.min(kernel, axes, keepdims=True), jnp.max(kernel, axes, keepdims=True)
-    scale, zero_point = quantizer.scale_and_zero_point(low, high, bits)
+    scale, zero_point = quantizer.scale_and_zero_point(*quantizer.kernel_range(kernel, axes), bits)
     return quantizer.quantize(kernel, scale, zero_point, bits), scale, zero_point
 
 

@@ -105,9 +105,25 @@ def _nested(place: Place, tree: Any) -> Any:
     return tree
 
 
+def leaves(tree: Any) -> dict[Place, Any]:
+    """The leaves of a tree by their paths. The members of a tuple, such as `sow` makes, have their numbers as names."""
+    return {_steps(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def formed(like: Any, tree: Any) -> Any:
+    """`tree`, but with a tuple wherever `like` has one. If its leaves are not those of `like`, it is returned as it is."""
+    found = leaves(tree)
+    if found.keys() != leaves(like).keys():
+        return tree
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[_steps(path)], like)
+
+
+def _steps(path: Any) -> Place:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
 def _named(tree: Any) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(_as_linen(tree))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+    return {"/".join(place): np.asarray(leaf) for place, leaf in leaves(_as_linen(tree)).items()}
 
 
 def _as_linen(tree: Any) -> Any:

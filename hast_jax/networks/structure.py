@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hast_jax.errors import InputError, Notice, UserError
-from hast_jax.networks import graph, refusals
+from hast_jax.networks import flax_trees, graph, refusals
 from hast_jax.networks.branches import Call, branches
 from hast_jax.networks.from_nnx import FromNnx
 from hast_jax.networks.inference import advice
@@ -140,9 +140,8 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
     before = traced.upstream(value(call, "output") for call in seen.calls)
     marks = {value(call, "output"): call for call in seen.marks}
     norms = {value(call, "output"): call for call in seen.norms}
-    found = jax.tree_util.tree_leaves_with_path(variables)  # a collection may hold tuples too
-    names = [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) for path, _ in found]
-    leaves, numbers = dict(zip(names, (leaf for _, leaf in found))), dict(zip(names, traced.inputs[:-1]))
+    leaves = flax_trees.leaves(variables)
+    numbers = dict(zip(leaves, traced.inputs[:-1]))
     calls = Counter(call.path for call in seen.calls)
     for path, layer in seen.layers.items():
         leaf, number = leaves.get(("params", *layer.kernel)), numbers.get(("params", *layer.kernel))

@@ -115,13 +115,22 @@ def _called(name_of: names_lib.NameOf, path: tuple[str, ...]) -> str:
 def abstract_variables(model: nn.Module, image: Shape = (32, 32, 3), call: Mapping[str, Any] = {}) -> Variables:
     """Shapes and dtypes of the `params` and `batch_stats` of `model`, without computing anything.
 
+    The arguments and the errors are those of `abstract_collections`.
+    """
+    variables = abstract_collections(model, image, call)
+    return {name: variables.get(name, {}) for name in flax_trees.COLLECTIONS}
+
+
+def abstract_collections(model: nn.Module, image: Shape = (32, 32, 3), call: Mapping[str, Any] = {}) -> Variables:
+    """Shapes and dtypes of all variables of `model`, without computing anything.
+
     image: (height, width, channels) of one image. call: keyword arguments of `__call__` besides the images, as
     {"train": False}. Raises UserError if the network fails on such an image.
     """
     images = jax.ShapeDtypeStruct((1, *image), jnp.zeros(()).dtype)
     keys = {name: jax.random.key(0) for name in ("params", "dropout")}
     try:
-        variables = nn.unbox(jax.eval_shape(partial(model.init, **call), keys, images))
+        return nn.unbox(jax.eval_shape(partial(model.init, **call), keys, images))
     except UserError:
         raise
     except Exception as error:  # whatever the network does wrong
@@ -131,7 +140,6 @@ def abstract_variables(model: nn.Module, image: Shape = (32, 32, 3), call: Mappi
             f"{name_of(model)} fails on an image {tuple(image)}{given}: {type(error).__name__}: {words}; "
             "give an image and arguments that its __call__ takes."
         ) from error
-    return {name: variables.get(name, {}) for name in flax_trees.COLLECTIONS}
 
 
 def to_torch_layout(array: np.ndarray) -> np.ndarray:
@@ -314,15 +322,16 @@ def to_state_dict(
     return {name: np.ascontiguousarray(array) for name, array in ours.items()}
 
 
-def locate(name: str) -> Path:
+def locate(name: str | Path) -> Path:
     """The file of the built-in teacher `name` (one of `BUILT_IN`), or else the path `name` of a file or a folder of Orbax.
 
     Raises UserError if there is no such file or folder.
     """
-    if not name:
-        raise InputError("config.teacher.weights is empty: give the file of the trained network's weights.")
-    path = Path(str(resources.files("hast_jax") / "teachers" / f"{name}.safetensors"))
-    path = path if name in BUILT_IN else paths.local(name)
+    if name == "":
+        raise InputError("the path of the weight file is empty: give the file of the trained network's weights.")
+    if name in BUILT_IN:
+        return Path(str(resources.files("hast_jax") / "teachers" / f"{name}.safetensors"))
+    path = paths.local(name)
     if not path.exists():
         known = ", ".join(BUILT_IN)
         raise InputError(

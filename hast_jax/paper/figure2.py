@@ -39,7 +39,10 @@ class Base(NamedTuple):
 
 
 def base(sweep: Sweep) -> Base:
-    """The base cell, which is run first if it has not finished. Raises UserError if it failed."""
+    """The base cell, which is run first if it has not finished.
+
+    Raises UserError if it failed, or if the checkpoint of its last epoch is gone.
+    """
     cell, seed = Cell("HAST", {}), sweep.seeds[0]
     result = sweep.run_one(cell, seed)
     if "failed" in result:
@@ -56,6 +59,10 @@ def base(sweep: Sweep) -> Base:
     fixed = finetune.fixed_inputs(variables, folder.read_ranges(student.range_names), *constants, config)
     losses = landscape.losses(teacher, student, config.finetune)
     students = list(_students(folder, variables, config.finetune, student.range_names))
+    if students[-1][0] != config.finetune.epochs:
+        raise UserError(
+            f"{folder} has no checkpoint of its last epoch, which Figure 2 needs: delete the folder to run it again."
+        )
     return Base(losses, fixed, students, config)
 
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from hast_jax.errors import UserError
+from hast_jax.kinds import parse_json
 
 
 def write_text(path: Path, text: str) -> None:
@@ -45,7 +46,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, kind: type[Any] = dict, keys: Collection[str] = ()) -> Any:
     """The value in a file of a run folder: of this kind, and with these keys. Raises UserError if the file is damaged."""
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(path.read_text())
         if not isinstance(value, kind):
             raise ValueError(f"it holds a {type(value).__name__} instead of a {kind.__name__}")
         if missing := [key for key in keys if key not in value]:

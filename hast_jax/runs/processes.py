@@ -58,19 +58,22 @@ def count() -> int:
 
 def on_main(action: Callable[[], Any]) -> None:
     """Run `action` in process 0 while the others wait. A UserError or an error of the disk is raised in all as UserError."""
-    message = ""
+    told: UserError | None = None
     if is_main():
         try:
             action()
-        except (UserError, OSError) as error:
-            told = refused_by_disk(error) if isinstance(error, OSError) else error
+        except UserError as error:
+            told = error
+        except OSError as error:
+            told = refused_by_disk(error)
             if told is None:
                 raise
-            message = str(told)
+            told.__cause__ = error
     if jax.process_count() > 1:
-        message = _text(multihost_utils.broadcast_one_to_all(_bytes(message)))
-    if message:
-        raise UserError(message)
+        message = _text(multihost_utils.broadcast_one_to_all(_bytes(str(told or ""))))
+        told = told or (UserError(message) if message else None)
+    if told is not None:
+        raise told
 
 
 @contextlib.contextmanager

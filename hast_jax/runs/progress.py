@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hast_jax.kinds import parse_json
 from hast_jax.runs.files import write_text
 
 
@@ -109,7 +110,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
-            line = json.loads(text)
+            line = parse_json(text)
             if isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in LINE.items()):
                 lines.append(line)
     return lines

@@ -1,7 +1,6 @@
 """The folder of one run: its config, and the results of each stage."""
 
 import contextlib
-import json
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 from hast_jax import config as config_lib
 from hast_jax import paths
 from hast_jax.errors import CAUSES, Notice, UserError
+from hast_jax.kinds import parse_json
 from hast_jax.runs import synthetic_set
 from hast_jax.runs.checkpoint import Checkpoints
 from hast_jax.runs.files import crc32, read_json, write_json
@@ -159,7 +159,7 @@ class RunFolder:
     def read_ranges(self, names: Mapping[str, tuple[str, ...]]) -> Tree:
         """The ranges. names: those that the file must have, with their paths. Raises UserError if the file is damaged."""
         try:
-            flat = {name: np.asarray(value, np.float32) for name, value in json.loads(self.ranges.read_text()).items()}
+            flat = {name: np.asarray(value, np.float32) for name, value in parse_json(self.ranges.read_text()).items()}
             if flat.keys() != names.keys() or not all(np.isfinite(value).all() for value in flat.values()):
                 raise ValueError("not finite numbers for each end of a range")
             return unflatten_dict({names[name]: jnp.asarray(value) for name, value in flat.items()})
@@ -173,7 +173,7 @@ class RunFolder:
     def read_evaluations(self) -> dict[int, float]:
         """The accuracies by epoch; none, with a notice, if the file is missing or damaged."""
         try:
-            return {int(epoch): float(top1) for epoch, top1 in json.loads(self.evaluations.read_text()).items()}
+            return {int(epoch): float(top1) for epoch, top1 in parse_json(self.evaluations.read_text()).items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             words = f"{self.evaluations} is missing or damaged ({error}): the best epoch is chosen among those that follow."
             warnings.warn(words, Notice, stacklevel=2)

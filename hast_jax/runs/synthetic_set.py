@@ -8,7 +8,6 @@ The arrays have their full size from the start. `index.json` is replaced only af
 that it names is complete.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from hast_jax.errors import UserError
+from hast_jax.kinds import parse_json
 from hast_jax.runs.files import crc32, write_json
 
 AT_ONCE = 256  # images that are checked together
@@ -134,7 +134,7 @@ def _first_damaged(images: np.ndarray, labels: np.ndarray, batch: int, done: dic
 def _read_index(path: Path) -> tuple[int, dict[int, int]]:
     """Images in a batch, and the checksum of each finished batch."""
     try:
-        index = json.loads(path.read_text())
+        index = parse_json(path.read_text())
         return max(1, int(index["batch"])), {int(b): int(c) for b, c in index["done"].items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete the folder {path.parent}, and make the images anew.") from error
