@@ -164,12 +164,16 @@ def test_logits_of_teacher_and_student_agree_in_double_precision(golden: Golden,
 
 
 def test_attention_agrees_in_double_precision(golden: Golden, x64: None) -> None:
+    checked = False
     for case in cases(golden, dtype=np.float64):
         found = case.look()
         for key in ("ca_teacher", "ca_student"):
             stored = golden.under(f"{case.prefix}/{key}")  # not every config of a file has them
             if stored:
                 assert_agrees(golden, f"{case.prefix}/{key}", dict(zip(stored, found[key], strict=True)))
+                checked = True
+    if not checked:
+        pytest.skip("the file holds no attention maps")
 
 
 def test_integer_activations_agree_in_double_precision(golden: Golden, x64: None) -> None:

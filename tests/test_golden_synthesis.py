@@ -181,7 +181,10 @@ def test_the_first_30_iterations_agree_in_double_precision(golden: Golden, scale
 
 def test_the_first_adam_step_gives_the_authors_images(golden: Golden) -> None:
     """In most images, to a pixel in a thousand: where the gradient is nearly zero its sign is chance."""
-    for case in (case for case in cases(golden, scaled=False) if f"{case.prefix}/x1" in golden):
+    stored = [case for case in cases(golden, scaled=False) if f"{case.prefix}/x1" in golden]
+    if not stored:
+        pytest.skip("the file holds no images after the first step")
+    for case in stored:
         ((images, _),) = case.steps(1)
         off = np.abs(images - golden[f"{case.prefix}/x1"]).reshape(len(images), -1) > 1e-3
         assert np.median(off.mean(1)) <= 1e-3, off.mean(1)
