@@ -1,5 +1,6 @@
 """Several processes on one run, here two on the loopback address, are as good as one; and a run may change its devices."""
 
+import errno
 import json
 import re
 import signal
@@ -15,8 +16,9 @@ import tiny
 from jax.flatten_util import ravel_pytree
 
 from hast_jax import from_config, pipeline
+from hast_jax.errors import InputError, UserError
 from hast_jax.networks import weights
-from hast_jax.runs import run_folder
+from hast_jax.runs import processes, run_folder
 from hast_jax.stages import synthesize
 
 # Steps so small that few weights come near the edge of a code, where a rounding difference decides which one it is; and
@@ -221,6 +223,18 @@ def test_processes_with_other_held_out_images_are_refused(finished: Path, tmp_pa
     ends = end(twice(tiny.command(tmp_path / "run", *CALM), [f"--config.eval.held_out={finished}/synthetic"]))
     assert [status for status, _, _ in ends] == [1, 1], ends
     assert all("do not have the same held-out images:" in errors for _, _, errors in ends), ends
+
+
+def test_an_error_in_the_main_process_keeps_its_type_and_its_cause() -> None:
+    refused, full = InputError("images are missing."), OSError(errno.ENOSPC, "No space left", "result.json")
+    for error, kind, cause in ((refused, InputError, None), (full, UserError, full)):
+
+        def fail(error=error):
+            raise error
+
+        with pytest.raises(kind) as raised:
+            processes.on_main(fail)
+        assert raised.value.__cause__ is cause
 
 
 def test_a_process_that_meets_a_broken_one_says_what_that_one_said(tmp_path: Path) -> None:
