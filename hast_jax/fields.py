@@ -225,7 +225,7 @@ FIELDS: dict[str, Field] = {
     ),
     "calibration.kernel_range": Field(
         "minmax",
-        "First range of each output channel of a weight, if ranges are learned. The choices are those of `calibration.range`.",
+        "First range of each output channel of a weight, if ranges are learned, by the rules of `calibration.range`.",
         choices=tuple(quantizer.RANGE_RULES),
     ),
     "finetune.epochs": Field(147, "Epochs of fine-tuning.", count),

@@ -1,8 +1,8 @@
 """The library: quantize a network in Python, in one call or stage by stage, on plain arrays and pytrees.
 
 No function ends the process, changes environment variables or holds a lock after it returns. Nothing is printed, except a
-progress bar in a notebook or with progress=True. Without `workdir` nothing is written. The functions that make
-something take `fields`: values of config fields that replace the defaults, such as {"finetune.lam": 0.0}.
+progress bar in a notebook or with progress=True. Without `workdir` nothing is written. All functions but `evaluate` and
+`read_weights` take `fields`: values of config fields that replace the defaults, such as {"finetune.lam": 0.0}.
 """
 
 import contextlib

@@ -40,10 +40,9 @@ def image_rate(plateau: Plateau, iteration: Array, settings: Any) -> Array:
 
 
 def learning_rate(settings: Any) -> optax.Schedule:
-    """The student's rate at each step: a cosine to zero, or a division by 10 at each epoch in `lr_drops`, as often as it is in
-    them.
+    """The student's rate at each step: a cosine to zero, or a division by 10 for each epoch in `lr_drops`.
 
-    settings: `config.finetune`.
+    An epoch that is there twice divides by 100, as in PyTorch. settings: `config.finetune`.
     """
     if settings.schedule == "cosine":
         return optax.cosine_decay_schedule(settings.lr, settings.epochs * settings.steps_per_epoch)
