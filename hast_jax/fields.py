@@ -40,8 +40,8 @@ FIELDS: dict[str, Field] = {
     "seed": Field(0, "Seed of everything random.", between(0, 2**32 - 1)),
     "devices": Field(
         0,
-        "Local devices that a process uses. 0: all accelerators. On a CPU, 0 means one device for each core, at most 8, "
-        "reduced to a divisor of `finetune.batch`; in Python, one device.",
+        "Local devices that a process uses. 0: all accelerators; on a CPU one for each core, at most 8 (in Python one). "
+        "0 is reduced to a number that divides `finetune.batch`.",
         between(0, 1024),
         free=True,
         own=True,

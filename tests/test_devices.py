@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from hast_jax import from_config, networks, pipeline
-from hast_jax.errors import UserError
+from hast_jax.errors import Notice, UserError
 from hast_jax.given import Setting
 from hast_jax.runs import parallel
 from hast_jax.runs.progress import silent
@@ -188,6 +188,17 @@ def test_an_accelerator_takes_as_many_batches_as_fill_half_of_its_memory(monkeyp
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 80 * 2**30})
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert parallel.stack(0, 3 * 2**30) == 13 and parallel.stack(0, 60 * 2**30) == 1 and parallel.stack(4, 3 * 2**30) == 4
+    with pytest.warns(Notice, match=r"a step of synthesis may need 81\.0 GiB of memory, and 80\.0 GiB exist for a device"):
+        assert parallel.stack(0, 81 * 2**30) == 1
+
+
+def test_of_accelerators_as_many_are_used_by_default_as_share_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert parallel.choose(0, 64) == 4 and parallel.choose(0) == 4
+    with pytest.warns(Notice, match="3 of 4 devices are used, because more would not share config.finetune.batch 6 evenly"):
+        assert parallel.choose(0, 6) == 3
+    with pytest.raises(UserError, match="6 is not divisible by the 4 devices"):
+        parallel.choose(4, 6)
 
 
 def test_more_cpu_devices_that_the_user_asked_for_exist_and_are_not_used() -> None:

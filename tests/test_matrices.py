@@ -36,6 +36,11 @@ PRODUCTS = {  # ways to multiply activations with weights -> the shape of the we
     "frequencies": ((1, 8, 8, 4), _by_frequency),
     "an equation": ((4, 4), lambda x, w: jnp.linalg.solve(w, x.reshape(-1, 4).T).T.reshape(x.shape)),
     "distances": ((1, 1, 1, 6, 4), lambda x, w: ((x[..., None, :] - w) ** 2).sum(-1)),
+    "rows of a table": ((2, 4), lambda x, w: x * w[0][None, None, None] + jnp.roll(x, 1, 1) * w[1][None, None, None]),
+    "differences of rows": (
+        (6, 4),
+        lambda x, w: jnp.stack([jnp.abs(x - w[i][None, None, None]).sum(-1) for i in range(6)], -1),
+    ),
     "a loop": ((4, 4), lambda x, w: jax.lax.fori_loop(0, 2, lambda _, y: y @ w, x)),
 }
 OTHERS = {  # ways to use weights elementwise -> the shape of the weights
@@ -44,6 +49,9 @@ OTHERS = {  # ways to use weights elementwise -> the shape of the weights
     "a scale of each channel": ((4,), lambda x, w: (x * w[None, None, None]).sum((1, 2), keepdims=True)),
     "a bound": ((1, 8, 8, 4), jnp.maximum),
     "a mask": ((1, 8, 8, 1), lambda x, w: nn.relu(x * nn.sigmoid(w))),
+    "a part of the positions": ((1, 9, 9, 4), lambda x, w: x + w[:, 1:, :-1]),
+    "resized positions": ((1, 4, 4, 4), lambda x, w: x + jax.image.resize(w, (1, 8, 8, 4), "bilinear")),
+    "a row of a table": ((3, 4), lambda x, w: x + w[1][None, None, None]),
     "more channels": ((1, 8, 8, 4), lambda x, w: jnp.concatenate([x, jnp.broadcast_to(w, x.shape)], -1)),
     "another row": ((1, 1, 1, 4), lambda x, w: jnp.concatenate([x, jnp.broadcast_to(w, (len(x), 1, 8, 4))], 1)),
 }

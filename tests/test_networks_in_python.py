@@ -19,7 +19,7 @@ from hast_jax.deliver import measure
 from hast_jax.errors import Notice, UserError
 from hast_jax.given import Setting
 from hast_jax.method import pyramid
-from hast_jax.networks import rules
+from hast_jax.networks import rules, structure
 from hast_jax.stages.batches import fixed_inputs
 
 pytestmark = pytest.mark.usefixtures("little_optimization")
@@ -235,6 +235,22 @@ def test_counters_and_variables_in_bfloat16_stay_as_they_are(tmp_path: Path) -> 
     assert again.variables["constants"]["half"].dtype == jnp.bfloat16 and again.variables["batch_stats"]["steps"] == 7
     images = np.random.default_rng(0).integers(0, 256, (3, *IMAGE), np.uint8)
     np.testing.assert_array_equal(again(images), student(images))
+
+
+def test_a_network_may_hold_a_random_key() -> None:
+    key = jax.random.key(3)
+
+    class Projects(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3))(x))
+            return nn.Dense(10)(x.mean((1, 2)) * jax.random.normal(key, (1, 4)))
+
+    other = jax.random.key(4)
+    first = networks.create(Projects(), (8, 8, 3)).structure.program
+    structure.forget()
+    key = other
+    assert networks.create(Projects(), (8, 8, 3)).structure.program != first
 
 
 def test_the_logits_may_be_an_entry_of_a_dict() -> None:

@@ -24,6 +24,7 @@ from test_any_network import FIELDS
 import hast_jax
 from hast_jax import from_config, networks
 from hast_jax.errors import Notice, UserError
+from hast_jax.given import Setting
 from hast_jax.networks import from_nnx, inference, rules, user_files, weights
 from hast_jax.networks.structure import logits_of
 
@@ -63,6 +64,78 @@ def test_every_layer_is_quantized(make: Callable[..., nnx.Module]) -> None:
     student = networks.create(model, IMAGE, rules=BITS, learned_ranges=True)
     assert len(student.kernels) == len(layers) and not student.structure.constants
     assert len(student.sites) == len(student.structure.inputs) - 1  # all inputs of layers but the image
+
+
+class WithAuxiliary(Base):
+    """Holds what inference does not read: a head, a random key under a name of its own, and a second name of a weight."""
+
+    def add(self, rngs):
+        self.weight = self.stem.kernel
+        self.auxiliary, self.random, self.mean = nnx.Linear(4, 10, rngs=rngs), rngs, jnp.ones(4)
+
+    def middle(self, x):
+        return (x - self.mean[None, None, None]) * jnp.mean(self.weight[...])
+
+
+class UsesKernelAlone(Base):
+    def add(self, rngs):
+        self.cosine = nnx.Linear(4, 4, rngs=rngs)
+
+    def middle(self, x):
+        return x @ self.cosine.kernel[...]
+
+
+def test_what_inference_does_not_read_is_left_out_however_the_weights_are_given(tmp_path: Path) -> None:
+    model = trained(WithAuxiliary)
+    expected = own_logits(model)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    states = [None, nnx.state(model), nnx.to_pure_dict(nnx.state(model)), hast_jax.read_weights(tmp_path / "state")]
+    with ocp.StandardCheckpointer() as checkpointer:
+        states.append(checkpointer.restore(tmp_path / "state"))
+    for state in states:
+        setting = Setting(model, state, IMAGE, None, None, "w4a4", 0, None, {}, None)
+        assert not any("auxiliary" in name or "weight" in name for name in setting.variables["params"])
+        np.testing.assert_allclose(logits(setting.model, setting.variables), expected, atol=1e-5)
+
+
+def test_a_state_with_another_array_than_the_network_is_refused() -> None:
+    model = trained(WithAuxiliary)
+    state = nnx.to_pure_dict(nnx.state(model))
+    with pytest.raises(UserError, match="the array mean of the state is not that of this WithAuxiliary"):
+        from_nnx.linen(model, {**state, "mean": jnp.zeros(4)})
+
+
+def test_a_layer_that_is_read_but_never_called_is_refused() -> None:
+    with pytest.raises(UserError, match="UsesKernelAlone uses cosine/kernel but never calls its layer: call the layer instead"):
+        Setting(trained(UsesKernelAlone), None, IMAGE, None, None, "w4a4", 0, None, {}, None)
+
+
+def test_a_network_that_is_made_to_train_is_refused_with_the_attribute_to_change() -> None:
+    class MadeToTrain(Base):
+        training = True
+
+        def __call__(self, x):
+            return self.head(self.norm(self.stem(x), use_running_average=not self.training).mean((1, 2)))
+
+    with pytest.raises(UserError, match="make it with training=False"):
+        networks.create(trained(MadeToTrain), IMAGE)
+
+
+def test_two_layers_that_share_a_weight_get_a_copy_each() -> None:
+    class Tied(Base):
+        def add(self, rngs):
+            self.first, self.second = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+            self.second.kernel = self.first.kernel
+
+        def middle(self, x):
+            return self.second(self.first(x))
+
+    model = trained(Tied)
+    for state in (None, nnx.state(model)):
+        with pytest.warns(Notice, match="second shares a weight with another layer: each gets a copy of its own"):
+            module, variables = from_nnx.linen(model, state)
+        np.testing.assert_allclose(logits(module, variables), own_logits(model), atol=1e-5)
 
 
 def test_names_are_those_of_the_same_network_in_linen() -> None:

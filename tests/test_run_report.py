@@ -11,6 +11,7 @@ import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -39,11 +40,11 @@ def test_multiplications_and_bit_operations_are_those_counted_by_hand() -> None:
     network = networks.create(module, (32, 32, 3), rules=((".*", (3, 3)),))
     variables = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     found = {each.name: each for each in measure.costs(network, variables, (32, 32, 3))}
-    assert found["init_block/conv"] == Cost("init_block/conv", 3 * 3 * 3 * 16, 32 * 32 * 3 * 3 * 3 * 16, 3, 32)
-    assert found["stage1_unit1/conv1/conv"] == Cost("stage1_unit1/conv1/conv", 9 * 16 * 16, 32 * 32 * 9 * 16 * 16, 3, 3)
+    first, second = 32 * 32 * 3 * 3 * 3 * 16, 32 * 32 * 9 * 16 * 16
+    assert found["init_block/conv"] == Cost("init_block/conv", 3 * 3 * 3 * 16, first, 3, 32, first * 3 * 32)
+    assert found["stage1_unit1/conv1/conv"] == Cost("stage1_unit1/conv1/conv", 9 * 16 * 16, second, 3, 3, second * 3 * 3)
     assert found["stage2_unit1/identity_conv/conv"].products == 16 * 16 * 16 * 32
-    assert found["output"] == Cost("output", 64 * 100, 64 * 100, 3, 32)  # its input, an average, is not quantized
-    assert found["stage1_unit1/conv1/conv"].bit_operations == 9 * 32 * 32 * 9 * 16 * 16
+    assert found["output"] == Cost("output", 6400, 6400, 3, 32, 6400 * 3 * 32)  # its input, an average, is not quantized
     assert sum(each.products for each in found.values()) == 40_818_944
 
 
@@ -52,6 +53,18 @@ def test_a_layer_that_is_called_again_counts_again_and_a_depthwise_one_counts_it
     once, twice = (measure.costs(shared.network, shared.variables, shared.image)[i] for i in (0, 1))
     height, width, channels = shared.image
     assert once.products == height * width * 9 * channels * 6 and twice.products == 2 * height * width * 9 * 6 * 6
+
+    class Thrice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            conv, norm = nn.Conv(3, (3, 3)), nn.BatchNorm(use_running_average=True)
+            return nn.Dense(10)(conv(conv(conv(x) + norm(x))).mean((1, 2)))
+
+    network = networks.create(Thrice(), (8, 8, 3), rules=rules.normalise("w4a4"))
+    variables = jax.eval_shape(Thrice().init, jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+    thrice = measure.costs(network, variables, (8, 8, 3))[0]
+    each = 8 * 8 * 9 * 3 * 3  # the first of three calls reads the image, which is not quantized
+    assert (thrice.products, thrice.activations, thrice.bit_operations) == (3 * each, 32, each * 4 * (32 + 4 + 4))
     mobile = student("mobilenetv2")
     depthwise = next(each for each in measure.costs(mobile.network, mobile.variables, mobile.image) if "depthwise" in each.name)
     assert depthwise.parameters == 9 * 8 and depthwise.products % depthwise.parameters == 0
@@ -114,7 +127,7 @@ layers = st.lists(st.tuples(st.integers(1, 10_000), st.floats(1e-6, 10)), min_si
 @settings(max_examples=60, deadline=None)
 @given(layers, st.floats(2, 8))
 def test_suggested_bits_fit_the_average_and_no_layer_could_have_one_more(sizes, average: float) -> None:
-    costs = [Cost(str(i), size, 1, 3, 3) for i, (size, _) in enumerate(sizes)]
+    costs = [Cost(str(i), size, 1, 3, 3, 9) for i, (size, _) in enumerate(sizes)]
     found = [Sensitivity(str(i), "weights", 3, loss, 0.0) for i, (_, loss) in enumerate(sizes)]
     bits = measure.suggested_bits(found, costs, average)
     total = sum(size for size, _ in sizes)
@@ -124,7 +137,7 @@ def test_suggested_bits_fit_the_average_and_no_layer_could_have_one_more(sizes, 
 
 
 def test_of_two_layers_of_one_size_the_sensitive_one_gets_more_bits() -> None:
-    costs = [Cost(name, 100, 1, 4, 4) for name in "ab"]
+    costs = [Cost(name, 100, 1, 4, 4, 16) for name in "ab"]
     found = [Sensitivity("a", "weights", 4, 0.16, 0), Sensitivity("b", "weights", 4, 0.01, 0)]
     assert measure.suggested_bits(found, costs, 4) == {"a": 5, "b": 3}
 

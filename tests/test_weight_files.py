@@ -22,8 +22,10 @@ from strangers import CALL, H5PY, IMAGE, Net, Plain, load, same, values
 from hast_jax.errors import UserError
 from hast_jax.networks import weights
 
+TrainState = train_state.TrainState
 
-class State(train_state.TrainState):
+
+class State(TrainState):
     batch_stats: Any = None
 
 
@@ -77,6 +79,9 @@ AROUND: dict[str, Callable[[Any], Any]] = {
     "a train state": trained,
     "a train state by name": lambda tree: {"state": trained(tree), "epoch": np.zeros(())},
     "variables as params": lambda tree: {"params": tree, "step": np.ones(())},
+    "a train state of all variables": lambda tree: TrainState.create(
+        apply_fn=None, params=jax.tree.map(jnp.asarray, tree), tx=optax.adam(1e-3)
+    ),
 }
 READ: dict[str, Callable[[Path, Any], Any]] = {
     "orbax": lambda path, tree: [standard(path, tree), load(path)][1],

@@ -108,6 +108,28 @@ def test_missing_unknown_and_misshapen_tensors_are_named() -> None:
     assert "output.weight has the shape (7, 64) instead of (10, 64)" in message
 
 
+def test_arrays_of_pytorch_that_are_no_kernels_keep_their_layout_but_vectors_may_lie_along_another_axis() -> None:
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            shapes = {"gate": (4, 4), "place": (1, 8, 8, 4), "gain": (1, 1, 1, 4)}
+            gate, place, gain = (self.param(name, nn.initializers.ones, shape) for name, shape in shapes.items())
+            return nn.Dense(3, name="head")((nn.Conv(4, (3, 3), name="conv")(x) * gain + place).mean((1, 2)) + gate[:1])
+
+    shapes = {"gate": (4, 4), "place": (1, 8, 8, 4), "gain": (1, 4, 1, 1), "conv.weight": (4, 3, 3, 3), "conv.bias": (4,)}
+    shapes |= {"head.weight": (3, 4), "head.bias": (3,)}
+    rng = np.random.default_rng(0)
+    state = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    found = weights.from_state_dict(Own(), state, (8, 8, 3))
+    params = found["params"]
+    for name in ("gate", "place"):
+        np.testing.assert_array_equal(params[name], state[name])
+    np.testing.assert_array_equal(params["gain"].ravel(), state["gain"].ravel())
+    np.testing.assert_array_equal(params["conv"]["kernel"], state["conv.weight"].transpose(2, 3, 1, 0))
+    with pytest.raises(UserError, match=r"place has the shape \(1, 4, 8, 8\) instead of \(1, 8, 8, 4\)"):
+        weights.from_state_dict(Own(), state | {"place": state["place"].transpose(0, 3, 1, 2)}, (8, 8, 3))
+
+
 def test_two_variables_of_one_name_are_refused() -> None:
     class Twice(nn.Module):
         def setup(self) -> None:

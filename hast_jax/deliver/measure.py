@@ -35,7 +35,9 @@ BINS_OF_A_STEP, MOST_BINS = 5, 120  # of a histogram, but a step has at least on
 class Cost(NamedTuple):
     """The cost of one layer.
 
-    parameters: of its kernel. products: multiplications for one image. weights, activations: bits of its weights and its input.
+    parameters: of its kernel. products: multiplications for one image. weights, activations: bits of its weights and its input;
+    the most, if the inputs of several calls differ. bit_operations: multiplications times the bits of both factors, as qonnx
+    counts them.
     """
 
     name: str
@@ -43,11 +45,7 @@ class Cost(NamedTuple):
     products: int
     weights: int
     activations: int
-
-    @property
-    def bit_operations(self) -> int:
-        """Multiplications times the bits of both factors, as qonnx counts them."""
-        return self.products * self.weights * self.activations
+    bit_operations: int
 
 
 class Histogram(NamedTuple):
@@ -99,8 +97,13 @@ def costs(network: Network, variables: Variables, image: tuple[int, ...]) -> lis
         layer, name = layers[module.path], "/".join(module.path)
         shape = flat[layer.kernel].shape
         products = y.size * math.prod(shape[axis] for axis in layer.axes)
-        before = found[name].products if name in found else 0  # a layer may be called several times
-        found[name] = Cost(name, math.prod(shape), before + products, network.kernels.get(layer, FULL_PRECISION), bits)
+        weights = network.kernels.get(layer, FULL_PRECISION)
+        before = found.get(name, Cost(name, math.prod(shape), 0, weights, bits, 0))  # a layer may be called several times
+        found[name] = before._replace(
+            products=before.products + products,
+            activations=max(before.activations, bits),
+            bit_operations=before.bit_operations + products * weights * bits,
+        )
         return y
 
     given = {name: tree for name, tree in variables.items() if name != "ranges"}

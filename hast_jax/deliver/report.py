@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -30,8 +31,7 @@ from hast_jax.student import Student
 
 Teacher = tuple[Network, Mapping[str, Any]]
 
-IMAGES, FEW_IMAGES = 128, 16  # images to measure on; FEW_IMAGES if the longer side of an image is over SMALL
-SMALL = 64
+IMAGES, SMALL = 128, 64 * 64  # images to measure on; fewer if they have more than SMALL pixels, to keep the memory small
 UNNAMED = ("none", GIVEN)  # in place of the name of a data set
 ESCAPES = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -64,7 +64,8 @@ def interval(per_cent: float, images: int) -> tuple[float, float]:
 def _facts(folder: RunFolder, student: Student, teacher: Teacher, images: np.ndarray, average: float | None) -> dict[str, Any]:
     """What the templates show."""
     record = student.record
-    few = np.asarray(images[: IMAGES if max(student.image[:2]) <= SMALL else FEW_IMAGES])
+    pixels = math.prod(student.image[:2])
+    few = np.asarray(images[: max(1, min(IMAGES, IMAGES * SMALL // pixels))])
     costs = measure.costs(student.network, student.variables, student.image)
     parts = measure.sensitivities(*teacher, student.network, student.variables, few)
     network, variables = teacher

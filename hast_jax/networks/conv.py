@@ -23,6 +23,7 @@ Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]  # before and after, of height and width
 
 FULL_SPEED_CHANNELS = 32
+MOST_TAPS = 49  # of a depthwise kernel that is written out: its gradient keeps a shifted image for each tap
 
 # JAX's names of the types to which products may round their operands -> bits of the mantissa; None: no rounding.
 ARITHMETIC: dict[str, int | None] = {"float32": None, "tensorfloat32": 10, "bfloat16": 7}
@@ -41,7 +42,8 @@ def conv(x: Array, kernel: Array, strides: Pair, padding: Padding, dilation: Pai
 
 
 def _conv(x: Array, kernel: Array, strides: Pair, padding: Padding, dilation: Pair, groups: int) -> Array:
-    if groups == x.shape[-1] == kernel.shape[-1] > 1 and min(min(sides) for sides in padding) >= 0:
+    few = math.prod(kernel.shape[:2]) <= MOST_TAPS
+    if few and groups == x.shape[-1] == kernel.shape[-1] > 1 and min(min(sides) for sides in padding) >= 0:
         return _depthwise(x, kernel, strides, padding, dilation)
     reach = [size - 1 for size in kernel.shape[:2]]
     inside = all(0 <= side <= most for sides, most in zip(padding, reach) for side in sides)

@@ -19,6 +19,7 @@ from hast_jax.errors import UserError
 from hast_jax.networks.packed import check_size
 
 COLLECTIONS = ("params", "batch_stats")
+OPTIMIZER = "opt_state"  # of a TrainState: its moments are shaped like params
 DEPTH = 3  # an item of a checkpoint, a name in the item, and the name of a TrainState's params
 TREE = "_METADATA"  # the file that every Orbax folder of arrays has
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders whose writer was stopped
@@ -85,7 +86,7 @@ def _places(tree: Mapping[str, Any], depth: int) -> Iterator[Place]:
         yield ()
     elif depth:
         for name, branch in tree.items():
-            if isinstance(branch, Mapping):
+            if isinstance(branch, Mapping) and name != OPTIMIZER:
                 yield from ((name, *place) for place in _places(branch, depth - 1))
 
 

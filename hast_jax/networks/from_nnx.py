@@ -6,7 +6,8 @@ in a network that was written in Linen.
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,8 +22,9 @@ from flax.nnx.nn import dtypes
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from hast_jax.errors import InputError
+from hast_jax.errors import InputError, Notice
 from hast_jax.networks import names
+from hast_jax.networks.graph import Graph
 
 Path = tuple[str, ...]
 
@@ -126,7 +128,7 @@ def linen(model: Any, variables: Any = None) -> tuple[Any, Any]:
         return model, variables
     network = nnx.clone(model)
     network.eval()
-    root = _part(network, (), set())
+    root = _part(network, (), _of_layers(network))
     if variables is None:
         variables = _tree({path: variable.get_value() for path, (_, variable) in _variables(root).items()})
     elif isinstance(variables, nnx.State) or _is_state(variables):
@@ -147,15 +149,82 @@ def _values(root: Part, state: Mapping[str, Any]) -> dict[Path, Any]:
 
     Raises InputError if the state has other variables than the network.
     """
-    pure = nnx.to_pure_dict(state) if isinstance(state, nnx.State) else state
-    given = {"/".join(map(str, path)): value for path, value in flatten_dict(dict(pure)).items()}
-    wanted = {"/".join(map(str, place)): path for path, (place, _) in _variables(root).items()}
-    missing = sorted(wanted.keys() - given.keys())
-    unknown = sorted(name for name in given.keys() - wanted.keys() if not _is_random(name.split("/")))
+    given = _named_leaves(state)
+    wanted = {path: "/".join(map(str, place)) for path, (place, _) in _variables(root).items()}
+    if not given.keys() >= set(wanted.values()):  # a checkpoint has the value of each variable under a name of its own
+        given = {name.removesuffix("/value"): value for name, value in given.items()}
+    others = _named_leaves(nnx.state(root.origin))  # such as random keys and plain arrays
+    for path, array in nnx.iter_graph(root.origin):
+        name = "/".join(map(str, path))
+        if isinstance(array, jax.Array | np.ndarray) and name in given and not np.array_equal(array, given[name]):
+            raise InputError(f"the array {name} of the state is not that of this {type(root.origin).__name__}: put it there.")
+    missing = sorted(set(wanted.values()) - given.keys())
+    unknown = sorted(given.keys() - set(wanted.values()) - others.keys())
     if missing or unknown:
         words = f"lacks {missing[0]}" if missing else f"has {unknown[0]} besides"
         raise InputError(f"the variables are not the state of this {type(root.origin).__name__}: it {words}.")
-    return {path: given[name] for name, path in wanted.items()}
+    return {path: given[name] for path, name in wanted.items()}
+
+
+def _named_leaves(state: Any) -> dict[str, Any]:
+    pure = nnx.to_pure_dict(state) if isinstance(state, nnx.State) else state
+    return {"/".join(map(str, path)): value for path, value in flatten_dict(dict(pure)).items()}
+
+
+def _of_layers(network: nnx.Module) -> set[int]:
+    """The ids of the variables of layers. Other attributes of the network may name them too.
+
+    Gives a notice if two layers share a variable.
+    """
+    found: set[int] = set()
+    for path, layer in nnx.iter_graph(network):
+        if isinstance(layer, tuple(LAYERS)):
+            own = {id(each) for each in vars(layer).values() if isinstance(each, nnx.Variable)}
+            if found & own:
+                place = _place(layer, tuple(map(str, path)))
+                words = f"{place} shares a weight with another layer: each gets a copy of its own."
+                warnings.warn(words, Notice, stacklevel=2)
+            found |= own
+    return found
+
+
+def unused(module: FromNnx, found: Collection[Path], image: tuple[int, ...], call: Mapping[str, Any]) -> set[str]:
+    """The names of what an nnx network holds besides the variables that inference has `found`, such as an auxiliary head.
+
+    Each has the name of a Linen network and that of `renamed`. Raises InputError if inference reads such a variable after all:
+    that of a layer which is never called.
+    """
+    places = _variables(module.part)
+    others = {path: places[path][0] for path in places.keys() - set(found) if path[0] in (PARAMS, "batch_stats")}
+    names = {"/".join(path) for path in others}
+    state = nnx.state(module.part.origin)
+    known = {place for place, _ in places.values()} - set(others.values())
+    names |= {"/".join((PARAMS, *map(str, place))) for place in flatten_dict(nnx.to_pure_dict(state)).keys() - known}
+    for path in sorted(others.keys() & _read(module, state, others, image, call)):
+        raise InputError(
+            f"{type(module.part.origin).__name__} uses {'/'.join(path[1:])} but never calls its layer: call the layer instead."
+        )
+    return names
+
+
+def _read(
+    module: FromNnx, state: Any, places: Mapping[Path, Any], image: tuple[int, ...], call: Mapping[str, Any]
+) -> set[Path]:
+    """Those of the variables at these places that inference depends on."""
+    if not places:
+        return set()
+    definition, _ = nnx.split(module.part.origin)
+    flat = flatten_dict(nnx.to_pure_dict(state))
+
+    def logits(values: list[Any], images: Any) -> Any:
+        nnx.replace_by_pure_dict(state, unflatten_dict(dict(zip(flat, values))))
+        return nnx.merge(definition, state)(images, **call)
+
+    traced = Graph(jax.make_jaxpr(logits)(list(flat.values()), jax.ShapeDtypeStruct((1, *image), jnp.float32)))
+    numbers = dict(zip(flat, traced.inputs))
+    above = traced.upstream(traced.inputs)
+    read = frozenset().union(*(above.get(output, ()) for output in traced.outputs if output is not None))
+    return {path for path, place in places.items() if numbers[place] in read}
 
 
 def _tree(values: Mapping[Path, Any]) -> dict[str, Any]:

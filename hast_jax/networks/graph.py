@@ -115,7 +115,8 @@ def _checksum(traced: Any) -> int:
     text = re.sub(r"0x[0-9a-f]+", "", str(traced))  # without addresses in memory
     total = zlib.crc32(text.encode())
     for each in traced.consts:
-        total = zlib.crc32(np.asarray(each).tobytes(), total)
+        is_key = jax.dtypes.issubdtype(each.dtype, jax.dtypes.prng_key)
+        total = zlib.crc32(np.asarray(jax.random.key_data(each) if is_key else each).tobytes(), total)
     return total
 
 

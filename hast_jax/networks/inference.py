@@ -51,7 +51,7 @@ def advice(module: nn.Module, call: Mapping[str, Any]) -> str:
     now = {name: call.get(name, each.default) for name, each in parameters.items()}
     usual = [(name, value) for name, value in TRAINING.items() if name in now and now[name] is not value]
     others = [(n, not v) for n, v in now.items() if isinstance(v, bool) and n not in TRAINING and SWITCH.search(n)]
-    attributes = [(name, value) for name, value in TRAINING.items() if getattr(module, name, value) is not value]
+    attributes = [(name, value) for name, value in TRAINING.items() if getattr(_own(module), name, value) is (not value)]
     if attributes:
         return "make it with {}={}".format(*attributes[0])
     if usual or others:
@@ -61,4 +61,9 @@ def advice(module: nn.Module, call: Mapping[str, Any]) -> str:
 
 def _parameters(module: nn.Module) -> Mapping[str, Parameter]:
     """Those of the network's call, of which the first two are the network and the images."""
-    return signature(type(module.part.origin if isinstance(module, FromNnx) else module).__call__).parameters
+    return signature(type(_own(module)).__call__).parameters
+
+
+def _own(module: nn.Module) -> Any:
+    """The network as the user wrote it."""
+    return module.part.origin if isinstance(module, FromNnx) else module

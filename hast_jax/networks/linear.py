@@ -24,7 +24,10 @@ def summed_axes(module: Any, arguments: tuple[Any, ...], named: Mapping[str, Any
     if isinstance(module, nn.DenseGeneral):
         features = module.features if isinstance(module.features, tuple | list) else (module.features,)
         if len(features) != 1 or (module.batch_dims and len(module.batch_dims)):
-            raise InputError(f"{place(module)} is a DenseGeneral that is no linear layer: it must have one axis of outputs.")
+            raise InputError(
+                f"{place(module)} is a DenseGeneral that is no linear layer: it must have one axis of outputs, which the "
+                "network may reshape."
+            )
         return tuple(range(1 if isinstance(module.axis, int) else len(module.axis)))
     if isinstance(module, nn.Einsum):
         given = arguments[1] if len(arguments) > 1 else named.get("einsum_str")

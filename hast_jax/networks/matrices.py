@@ -10,9 +10,10 @@ from hast_jax.networks.graph import PRODUCTS, Graph, Operation
 # Operations that put the same numbers into another shape or type.
 SAME_NUMBERS = ("convert_element_type", "reshape", "transpose", "broadcast_in_dim", "squeeze", "copy", "optimization_barrier")
 SCALING = ("mul", "div")
+ADDING = ("add", "add_any")  # but not "sub": distances to the rows of a matrix could be a product
 # Other operations on single elements. With these a weight shifts or bounds activations, but does not multiply them.
 ELEMENTWISE = (
-    *("add", "add_any", "sub", "max", "min", "select_n", "clamp", "pow", "rem", "atan2", "and", "or", "xor"),
+    *(*ADDING, "sub", "max", "min", "select_n", "clamp", "pow", "rem", "atan2", "and", "or", "xor"),
     *("eq", "ne", "lt", "le", "gt", "ge", "abs", "neg", "sign", "exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh"),
     *("sqrt", "rsqrt", "square", "integer_pow", "erf", "floor", "ceil", "round"),
 )
@@ -22,9 +23,9 @@ JOINING = ("concatenate", "dynamic_update_slice")
 def outside_layers(traced: Graph, variables: Mapping[int, tuple[int, ...]], kernels: Collection[int]) -> list[int]:
     """The numbers of variables with which the network multiplies and adds activations, apart from the kernels of layers.
 
-    A variable that is added elementwise, such as a bias, or that scales single elements, is not among them. The slices of a
-    matrix are, because a convolution can be written as a sum of shifted images, each times a slice of the kernel. The images
-    are the last input of `traced`.
+    A variable that is added elementwise, such as a bias, or that scales single elements, is not among them. A matrix whose
+    slices scale activations is, because a convolution can be written as a sum of shifted images, each times a slice of the
+    kernel. The images are the last input of `traced`.
 
     variables: number of a variable in `traced` -> its shape.
     """
@@ -42,7 +43,8 @@ def outside_layers(traced: Graph, variables: Mapping[int, tuple[int, ...]], kern
         if operation.name in PRODUCTS:
             found |= read
         elif not whole >= weights:
-            found |= {each for each in read if _is_matrix(variables[each])}
+            if operation.name not in ADDING or not _is_elementwise(traced, operation, activations):
+                found |= {each for each in read if _is_matrix(variables[each])}
         elif not _is_elementwise(traced, operation, activations) and any(
             _is_matrix(shape) for value, shape in _operands(traced, operation) if value in weights
         ):

@@ -94,5 +94,6 @@ def refuse_products_of_activations(module: nn.Module, traced: Graph) -> None:
         if operation.name in PRODUCTS and all(value in activations for value in operation.reads[:2]):
             raise InputError(
                 f"{name_of(module)} multiplies activations with each other (attention?): only products of activations with "
-                "weights are quantized, so a transformer cannot be quantized."
+                "weights are quantized, so a transformer cannot be quantized; write a pooling with computed weights as a "
+                "multiplication and a sum."
             )

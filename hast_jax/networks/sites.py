@@ -74,6 +74,7 @@ def check_rules(module: nn.Module, structure: Structure, rules: Rules) -> None:
         else:
             raise InputError(
                 f"{name_of(module)} has weights that nothing quantizes ({'/'.join(path)}), because they belong to no nn.Conv "
-                "or nn.Dense, or because nn.jit hides the layer: use such a layer without nn.jit, or leave the weights in full "
+                "or nn.Dense, because slices of them multiply activations, or because nn.jit hides the layer: use such a layer "
+                "without nn.jit, or leave the weights in full "
                 f"precision with the rule {'/'.join(path)!r}: None."
             )

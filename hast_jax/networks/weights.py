@@ -5,6 +5,7 @@ Flax's layout. Any other array is in PyTorch's layout (convolutions OIHW, linear
 that hold state dicts. It encodes them as `.safetensors`, which can hold no code.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -169,16 +170,17 @@ def from_state_dict(
     values are not finite or variances are negative by `epsilon` or more. The message names the tensors.
     """
     state = {name: array for name, array in state.items() if not name.endswith(COUNTERS)}
-    if isinstance(model, from_nnx.FromNnx):
-        state = from_nnx.renamed(state)
     expected = flatten_dict(abstract_variables(model, image, call))
+    if isinstance(model, from_nnx.FromNnx):
+        unused = from_nnx.unused(model, expected, image, call)
+        state = {name: array for name, array in from_nnx.renamed(state).items() if name not in unused}
     maps = [_name_map(expected, names)] if names else _library_maps(model, expected)
     fit, chosen = name_fit.best(state, maps)
     faults = keras_files.doubts(fit.unknown, chosen) + name_fit.faults(fit, translatable=names is None)
     variables: dict[tuple[str, ...], jax.Array] = {}
     for name, ours in sorted(fit.pairs.items()):
         try:
-            variables[chosen[ours]] = _variable(name, ours, np.asarray(state[name]), expected[chosen[ours]])
+            variables[chosen[ours]] = _variable(name, ours, np.asarray(state[name]), chosen[ours], expected[chosen[ours]])
         except _FaultError as fault:
             faults.append(str(fault))
     behind = f", without the {fit.prefix!r} before each name," if fit.prefix else ""
@@ -250,18 +252,21 @@ def check_collections(model: nn.Module, variables: Variables, image: Shape, call
         ) from error
 
 
-def _variable(name: str, ours: str, array: np.ndarray, variable: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array of a file as the `variable` that the network calls `ours`. Raises _FaultError if the array does not fit."""
+def _variable(name: str, ours: str, array: np.ndarray, path: tuple[str, ...], variable: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of a file as the `variable` at `path`, which the file's library calls `ours`.
+
+    Raises _FaultError if the array does not fit.
+    """
     wanted = variable.shape
     if array.dtype == object:
         raise _FaultError(f"{name} is no array of numbers, such as a jax.ShapeDtypeStruct")
     is_flax = name_fit.is_flax(ours)
     if not is_flax:
-        converted = _from_torch(array, len(wanted))
+        converted = _from_torch(array, wanted, is_kernel=path[-1] == "kernel")
     else:
         converted = keras_files.as_expected(array, wanted) if keras_files.is_numbered(name) else array
     if converted.shape != wanted:  # asked first, because an array may be a view of far more numbers than its file holds
-        shown = wanted if is_flax else to_torch_layout(np.empty(wanted, np.bool_)).shape
+        shown = wanted if is_flax or path[-1] != "kernel" else to_torch_layout(np.empty(wanted, np.bool_)).shape
         raise _FaultError(f"{name} has the shape {array.shape} instead of {shown}")
     if converted.dtype.type is np.void:  # NumPy's files hold bfloat16 without its name
         raise _FaultError(f"{name} holds {converted.dtype}, numbers without a type (bfloat16?): save float32, or .safetensors")
@@ -306,8 +311,15 @@ def _refuse(what: str, faults: list[str]) -> None:
         raise InputError(f"{what}: {'; '.join(faults[:SHOWN])}{more}.")
 
 
-def _from_torch(array: np.ndarray, axes: int) -> np.ndarray:
-    if axes == 2 and array.shape[2:] == (1, 1):  # a 1x1 convolution after pooling is a linear layer
+def _from_torch(array: np.ndarray, wanted: tuple[int, ...], is_kernel: bool) -> np.ndarray:
+    """An array of PyTorch in our layout: kernels are transposed, and other arrays have the shape that the user gave them.
+
+    But a vector may lie along another axis, such as the gain of each channel: (C, 1, 1) in PyTorch, (1, 1, C) here.
+    """
+    if not is_kernel:
+        is_vector = array.size == max((*array.shape, 1)) == max((*wanted, 1)) == math.prod(wanted)
+        return array.reshape(wanted) if is_vector else array
+    if len(wanted) == 2 and array.shape[2:] == (1, 1):  # a 1x1 convolution after pooling is a linear layer
         array = array[:, :, 0, 0]
     return to_our_layout(array)
 
@@ -317,9 +329,11 @@ def to_state_dict(
 ) -> StateDict:
     """A state dict of the first of the model's libraries, as contiguous NumPy arrays: the inverse of `from_state_dict`."""
     flat = flatten_dict({name: variables.get(name, {}) for name in flax_trees.COLLECTIONS})
-    state = {name: np.asarray(flat[path]) for name, path in name_map(model, None, image, call=call).items()}
-    ours = {name: array if name_fit.is_flax(name) else to_torch_layout(array) for name, array in state.items()}
-    return {name: np.ascontiguousarray(array) for name, array in ours.items()}
+    state = {}
+    for name, path in name_map(model, None, image, call=call).items():
+        array, is_torch_kernel = np.asarray(flat[path]), path[-1] == "kernel" and not name_fit.is_flax(name)
+        state[name] = np.ascontiguousarray(to_torch_layout(array) if is_torch_kernel else array)
+    return state
 
 
 def locate(name: str | Path) -> Path:

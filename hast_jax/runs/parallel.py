@@ -7,6 +7,7 @@ averages the gradients of the devices that take a step.
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 
-from hast_jax.errors import UserError
+from hast_jax.errors import Notice, UserError
 
 AXIS = "devices"
 MAX_DEFAULT_CPU_DEVICES = 8
@@ -53,7 +54,7 @@ def choose(devices: int, batch: int | None = None) -> int:
     """How many local devices this process uses.
 
     devices: the number for each process; 0: the default. The default is all local accelerators. On a CPU it is one device for
-    each core, at most 8, reduced to a divisor of `batch` if that is given; without `setup` it is one device.
+    each core, at most 8; without `setup` it is one device. The default is reduced until it divides `batch`, if that is given.
 
     Raises UserError if JAX finds no device, if a process has fewer devices, or if the devices of all processes together do not
     divide `batch`. Every process raises it if the processes have different numbers of local devices.
@@ -66,6 +67,11 @@ def choose(devices: int, batch: int | None = None) -> int:
     if not devices and jax.default_backend() == "cpu":
         # Without more threads than cores, several CPU devices could wait for each other for ever: see `setup`.
         used = _cpu_devices(batch, found, jax.process_count()) if THREADS in os.environ else 1
+    elif not devices and batch is not None:
+        used = _most_that_share(batch, found, jax.process_count())
+        if used < found:
+            words = f"{used} of {found} devices are used, because more would not share config.finetune.batch {batch} evenly."
+            warnings.warn(words, Notice, stacklevel=2)
     if used > found:
         raise UserError(f"{devices} devices were asked for, but there are {found} local devices: ask for fewer.")
     if batch is not None and batch % device_total(used):
@@ -109,7 +115,10 @@ def _cores() -> int:
 
 def _cpu_devices(batch: int | None, found: int = MAX_DEFAULT_CPU_DEVICES, processes: int = 1) -> int:
     """As many CPU devices for each process as share `batch` evenly; one if no number does."""
-    most = min(_cores(), MAX_DEFAULT_CPU_DEVICES, found)
+    return _most_that_share(batch, min(_cores(), MAX_DEFAULT_CPU_DEVICES, found), processes)
+
+
+def _most_that_share(batch: int | None, most: int, processes: int) -> int:
     return max((d for d in range(1, most + 1) if batch is None or batch % (d * processes) == 0), default=1)
 
 
@@ -225,9 +234,18 @@ def distribute(items: list[Any], count: int) -> tuple[int, list[Any]]:
 def stack(requested: int, size: int) -> int:
     """How many independent computations of `size` bytes a device does at once: `requested`, or a default if it is zero.
 
-    The default fills half of the smallest device memory among the processes; on a CPU it is one. Every process must call this.
+    The default fills half of the smallest device memory among the processes; on a CPU it is one. Gives a notice if one such
+    computation may need more memory than there is. Every process must call this.
     """
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    limit = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    if size > limit:
+        words = (
+            f"a step of synthesis may need {size / 2**30:.1f} GiB of memory, and {limit / 2**30:.1f} GiB exist for a device: "
+            "if the memory is too small, set synthesis.remat=True with a small synthesis.micro_batch, or lower "
+            "synthesis.batch."
+        )
+        warnings.warn(words, Notice, stacklevel=2)
     default = np.asarray(max(1, memory // 2 // size), np.int32)
     if jax.process_count() > 1:
         default = multihost_utils.process_allgather(default).min()
