@@ -22,7 +22,7 @@ site: $(VENV)/.installed-dev
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint tests/oldest.txt --editable '.[dev]'
-	HAST_JAX_CACHE=$(VENV)-oldest/compiled $(VENV)-oldest/bin/python -m pytest tests/test_quant.py tests/test_losses.py \
+	HAST_JAX_CACHE=$(abspath $(VENV))-oldest/compiled $(VENV)-oldest/bin/python -m pytest tests/test_quant.py tests/test_losses.py \
 		tests/test_learned.py tests/test_golden_quantizer.py tests/test_run.py tests/test_library.py \
 		tests/test_export.py tests/test_onnx.py tests/test_nnx.py
 

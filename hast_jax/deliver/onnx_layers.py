@@ -33,20 +33,21 @@ def pool(operator: str) -> Operator:
             raise cannot_write("it pools over other axes than height and width")
         sizes = [given["window_dimensions"][i] for i in (1, 2)]
         pads = both_ends([given["padding"][i] for i in (1, 2)])
-        named = {"kernel_shape": sizes, "strides": [given["window_strides"][i] for i in (1, 2)], "pads": pads}
+        named = {"kernel_shape": sizes, "strides": [given["window_strides"][i] for i in (1, 2)]}
         dilations = [given["window_dilation"][i] for i in (1, 2)]
         order = (0, 3, 1, 2)
         x = operands[0]
         if operator == "MaxPool" and x.grid is not None and graph.operators != "float":  # the maximum of integers is an integer
-            u = graph.node(operator, _turned(graph, x, order), **named, dilations=dilations)
+            u = graph.node(operator, _turned(graph, x, order), **named, pads=pads, dilations=dilations)
             return Value(shape, order=order, grid=replace(x.grid, integers=u))
         name = graph.tensor(x, order)
         if operator == "MaxPool":
-            return Value(shape, graph.node(operator, name, **named, dilations=dilations), order)
+            return Value(shape, graph.node(operator, name, **named, pads=pads, dilations=dilations), order)
         if dilations != [1, 1]:
             raise cannot_write("it sums over dilated windows")
-        # A sum over a window is its mean times its size.
-        name = graph.node("AveragePool", name, **named, count_include_pad=1)
+        if any(pads):  # by a node of its own: onnxruntime 1.24 gives wrong averages at a border, for models of newer opsets
+            name = graph.node("Pad", name, graph.constant(np.asarray([0, 0, *pads[:2], 0, 0, *pads[2:]], np.int64)))
+        name = graph.node("AveragePool", name, **named)  # a sum over a window is its mean times its size
         return Value(shape, name, order, scale=np.float64(np.prod(sizes)))
 
     return write
