@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
 from hast_jax import from_config, networks, paths, pipeline
@@ -249,16 +250,7 @@ def evaluate(
         config.teacher.mean, config.teacher.std, config.eval.batch = model.mean, model.std, evaluation_batch(shape)
     else:
         shape = images.shape[1:]
-        ranges, variables = _ranges_apart(variables)
-        if bits is None and ranges:
-            raise InputError("the variables hold the ranges of a quantized network: give its bits, or leave out the ranges.")
-        setting = Setting(model, variables, shape, mean, std, "full" if bits is None else bits, 0, call, {}, None)
-        config = setting.config
-        if bits is None:
-            network = from_config.bare_teacher(config, setting.model)
-        else:
-            network = _student_with(config, setting.model, ranges)
-        variables = {**setting.variables, "ranges": given_ranges(ranges, network)}
+        network, variables, config = _with_ranges(model, variables, shape, mean, std, bits, call)
     dataset = real_images((images, labels), shape, network.classes)
     with _shown(progress) as shown:
         logits = partial(networks.logits, network)
@@ -274,11 +266,22 @@ def read_weights(path: str | Path) -> Mapping[str, np.ndarray]:
     return weights.read(weights.locate(path))[0]
 
 
-def _ranges_apart(variables: Any) -> tuple[Any, Any]:
-    """The collection `ranges` among the variables, if any, and the variables without it; None if nothing else is left."""
-    if not isinstance(variables, Mapping) or "ranges" not in variables:
-        return {}, variables
-    return variables["ranges"], {name: each for name, each in variables.items() if name != "ranges"} or None
+def _with_ranges(
+    model: Any, variables: Any, image: Any, mean: Any, std: Any, bits: Any, call: Any
+) -> tuple[networks.Network, Variables, ConfigDict]:
+    """The network that `evaluate` evaluates, its variables with the collection `ranges`, and its config."""
+    ranges: Any = {}
+    if isinstance(variables, Mapping) and "ranges" in variables:
+        ranges = variables["ranges"]
+        variables = {name: each for name, each in variables.items() if name != "ranges"} or None
+    if bits is None and ranges:
+        raise InputError("the variables hold the ranges of a quantized network: give its bits, or leave out the ranges.")
+    setting = Setting(model, variables, image, mean, std, "full" if bits is None else bits, 0, call, {}, None)
+    if bits is None:
+        network = from_config.bare_teacher(setting.config, setting.model)
+    else:
+        network = _student_with(setting.config, setting.model, ranges)
+    return network, {**setting.variables, "ranges": given_ranges(ranges, network)}, setting.config
 
 
 def _student_with(config: Any, model: nn.Module, ranges: Any) -> networks.Network:

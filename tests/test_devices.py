@@ -4,6 +4,7 @@ import functools
 import itertools
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import jax
@@ -189,7 +190,10 @@ def test_an_accelerator_takes_as_many_batches_as_fill_half_of_its_memory(monkeyp
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert parallel.stack(0, 3 * 2**30) == 13 and parallel.stack(0, 60 * 2**30) == 1 and parallel.stack(4, 3 * 2**30) == 4
     with pytest.warns(Notice, match=r"a step of synthesis may need 81\.0 GiB of memory, and 80\.0 GiB exist for a device"):
-        assert parallel.stack(0, 81 * 2**30) == 1
+        parallel.warn_of_memory(81 * 2**30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        parallel.warn_of_memory(80 * 2**30)
 
 
 def test_of_accelerators_as_many_are_used_by_default_as_share_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:

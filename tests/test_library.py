@@ -328,7 +328,7 @@ def test_images_of_unequal_sizes_are_no_array(network: tuple, student: hast_jax.
         lambda: hast_jax.export(student, tmp_path / "student.onnx", images=images),
         lambda: student(images),
     ):
-        with pytest.raises(ValueError, match="the images make no array, such as lists of unequal lengths"):
+        with pytest.raises(ValueError, match="the images cannot become one array, like lists of unequal lengths"):
             call()
 
 

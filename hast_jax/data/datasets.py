@@ -137,7 +137,7 @@ def as_array(name: str, values: Any) -> np.ndarray:
     try:
         return np.asarray(values)
     except (TypeError, ValueError) as error:
-        raise InputError(f"the {name} make no array, such as lists of unequal lengths: give a NumPy array.") from error
+        raise InputError(f"the {name} cannot become one array, like lists of unequal lengths: give a NumPy array.") from error
 
 
 def check_pair(name: str, given: Any) -> None:

@@ -16,7 +16,7 @@ from hast_jax import networks, paths
 from hast_jax.data.datasets import normalise, real_images
 from hast_jax.deliver import comparison, integers
 from hast_jax.deliver.comparison import Comparison, Judged
-from hast_jax.errors import InputError, UserError
+from hast_jax.errors import InputError, UserError, sentence
 from hast_jax.networks.marks import activation_grid
 from hast_jax.runs.files import write_bytes
 from hast_jax.student import DESCRIPTION, WEIGHTS, Student
@@ -156,7 +156,7 @@ def _prepared(student: Student, options: Options) -> Callable[[np.ndarray], np.n
 def _onnx(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[bytes, dict[str, Any]]:
     """The content of an ONNX file, and the fields of `Exported` that its check found."""
     _need("onnx", "onnxruntime", extra="onnx")
-    from hast_jax.deliver import onnx_check, onnx_export
+    from hast_jax.deliver import onnx_check, onnx_export, onnx_graph
 
     shape: dict[str, Any] = {"layout": options.layout, "normalised": options.normalised}
     int4 = options.weights == "int4"
@@ -170,8 +170,7 @@ def _onnx(student: Student, options: Options, sets: Sequence[Judged]) -> tuple[b
     except UserError:
         raise
     except Exception as error:  # of ONNX or onnxruntime, which refuse an operation on values of some types
-        words = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        raise InputError(f"the network cannot be written as ONNX ({words}): use format=stablehlo.") from error
+        raise onnx_graph.cannot_write(sentence(error)) from error
     prepare = _prepared(student, options)
     few = sets[0].images[: 64 if max(student.image[:2]) <= 64 else 8]
     found = onnx_check.integers(built, prepare(few))
@@ -221,7 +220,7 @@ def _stablehlo(student: Student, options: Options, sets: Sequence[Judged]) -> tu
     except UserError:
         raise
     except Exception as error:  # from code that needs the number of images during tracing, such as len(images)
-        words = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        words = sentence(error)
         raise InputError(f"the network cannot be traced for any number of images ({words}): use images.shape[0].") from error
     program = jax_export.deserialize(bytearray(content))
     prepare = _prepared(student, options)

@@ -159,7 +159,8 @@ def _values(root: Part, state: Mapping[str, Any]) -> dict[Path, Any]:
         if isinstance(array, jax.Array | np.ndarray) and name in given and not np.array_equal(array, given[name]):
             raise InputError(f"the array {name} of the state is not that of this {type(root.origin).__name__}: put it there.")
     missing = sorted(set(wanted.values()) - given.keys())
-    unknown = sorted(given.keys() - set(wanted.values()) - others.keys())
+    besides = given.keys() - set(wanted.values()) - others.keys()
+    unknown = sorted(name for name in besides if not _is_random(name.split("/")))  # other versions of Flax keep keys elsewhere
     if missing or unknown:
         words = f"lacks {missing[0]}" if missing else f"has {unknown[0]} besides"
         raise InputError(f"the variables are not the state of this {type(root.origin).__name__}: it {words}.")

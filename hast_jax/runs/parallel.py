@@ -235,11 +235,18 @@ def distribute(items: list[Any], count: int) -> tuple[int, list[Any]]:
 def stack(requested: int, size: int) -> int:
     """How many independent computations of `size` bytes a device does at once: `requested`, or a default if it is zero.
 
-    The default fills half of the smallest device memory among the processes; on a CPU it is one. Gives a notice if one such
-    computation may need more memory than there is. Every process must call this.
+    The default fills half of the smallest device memory among the processes; on a CPU it is one. Every process must call this.
     """
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    limit = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    memory = _device_memory()
+    default = np.asarray(max(1, memory // 2 // size), np.int32)
+    if jax.process_count() > 1:
+        default = multihost_utils.process_allgather(default).min()
+    return requested or int(default)
+
+
+def warn_of_memory(size: int) -> None:
+    """Give a notice if a step of synthesis, which may need `size` bytes, may need more than a device has."""
+    limit = _device_memory() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     if size > limit:
         words = (
             f"a step of synthesis may need {size / 2**30:.1f} GiB of memory, and {limit / 2**30:.1f} GiB exist for a device: "
@@ -247,10 +254,11 @@ def stack(requested: int, size: int) -> int:
             "synthesis.batch."
         )
         warnings.warn(words, Notice, stacklevel=2)
-    default = np.asarray(max(1, memory // 2 // size), np.int32)
-    if jax.process_count() > 1:
-        default = multihost_utils.process_allgather(default).min()
-    return requested or int(default)
+
+
+def _device_memory() -> int:
+    """The bytes of a device's own memory; 0 if it has none, as a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
 def process_rows(batch: np.ndarray, count: int) -> np.ndarray:

@@ -186,7 +186,9 @@ def _fill(job: Job, store: Any, checkpoints: Any) -> None:
     reached = {batch: int(row.iteration) for batch, row in begun.items()}
     processes.require_same({"half-made images": crc32((np.asarray(pending), np.asarray(sorted(reached.items()))))})
     done = (store.batches - len(pending)) * settings.iterations + sum(reached.values())
-    stack = parallel.stack(settings.stack, memory(job.teacher, job.variables, shape, settings))
+    size = memory(job.teacher, job.variables, shape, settings)
+    parallel.warn_of_memory(size)
+    stack = parallel.stack(settings.stack, size)
     together = parallel.device_total(job.devices) * stack
     with job.recorder.stage("synthesis", store.batches * settings.iterations, done) as stage:
         for batches, first in plan(pending, reached, together):
