@@ -56,7 +56,7 @@ def test_the_readmes_results_are_those_of_the_full_table() -> None:
 
 def test_the_recipes_table_of_resolutions_is_that_of_its_file() -> None:
     folder = tiny.ROOT / "docs"
-    shown = [row[1:] for row in rows((folder / "recipe.md").read_text(), 6) if row[1] in ("200", "400")]
+    shown = [row[1:] for row in rows((folder / "trials.md").read_text(), 6) if row[1] in ("200", "400")]
     known = json.loads((folder / "recipe" / "resolutions.json").read_text())["rows"]
     form = [
         [f"{r['iterations']}", f"{r['top1']:.2f}", f"{r['agreement']:.1f}", f"{r['kl']:.3f}", f"{r['held_out_kl']:.3f}"]
@@ -68,14 +68,14 @@ def test_the_recipes_table_of_resolutions_is_that_of_its_file() -> None:
 def test_the_recipes_table_of_two_bits_is_that_of_its_file() -> None:
     folder = tiny.ROOT / "docs"
     known = json.loads((folder / "recipe" / "two_bits.json").read_text())["rows"]
-    shown = rows((folder / "recipe.md").read_text(), 4)
+    shown = rows((folder / "trials.md").read_text(), 4)
     for r in known:
         assert [r["name"], f"{r['top1']:.2f}", f"{r['agreement']:.1f}", f"{r['kl']:.3f}"] in shown
 
 
 def test_the_recipes_table_of_gamma_and_eps_is_that_of_its_file() -> None:
     folder = tiny.ROOT / "docs"
-    shown = rows((folder / "recipe.md").read_text(), 6)
+    shown = rows((folder / "trials.md").read_text(), 6)
     columns = {"train_agree": 1, "train_kl": 3, "held_kl": 3, "test": 2}  # name in the file -> digits behind the point
     for name, seeds in json.loads((folder / "recipe" / "sensitivity.json").read_text())["rows"].items():
         values = {column: [seed[column] for seed in seeds] for column in columns}
@@ -85,7 +85,7 @@ def test_the_recipes_table_of_gamma_and_eps_is_that_of_its_file() -> None:
         ]
         label = name if " = " in name else name.replace("=", " = ")
         assert [label, str(len(seeds)), *cells] in shown
-    full_length = rows((folder / "recipe.md").read_text(), 4)
+    full_length = rows((folder / "trials.md").read_text(), 4)
     for name, row in json.loads((folder / "recipe" / "sensitivity.json").read_text())["full_length"]["rows"].items():
         cifar = [f"{row['cifar100']['agreement']:.1f}", f"{row['cifar100']['kl']:.3f}"] if "cifar100" in row else ["", ""]
         assert [name, *cifar, f"{statistics.mean(row['digits_kl']):.4f}"] in full_length
