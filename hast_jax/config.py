@@ -20,7 +20,7 @@ from hast_jax.fields import FIELDS
 from hast_jax.kinds import close, shown
 from hast_jax.networks import user_files
 
-# The recipe that loses the least accuracy; docs/recipe.md says what each part gains. Other configs have the paper's settings.
+# The recipe that loses the least accuracy; docs/trials.md says what each part gains. Other configs have the paper's settings.
 BEST: dict[str, Any] = {
     "synthesis.lr": 0.2,
     "synthesis.schedule": "cosine",
@@ -44,7 +44,7 @@ BEST: dict[str, Any] = {
 }
 
 # Variants of the CIFAR configs. `small` is a budget for two cores; `best,small` is that budget for the recipe `best`. `best,w2`
-# is the recipe for weights of two bits, which have further to go (docs/recipe.md).
+# is the recipe for weights of two bits, which must change more (docs/trials.md).
 VARIANTS: dict[str, dict[str, Any]] = {
     "best": BEST,
     "small": {

@@ -126,7 +126,7 @@ FIELDS: dict[str, Field] = {
     ),
     "teacher.arithmetic": Field(
         "float32",
-        "Precision of the teacher's convolutions and matrix products. Lower precision is faster on accelerators.",
+        "Precision of the teacher's convolutions and matrix products. Lower precision is meant for accelerators.",
         choices=tuple(ARITHMETIC),
     ),
     "student.arithmetic": Field(

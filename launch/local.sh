@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One machine with GPUs, a TPU VM, or a CPU. All GPUs or TPU chips are used; their number must divide finetune.batch. On a CPU,
-# a number of devices that divides it is chosen.
+# One machine with GPUs, a TPU VM, or a CPU. All GPUs or TPU chips are used, or fewer if their number
+# does not divide finetune.batch. docs/devices.md says more.
 #
 # After an interruption, start it again with the same arguments to resume the run.
 #
