@@ -69,6 +69,18 @@ def test_all_bits_all_rules_and_both_kinds_of_ranges_are_exported(bits, operator
 
 
 @pytest.mark.parametrize("name", ["resnet", "vgg"])
+@pytest.mark.parametrize(
+    "options", [{}, {"operators": "integer"}, {"operators": "exact", "weights": "int4"}], ids=["float", "integer", "exact int4"]
+)
+@pytest.mark.parametrize("bits", [(None, 4), {"default": "w4a4", ".*1": "a4"}], ids=["no weights", "some weights"])
+def test_beside_weights_in_full_precision_quantized_activations_are_those_of_the_student(
+    name: str, options: dict[str, str], bits, tmp_path: Path
+) -> None:
+    found = hast_jax.export(student(name, bits), tmp_path / "student.onnx", **options)
+    assert found.layers and max(found.layers.values()) < 1e-3 and found.comparisons[0].different <= 1
+
+
+@pytest.mark.parametrize("name", ["resnet", "vgg"])
 def test_with_exact_operators_no_sum_is_rounded_so_the_integers_are_those_of_integer_operators(name: str) -> None:
     from hast_jax.deliver import onnx_check, onnx_export
 

@@ -148,6 +148,26 @@ def test_single_layers_have_other_bits(finished: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "the rule 'nowhere' names no layer of ResNet" in done.stderr
 
 
+@pytest.mark.parametrize("weights", [4, 32])
+def test_a_student_whose_activations_are_not_quantized_is_loaded_exported_and_resumed(
+    weights: int, finished: Path, tmp_path: Path
+) -> None:
+    """Such a student has no ranges at all."""
+    changes = {
+        "synthesis__source": str(finished / "synthetic"),
+        "bits__weights": weights,
+        "bits__activations": 32,
+        "finetune__epochs": 1,
+    }
+    result = tiny.run(tmp_path / "run", **changes)
+    assert tiny.run(tmp_path / "run", **changes) == result
+    student = hast_jax.load(tmp_path / "run")
+    assert student.variables["ranges"] == {}
+    for name, form in (("student.onnx", "onnx"), ("student.safetensors", "safetensors"), ("student.stablehlo", "stablehlo")):
+        exported = hast_jax.export(student, tmp_path / name, form)
+        assert all(each.different <= 1 for each in exported.comparisons)
+
+
 def test_another_config_in_the_same_folder_is_refused_and_the_difference_shown(copy: Path) -> None:
     with pytest.raises(UserError, match=r"finetune.eps: 0.02 -> 0.5; use another workdir"):
         tiny.run(copy, finetune__eps=0.5)

@@ -75,7 +75,7 @@ def convolution(graph: Graph, given: dict[str, Any], operands: list[Value], shap
     axes = tuple(numbers.rhs_spec)
     integers = _integers(graph, x, kernel, order, axes, axes[0])
     if integers is None:
-        return out(graph.node("Conv", graph.tensor(x, order), _kernel(graph, kernel, axes), **named))
+        return out(graph.node("Conv", *_operands(graph, x, kernel, order, axes), **named))
     *inputs, scale = integers
     if graph.operators == "integer":
         name = graph.node("Cast", graph.node("ConvInteger", *inputs, **named), to=TensorProto.FLOAT)
@@ -95,7 +95,7 @@ def product(graph: Graph, given: dict[str, Any], operands: list[Value], shape: t
     plain = tuple(range(len(shape)))
     integers = _integers(graph, x, kernel, order, axes, axes[1])
     if integers is None:
-        return Value(shape, graph.node("MatMul", graph.tensor(x, order), _kernel(graph, kernel, axes)), plain)
+        return Value(shape, graph.node("MatMul", *_operands(graph, x, kernel, order, axes)), plain)
     *inputs, scale = integers
     if graph.operators == "integer":
         name = graph.node("Cast", graph.node("MatMulInteger", *inputs), to=TensorProto.FLOAT)
@@ -153,6 +153,21 @@ def _integers(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axe
     if np.abs(kernel.grid.integers).max() > 127:
         return None
     return u, graph.constant(kernel.grid.integers.transpose(axes).astype(np.int8)), zero_point, scale
+
+
+def _operands(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axes: tuple[int, ...]) -> tuple[str, str]:
+    """The names of `x` and of `kernel` as floats, with their axes in the orders `order` and `axes`.
+
+    Beside a kernel in full precision, integers of `x` are dequantized by arithmetic. With a DequantizeLinear node in this place,
+    onnxruntime quantizes the kernel too (WeightBiasQuantization), and so computes another network.
+    """
+    stored = _kernel(graph, kernel, axes)
+    if x.grid is None or stored not in graph.constants:
+        return graph.tensor(x, order), stored
+    u = graph.node("Cast", _turned(graph, x, order), to=TensorProto.FLOAT)
+    if x.grid.zero_point:
+        u = graph.node("Sub", u, graph.constant(np.float32(x.grid.zero_point)))
+    return graph.node("Mul", u, graph.constant(x.grid.scale)), stored
 
 
 def _turned(graph: Graph, x: Value, order: tuple[int, ...]) -> str:

@@ -114,7 +114,7 @@ def leaves(tree: Any) -> dict[Place, Any]:
 def formed(like: Any, tree: Any) -> Any:
     """`tree`, but with a tuple wherever `like` has one. If its leaves are not those of `like`, it is returned as it is."""
     found = leaves(tree)
-    if found.keys() != leaves(like).keys():
+    if not found or found.keys() != leaves(like).keys():
         return tree
     return jax.tree_util.tree_map_with_path(lambda path, _: found[_steps(path)], like)
 
