@@ -7,6 +7,7 @@
 
 Prints one JSON line for each part. Weights and images are random. A line gives:
 
+- the batches that a device makes at once, as in a run with this config;
 - images per second, without compile time, and the seconds that all steps of the config would take at this rate;
 - FLOPs of the step, by XLA's cost analysis. They include the zero taps of networks/conv.py. A loop body, as with
   `synthesis.remat`, counts once;
@@ -19,6 +20,7 @@ most time. Several processes take each step together, and process 0 prints.
 """
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -89,12 +91,14 @@ def matmul_rate(devices: int, arithmetic: str) -> float:
 class Part(NamedTuple):
     """A step to time. build() -> (state, constants) of one device.
 
-    batch: images of one batch. images: those in one step of all devices of all processes. total: those in all steps of a run.
+    batch: images of one batch. stack: batches of a device in one step. images: those in one step of all devices of all
+    processes. total: those in all steps of a run, batches that are repeated to fill the devices included.
     """
 
     step: Callable[..., Any]
     build: Callable[[], tuple[Any, Any]]
     batch: int
+    stack: int
     images: int
     total: int
 
@@ -105,7 +109,10 @@ def synthesis(config: ConfigDict, devices: int) -> Part:
     key, settings = jax.random.key(config.seed), config.synthesis
     image, shape = jnp.zeros((1, *config.teacher.image)), (settings.batch, *config.teacher.image)
     size = synthesize.memory(teacher, jax.eval_shape(partial(teacher.module.init, **teacher.call), key, image), shape, settings)
-    stack = parallel.stack(settings.stack, size)
+    # A run stacks no more batches than it has, and repeats a batch where they do not fill all devices.
+    used, batches = parallel.device_total(devices), math.ceil(settings.images / settings.batch)
+    stack = min(parallel.stack(settings.stack, size), math.ceil(batches / used))
+    steps = settings.iterations * math.ceil(batches / (used * stack))
 
     def build() -> tuple[synthesize.State, Any]:
         def start(batch):
@@ -114,8 +121,8 @@ def synthesis(config: ConfigDict, devices: int) -> Part:
         return jax.vmap(start)(jnp.arange(stack)), teacher.module.init(key, image, **teacher.call)
 
     step = synthesize.on_each(lambda state, variables: synthesize.step(state, variables, teacher, key, settings))
-    images = parallel.device_total(devices) * stack * settings.batch
-    return Part(step, build, settings.batch, images, settings.images * settings.iterations)
+    images = used * stack * settings.batch
+    return Part(step, build, settings.batch, stack, images, steps * images)
 
 
 def fine_tuning(config: ConfigDict, devices: int) -> Part:
@@ -133,7 +140,7 @@ def fine_tuning(config: ConfigDict, devices: int) -> Part:
         return finetune.init(variables["params"], ranges, settings), finetune.fixed_inputs(variables, ranges, *data, config)
 
     total = settings.epochs * settings.steps_per_epoch * settings.batch
-    return Part(finetune.make_step(teacher, student, settings), build, settings.batch, settings.batch, total)
+    return Part(finetune.make_step(teacher, student, settings), build, settings.batch, 1, settings.batch, total)
 
 
 PARTS: dict[str, Callable[[ConfigDict, int], Part]] = {"synthesize": synthesis, "finetune": fine_tuning}
@@ -171,7 +178,7 @@ def measure(
         lowered = step.lower(*shapes)
     start = time.perf_counter()
     compiled = lowered.compile(dict(options))
-    line: dict[str, Any] = {"batch": part.batch, "compile_seconds": round(time.perf_counter() - start, 1)}
+    line: dict[str, Any] = {"batch": part.batch, "stack": part.stack, "compile_seconds": round(time.perf_counter() - start, 1)}
     analysis, memory = compiled.cost_analysis(), compiled.memory_analysis()
     flops = devices * (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
 
@@ -206,6 +213,7 @@ COLUMNS = {
     "arithmetic": "products",
     "options": "compiler",
     "batch": "batch",
+    "stack": "batches at once",
     "per_second": "images/s",
     "step_seconds": "s a step",
     "total_seconds": "all steps of the config, s",

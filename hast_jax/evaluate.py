@@ -63,7 +63,10 @@ def run(
     from_config.trust(config, workdir, network, names, weights)
     teacher, variables = from_config.teacher(config)
     student = from_config.student(config)
+    if checkpoint == "best" and config.eval.dataset == "none":
+        raise UserError(f"{workdir} has no best student, because its run had no real images: use --checkpoint=latest.")
     config.eval.update(real)
+    config.synthesis.real_split = ""  # the student may also be judged on the images that it learned from
     config_lib.validate(config)
     images = datasets.load(config, config.eval.split)
     if images is None:

@@ -125,7 +125,12 @@ def _report(job: Job, student: Student, images: np.ndarray, anew: bool = False) 
     except Exception as error:
         own = "".join(f" --{flag}={code}" for flag, code in from_config.own_code(job.config).items())
         command = f"run python -m hast_jax.report --workdir={job.storage}{own}"
-        again = "make the same call again" if job.config.teacher.weights == GIVEN else command
+        if job.config.teacher.weights == GIVEN:
+            again = "make the same call again"
+        elif job.config.synthesis.real_split:  # these images are not kept
+            again = "give the same command again"
+        else:
+            again = command
         words = f"the report was not written ({sentence(error)}), but the rest of the run is complete; to write the report,"
         warnings.warn(f"{words} {again}.", Notice, stacklevel=2)
 
@@ -287,8 +292,6 @@ def restore_student(
                     raise
     if state is None and finished:
         return load(folder.student, student.module).variables, config.finetune.epochs * config.finetune.steps_per_epoch
-    if state is None and checkpoint == "best" and config.eval.dataset == "none":
-        raise UserError(f"{folder} has no best student, because its run had no real images: use --checkpoint=latest.")
     if state is None:
         raise UserError(f"{folder} holds no {checkpoint} student yet: let its run reach the end of an epoch.")
     return finetune.student_variables(student, variables, ranges, state.trained), int(state.step)

@@ -173,7 +173,6 @@ def main(_: list[str]) -> None:
         _try_to_write(output, network, tuple(config.teacher.image))
         variables = train(network, train_set, config, console.print)
         evaluate = evaluator(partial(networks.logits, network), test_set, config, devices, silent)
-        top1 = evaluate(variables).top1
         recipe = ", ".join(f"{name} {value}" for name, value in config.pretrain.items())
         state = weights.to_state_dict(network.module, variables, tuple(config.teacher.image), network.call)
         metadata = {
@@ -182,10 +181,11 @@ def main(_: list[str]) -> None:
             "num_classes": str(config.teacher.classes),
             "mean": str(list(config.teacher.mean)),
             "std": str(list(config.teacher.std)),
-            "test_top1": f"{top1:.2f}",
             "training": f"SGD nesterov, cosine, {recipe}, {len(train_set.labels)} images, seed {config.seed}",
         }
-        write_bytes(output, weights.encoded(state, metadata))
+        write_bytes(output, weights.encoded(state, metadata))  # before anything can stop the evaluation
+        top1 = evaluate(variables).top1
+        write_bytes(output, weights.encoded(state, {**metadata, "test_top1": f"{top1:.2f}"}))
         console.print(f"{escape(str(output))}: top-1 {top1:.2f} % on {len(test_set.labels)} held-out images")
 
 

@@ -138,8 +138,9 @@ def _labels(folders: list[Path]) -> list[str]:
     whole = [folder.resolve() for folder in folders]
     names = [path.name for path in whole]
     if len(set(names)) < len(names):
-        above = os.path.commonpath(whole)
-        names = [str(path.relative_to(above)) if str(path) != above else path.name for path in whole]
+        above = Path(os.path.commonpath(whole))
+        above = above.parent if above in whole else above
+        names = [str(path.relative_to(above)) for path in whole]
     return names
 
 

@@ -404,6 +404,20 @@ def test_each_field_with_each_odd_value_is_valid_or_refused_in_one_line(path: st
             assert "nan" not in repr(value) and "inf" not in repr(value)
 
 
+@pytest.mark.parametrize("split", ["val", "./val", "val/", "train/../val", "link", "{folder}/val"])
+def test_images_of_a_folder_are_not_learned_and_judged_however_its_path_is_written(split: str, tmp_path) -> None:
+    for name in ("val", "train"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "val")
+    config = config_lib.default()
+    changes = {"eval.dataset": "folder", "eval.data_dir": str(tmp_path), "eval.split": "val", "synthesis.real_split": "train"}
+    config.update_from_flattened_dict(changes)
+    config_lib.validate(config)
+    config.synthesis.real_split = split.format(folder=tmp_path)
+    with pytest.raises(UserError, match=r"of another split than eval\.split"):
+        config_lib.validate(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

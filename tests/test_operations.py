@@ -69,3 +69,15 @@ def test_on_a_gpu_each_arithmetic_and_each_option_of_the_compiler_is_measured() 
     assert benchmark.variants("gpu", tiny.config()) == arithmetic + options
     assert benchmark.variants("tpu", tiny.config()) == arithmetic
     assert benchmark.variants(None, tiny.config(teacher__arithmetic="bfloat16")) == [("bfloat16", "")]
+
+
+@pytest.mark.parametrize(
+    ("devices", "images", "asked", "stack", "rounds"),
+    [(1, 64, 3, 2, 1), (1, 160, 3, 3, 2), (4, 192, 3, 2, 1), (4, 192, 1, 1, 2)],
+)
+def test_the_benchmark_makes_as_many_batches_at_once_as_a_run_with_its_config(
+    devices: int, images: int, asked: int, stack: int, rounds: int
+) -> None:
+    config = tiny.config(synthesis__images=images, synthesis__batch=32, synthesis__iterations=20, synthesis__stack=asked)
+    part = benchmark.synthesis(config, devices)
+    assert (part.stack, part.images, part.total) == (stack, 32 * stack * devices, 20 * rounds * 32 * stack * devices)

@@ -1,8 +1,10 @@
 """Experiments share what is equal, go on where they were killed, and say what failed."""
 
 import functools
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import jax
@@ -15,7 +17,7 @@ from hast_jax import config as config_lib
 from hast_jax import from_config, pipeline, reproduce
 from hast_jax.data import datasets
 from hast_jax.errors import UserError
-from hast_jax.paper import figure2, landscape, tables
+from hast_jax.paper import figure2, figures, landscape, tables
 from hast_jax.paper.experiments import EXPERIMENTS, FINDINGS, Cell
 from hast_jax.paper.sweep import Sweep, _name
 from hast_jax.stages import calibrate, teacher
@@ -76,6 +78,30 @@ def test_the_table_sets_the_papers_numbers_beside_ours() -> None:
     assert "| DFA | 81.00 ± 1.41 | 9.00 | 83.92 | 10.11 | -1.11 |" in text
     assert "| RFA | 84.00 (1 of 2 seeds) | 6.00 |" in text and "- RFA: it diverged." in text
     assert "| DFA, lambda / 1000 | 83.00 | 7.00 |" in text
+
+
+def test_with_other_bits_for_some_layers_the_table_says_so_and_leaves_out_the_papers_numbers() -> None:
+    config = config_lib.default()
+    config.update_from_flattened_dict({"eval.dataset": "cifar10", "bits.rules": "output=w8a8"})
+    experiment = EXPERIMENTS["table3"](config)
+    text = tables.section(experiment, {cell.label: [result(60.0)] for cell in experiment.cells}, config).body
+    assert "paper" not in text.partition("\n\n")[0]
+
+
+def test_imagenet_has_no_cell_of_all_real_images_because_they_do_not_fit_into_memory() -> None:
+    config = config_lib.default()
+    for dataset, count in (("imagenet2012", 0), ("cifar10", 1)):
+        config.eval.dataset = dataset
+        for name in ("baselines", "recipe"):
+            assert sum("all real images" in cell.label for cell in EXPERIMENTS[name](config).cells) == count
+
+
+def test_a_mean_of_one_seed_has_no_error_bar_and_the_others_keep_theirs(tmp_path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    figures.sensitivity({"eps": [(0.0, 60.0, 0.3), (0.01, 61.0, None), (0.02, 61.5, 0.2)]}, 90.0, tmp_path / "figure.png")
+    bars = drawn[0].axes[0].containers[0].lines[2][0].get_segments()
+    assert [len(bar) for bar in bars] == [2, 0, 2]
 
 
 @pytest.mark.slow
@@ -217,13 +243,16 @@ def test_images_that_cannot_be_made_are_tried_once_for_all_their_cells(tmp_path:
     tries = []
 
     def diverge(*_) -> Path:
-        tries.append(1)
+        arrays = np.ones(4)
+        tries.append(weakref.ref(arrays))
         raise UserError("synthesis diverged")
 
     monkeypatch.setattr(pipeline, "run_synthesis", diverge)
     small = sweep(tmp_path)
     cells = [Cell("base", {}), Cell("other", {"finetune.eps": 0.0})]
     assert [small.run_one(cell, 0) for cell in cells] == [{"failed": "synthesis diverged"}] * 2 and len(tries) == 1
+    gc.collect()
+    assert tries[0]() is None, "the arrays of the failed synthesis take up memory while the other cells run"
 
 
 def test_all_experiments_make_one_page_though_a_cell_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,11 @@ def test_runs_with_the_same_name_are_told_apart(tmp_path) -> None:
     text = results.table([tmp_path / "a" / "run", tmp_path / "b" / "run"])
     assert "| a/run |" in text and "| b/run |" in text
     assert results.table([tmp_path / "a" / "run"] * 2).count("| run |") == 2
+    (tmp_path / "run").mkdir()
+    for name in ("a", "run"):
+        (tmp_path / name / "result.json").write_text(json.dumps(RESULT))
+    text = results.table([tmp_path / "a", tmp_path / "a" / "run", tmp_path / "run"])
+    assert all(f"| {name} |" in text for name in ("a", "a/run", "run"))
 
 
 def test_a_damaged_result_is_named(tmp_path) -> None:

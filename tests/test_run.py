@@ -196,6 +196,16 @@ def test_a_run_without_evaluation_data_needs_none(tmp_path: Path) -> None:
     assert done.returncode == 1 and "run was run without any: name a data set with --dataset" in done.stderr
     done = tiny.call(tiny.evaluate(tmp_path / "run", "--dataset=digits", "--split=train"))
     assert done.returncode == 0 and "1078 images, digits train" in done.stdout
+    done = tiny.call(tiny.evaluate(tmp_path / "run", "--dataset=digits", "--checkpoint=best"))
+    assert done.returncode == 1 and "run has no best student, because its run had no real images" in done.stderr
+
+
+def test_a_student_can_be_judged_on_the_real_images_that_it_learned_from(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["synthesis"]["real_split"] = "train"
+    (copy / "config.json").write_text(json.dumps(config))
+    done = tiny.call(tiny.evaluate(copy, "--split=train"))
+    assert done.returncode == 0 and "1078 images, digits train" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

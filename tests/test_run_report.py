@@ -195,6 +195,21 @@ def test_a_run_ends_with_a_report_and_a_card_that_need_nothing_else(learned_run:
     assert text.count("<svg") >= 13 and "base64," in text
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(report._large(4608), "4,608"), (report._large(4.1e7), "41.00 million"), (report._large(2.5e9), "2.50 billion")]
+    + [(report._bytes(40), "40 bytes"), (report._bytes(1_121_000), "1.12 MB"), (report._bytes(26_500), "26.5 kB")],
+)
+def test_small_and_large_numbers_can_be_read(words: str, told: str) -> None:
+    assert words == told
+
+
+def test_images_of_noise_are_called_noise(learned_run: Path) -> None:
+    noise = hast_jax.load(learned_run / "student").record | {"iterations": 0}
+    assert "noise" in report._images_words(noise) and "batch norms" not in report._images_words(noise)
+    assert "noise" in report._summary(noise, "W3A3") and "synthesized" not in report._summary(noise, "W3A3")
+
+
 def test_the_tiles_show_a_gain_as_a_gain_and_prefer_images_that_the_student_has_not_seen(learned_run: Path) -> None:
     folder, its = run_folder.open_for_reading(learned_run)[0], hast_jax.load(learned_run / "student")
     costs = measure.costs(its.network, its.variables, its.image)

@@ -158,8 +158,8 @@ def _integers(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axe
 def _operands(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axes: tuple[int, ...]) -> tuple[str, str]:
     """The names of `x` and of `kernel` as floats, with their axes in the orders `order` and `axes`.
 
-    Beside a kernel in full precision, integers of `x` are dequantized by arithmetic. With a DequantizeLinear node in this place,
-    onnxruntime quantizes the kernel too (WeightBiasQuantization), and so computes another network.
+    Beside a kernel in full precision, integers of `x` are dequantized by arithmetic. With a DequantizeLinear node in this
+    place, onnxruntime quantizes the kernel too (WeightBiasQuantization), and so computes another network.
     """
     stored = _kernel(graph, kernel, axes)
     if x.grid is None or stored not in graph.constants:

@@ -98,6 +98,8 @@ def _summary(record: Mapping[str, Any], bits: str) -> str:
     learned = "images synthesized from the network itself"
     if record["iterations"] is None:
         learned = "real images" if record.get("real_split") else "images that were made elsewhere"
+    elif record["iterations"] == 0:
+        learned = "images of noise"
     words = f"The network {record['network']} was quantized to {bits}: W and A are the bits of its weights and activations. "
     return words + f"The quantized network was trained on {learned}, with hast_jax."
 
@@ -153,6 +155,8 @@ def _cost_rows(
 
 
 def _large(number: float) -> str:
+    if number < 1e5:
+        return f"{number:,.0f}"
     return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.2f} million"
 
 
@@ -204,6 +208,8 @@ def _images_words(record: Mapping[str, Any]) -> str:
         return f"{format_images(record)}, for comparison: this student is not data-free."
     if record["iterations"] is None:
         return f"{format_images(record)}."
+    if record["iterations"] == 0:
+        return f"{format_images(record)}: noise, for comparison."
     return f"{format_images(record)}, made from the statistics of the network's batch norms, without any real image."
 
 
@@ -338,4 +344,6 @@ def _changes(values: dict[str, Any]) -> list[str]:
 
 
 def _bytes(count: float) -> str:
+    if count < 1e4:
+        return f"{count:,.0f} bytes"
     return f"{count / 1e6:,.2f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

@@ -22,7 +22,7 @@ def sensitivity(panels: dict[str, list[tuple[float, float, float | None]]], teac
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (name, points) in zip(axes, panels.items()):
         values, means, deviations = zip(*points)
-        bars = None if None in deviations else deviations
+        bars = [np.nan if each is None else each for each in deviations]  # no bar where a mean is of one seed
         axis.errorbar(values, means, bars, color=COLOURS[0], capsize=3, **STYLES[0])
         axis.set_xlabel("lambda" if name == "lam" else name)
     figure.axes[0].set_ylabel("top-1, %")

@@ -77,7 +77,7 @@ class Sweep:
         self.teacher = variables
         self.workdir, self._progress, self._say = workdir, progress, say
         self.failed: list[str] = []
-        self._sets: dict[Path, Path | Exception] = {}  # run folder -> its synthetic set, or the exception that ended it
+        self._sets: dict[Path, Path | str] = {}  # run folder -> its synthetic set, or why there is none
         self._results: dict[Path, Result] = {}
 
     def run(self, cell: Cell) -> list[Result]:
@@ -114,11 +114,14 @@ class Sweep:
         if path not in self._sets:
             try:
                 self._sets[path] = pipeline.run_synthesis(config, path, self._progress)
-            except Exception as error:  # remembered, because other cells with this set would fail in the same way
-                self._sets[path] = error
+            except Exception as error:
+                # Remembered, because other cells with this set would fail in the same way. Only the words: the exception itself
+                # would keep the arrays of the failed synthesis.
+                self._sets[path] = sentence(error)
+                raise
         found = self._sets[path]
-        if isinstance(found, Exception):
-            raise found
+        if isinstance(found, str):
+            raise UserError(found)
         return found
 
     def _attempt(self, cell: Cell, seed: int, path: Path) -> Result:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from hast_jax.deliver.console import markdown_row
+from hast_jax.deliver.console import format_bits, markdown_row
 from hast_jax.paper import experiments, figures
 from hast_jax.paper.experiments import FINDINGS, PAPER_TEACHERS, Experiment, Finding
 from hast_jax.paper.sweep import Result, Sweep
@@ -42,7 +42,7 @@ def rows(experiment: Experiment, results: Results, config: ConfigDict) -> list[R
     """One row for each cell: accuracy over seeds (%), drop from the teacher, and the paper's numbers if there are any."""
     data_set = experiments.data_set(config)
     setting = (data_set, f"W{config.bits.weights}A{config.bits.activations}")
-    paper_teacher = PAPER_TEACHERS.get((config.teacher.network, data_set))
+    paper_teacher = None if config.bits.rules else PAPER_TEACHERS.get((config.teacher.network, data_set))
     found = []
     for cell in experiment.cells:
         row = _row(cell.label, results[cell.label], cell.accuracy)
@@ -119,7 +119,7 @@ def context(sweep: Sweep, devices: int) -> str:
     seeds = ", ".join(map(str, sweep.seeds))
     if config.synthesis.source and len(sweep.seeds) > 1:
         seeds += f" on the images of seed {config.seed}"
-    bits = f"W{config.bits.weights}A{config.bits.activations}"
+    bits = format_bits(config.bits)
     hardware = f"{devices} x {jax.devices()[0].device_kind}"
     return (
         f"{config.teacher.network} on {config.eval.dataset}, {bits}: {made}, {steps}, seed {seeds}, {hardware}. Top-1 in per "

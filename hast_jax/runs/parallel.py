@@ -46,7 +46,7 @@ def setup(devices: int, batch: int | None = None) -> int:
     asked_for = int(os.environ.get("JAX_NUM_CPU_DEVICES", 0))  # JAX's own variable: more devices than the run uses may exist
     with contextlib.suppress(RuntimeError):  # in a test the backend already runs: its devices are used
         jax.config.update("jax_num_cpu_devices", max(on_cpu, asked_for))
-    cache = Path(os.environ.get("HAST_JAX_CACHE", COMPILATION_CACHE)).expanduser().absolute()
+    cache = Path(os.environ.get("HAST_JAX_CACHE") or COMPILATION_CACHE).expanduser().absolute()
     jax.config.update("jax_compilation_cache_dir", str(cache))
     return choose(devices, batch)
 
