@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from students import onnx_logits, random_images, student
 from test_any_network import NETWORKS, given
@@ -80,6 +81,42 @@ def test_beside_weights_in_full_precision_quantized_activations_are_those_of_the
     assert found.layers and max(found.layers.values()) < 1e-3 and found.comparisons[0].different <= 1
 
 
+class LinearLayers(nn.Module):
+    """A linear layer on pixels, one without a bias, and one whose output is scaled."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(16, (3, 3))(x)))
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Dense(32)(x)))
+        x = nn.relu(nn.Dense(32, use_bias=False)(x.mean((1, 2))))
+        return nn.Dense(10)(x) * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"operators": "exact"}, {"operators": "integer"}, {"weights": "int4"}])
+@pytest.mark.parametrize("bits", [(4, None), {"default": "w4a4", "Dense_[12]": "w8"}])
+def test_beside_quantized_weights_activations_in_full_precision_are_not_rounded(
+    bits, options: dict[str, str], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setitem(NETWORKS, "linear layers", (LinearLayers(), (8, 8, 3)))
+    its, images = student("linear layers", bits), random_images(student("linear layers", bits), 32)
+    hast_jax.export(its, tmp_path / "student.onnx", **options)
+    different = np.abs(onnx_logits(tmp_path / "student.onnx", images) - its(images)).max(1)
+    assert np.median(different) < 1e-5
+
+
+@pytest.mark.parametrize("operators", ["float", "exact", "integer"])
+def test_integers_of_a_kernel_that_fit_no_small_type_are_exported(operators: str, tmp_path: Path) -> None:
+    """With the paper's ranges, the integers of a kernel of one sign lie far from zero."""
+    its = student("remat", "w8a8", learned=False)
+    kernels = [name for name, codes in its.codes().items() if codes.integers.ndim == 4]
+    params = flatten_dict(its.variables["params"], sep="/")
+    params[kernels[1]] = jnp.abs(params[kernels[1]]) + 0.3
+    its = dataclasses.replace(its, variables={**its.variables, "params": unflatten_dict(params, sep="/")})
+    assert its.codes()[kernels[1]].integers.min() > 127
+    found = hast_jax.export(its, tmp_path / "student.onnx", operators=operators)
+    assert found.comparisons[0].different <= 1 and max(found.layers.values()) < 1e-3
+
+
 @pytest.mark.parametrize("name", ["resnet", "vgg"])
 def test_with_exact_operators_no_sum_is_rounded_so_the_integers_are_those_of_integer_operators(name: str) -> None:
     from hast_jax.deliver import onnx_check, onnx_export
@@ -108,8 +145,8 @@ def test_the_maximum_of_integers_over_windows_is_an_integer(operators: str, tmp_
     kernels = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in steps]
     # The first convolution reads the image, and the linear layer reads means: both compute with dequantized kernels.
     assert len(kernels) == {"integer": 2, "exact": 7}[operators]
-    if operators == "exact":
-        assert sum(np.all(steps[node.input[1]] == 1) for node in kernels) == 5
+    if operators == "exact":  # five convolutions; the linear layer multiplies by the step after its integers are floats
+        assert sum(np.all(steps[node.input[1]] == 1) for node in kernels) == 6
     costs = {each.name: each for each in measure.costs(its.network, its.variables, its.image)}
     assert costs["stage1_unit1/conv1/conv"].activations == 4 and costs["init_block/conv"].activations == 32
 

@@ -95,7 +95,13 @@ def product(graph: Graph, given: dict[str, Any], operands: list[Value], shape: t
     plain = tuple(range(len(shape)))
     integers = _integers(graph, x, kernel, order, axes, axes[1])
     if integers is None:
-        return Value(shape, graph.node("MatMul", *_operands(graph, x, kernel, order, axes)), plain)
+        left_name, right_name = _operands(graph, x, kernel, order, axes)
+        if x.grid is None and kernel.grid is not None and right_name not in graph.constants:
+            # Of a product of floats with dequantized integers, onnxruntime makes a MatMulNBits, which rounds the floats to 8
+            # bits. A multiplication after DequantizeLinear prevents this.
+            scale = kernel.grid.scale.reshape([-1 if axis == kernel.grid.axis else 1 for axis in axes])
+            right_name = graph.node("Mul", _kernel(graph, _unscaled(kernel), axes), graph.constant(scale))
+        return Value(shape, graph.node("MatMul", left_name, right_name), plain)
     *inputs, scale = integers
     if graph.operators == "integer":
         name = graph.node("Cast", graph.node("MatMulInteger", *inputs), to=TensorProto.FLOAT)
@@ -144,30 +150,39 @@ def _integers(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axe
     zero_point = graph.constant(np.uint8(x.grid.zero_point))
     u = _turned(graph, x, order)
     if graph.operators == "exact":
-        unscaled = replace(kernel, grid=replace(kernel.grid, scale=np.ones_like(kernel.grid.scale)))
-        return (
-            graph.node("DequantizeLinear", u, graph.constant(np.float32(1)), zero_point),
-            _kernel(graph, unscaled, axes),
-            scale,
-        )
+        unscaled, one = _kernel(graph, _unscaled(kernel), axes), graph.constant(np.float32(1))
+        if unscaled in graph.constants:
+            return _shifted(graph, x, order), unscaled, scale
+        return graph.node("DequantizeLinear", u, one, zero_point), unscaled, scale
     if np.abs(kernel.grid.integers).max() > 127:
         return None
     return u, graph.constant(kernel.grid.integers.transpose(axes).astype(np.int8)), zero_point, scale
 
 
 def _operands(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axes: tuple[int, ...]) -> tuple[str, str]:
-    """The names of `x` and of `kernel` as floats, with their axes in the orders `order` and `axes`.
-
-    Beside a kernel in full precision, integers of `x` are dequantized by arithmetic. With a DequantizeLinear node in this
-    place, onnxruntime quantizes the kernel too (WeightBiasQuantization), and so computes another network.
-    """
+    """The names of `x` and of `kernel` as floats, with their axes in the orders `order` and `axes`."""
     stored = _kernel(graph, kernel, axes)
     if x.grid is None or stored not in graph.constants:
         return graph.tensor(x, order), stored
+    return graph.node("Mul", _shifted(graph, x, order), graph.constant(x.grid.scale)), stored
+
+
+def _shifted(graph: Graph, x: Value, order: tuple[int, ...]) -> str:
+    """The name of the integers of `x` without their zero point, as floats, with its axes in the order `order`.
+
+    For operators with a kernel in floats. With a DequantizeLinear node in this place, onnxruntime quantizes the kernel too
+    (WeightBiasQuantization), and so computes another network.
+    """
+    assert x.grid is not None
     u = graph.node("Cast", _turned(graph, x, order), to=TensorProto.FLOAT)
-    if x.grid.zero_point:
-        u = graph.node("Sub", u, graph.constant(np.float32(x.grid.zero_point)))
-    return graph.node("Mul", u, graph.constant(x.grid.scale)), stored
+    return graph.node("Sub", u, graph.constant(np.float32(x.grid.zero_point))) if x.grid.zero_point else u
+
+
+def _unscaled(kernel: Value) -> Value:
+    """The integers of a quantized kernel, as floats."""
+    assert kernel.grid is not None
+    grid = replace(kernel.grid, scale=np.ones_like(kernel.grid.scale))
+    return replace(kernel, array=kernel.grid.integers.astype(np.float32), grid=grid)
 
 
 def _turned(graph: Graph, x: Value, order: tuple[int, ...]) -> str:
@@ -200,7 +215,7 @@ def _kernel(graph: Graph, kernel: Value, axes: tuple[int, ...]) -> str:
             if zero_point.any():
                 names.append(graph.constant(zero_point.ravel().astype(np.int8), kind))
             return graph.node("DequantizeLinear", *names, axis=axis)
-    return graph.constant(as_stored(kernel.array, axes))  # these integers need 32 bits, of which onnxruntime takes no products
+    return graph.constant(as_stored(kernel.array, axes))  # no type that onnxruntime multiplies holds these integers
 
 
 def quantized(graph: Graph, given: dict[str, Any], operands: list[Value], shape: tuple[Any, ...]) -> Value:
