@@ -181,8 +181,7 @@ def _shifted(graph: Graph, x: Value, order: tuple[int, ...]) -> str:
 def _unscaled(kernel: Value) -> Value:
     """The integers of a quantized kernel, as floats."""
     assert kernel.grid is not None
-    grid = replace(kernel.grid, scale=np.ones_like(kernel.grid.scale))
-    return replace(kernel, array=kernel.grid.integers.astype(np.float32), grid=grid)
+    return replace(kernel, array=kernel.grid.integers.astype(np.float32), grid=replace(kernel.grid, scale=np.float32(1)))
 
 
 def _turned(graph: Graph, x: Value, order: tuple[int, ...]) -> str:
@@ -204,15 +203,15 @@ def _kernel(graph: Graph, kernel: Value, axes: tuple[int, ...]) -> str:
         return graph.constant(as_stored(kernel.array, axes))
     integers, axis = kernel.grid.integers.transpose(axes), axes.index(kernel.grid.axis)
     others = tuple(other for other in range(integers.ndim) if other != axis)
-    step = graph.constant(kernel.grid.scale)
     for kind, bits in ((TensorProto.INT4, 4),) * graph.int4 + ((None, 8),):
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         for zero_point in (np.zeros(1, int), low - np.minimum(integers.min(others, keepdims=True), 0)):
             stored = integers + zero_point
             if min(stored.min(), zero_point.min()) < low or max(stored.max(), zero_point.max()) > high:
                 continue
-            names = [graph.constant(stored.astype(np.int8), kind), step]
-            if zero_point.any():
+            names = [graph.constant(stored.astype(np.int8), kind), graph.constant(kernel.grid.scale)]
+            if zero_point.any():  # one for each channel, and then as many scales
+                names[1] = graph.constant(np.broadcast_to(kernel.grid.scale, zero_point.size))
                 names.append(graph.constant(zero_point.ravel().astype(np.int8), kind))
             return graph.node("DequantizeLinear", *names, axis=axis)
     return graph.constant(as_stored(kernel.array, axes))  # no type that onnxruntime multiplies holds these integers
