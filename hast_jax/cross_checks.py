@@ -26,18 +26,18 @@ def base_splits(split: str) -> set[str]:
     return {part.split("[")[0].strip() for part in split.split("+")}
 
 
-def _real_path(data_dir: str, split: str) -> str:
-    return os.path.realpath(os.path.join(os.path.expanduser(data_dir), split))
+def _origins(split: str, config: ConfigDict) -> set[str]:
+    """The splits that a text takes images from; of image files the folder, whose path may be written in several ways."""
+    if split and config.eval.dataset == "folder":
+        return {os.path.realpath(os.path.join(os.path.expanduser(config.eval.data_dir), split))}
+    return base_splits(split) - {""}
 
 
 def _images_have_one_origin(config: ConfigDict) -> Faults:
     split = config.synthesis.real_split
     if config.synthesis.source and split:
         yield "synthesis.real_split", "empty if synthesis.source is set"
-    if config.eval.dataset == "folder":  # a folder's path may be written in several ways
-        learned, judged = ({_real_path(config.eval.data_dir, each)} if each else set() for each in (split, config.eval.split))
-    else:
-        learned, judged = base_splits(split) - {""}, base_splits(config.eval.split)
+    learned, judged = _origins(split, config), _origins(config.eval.split, config)
     if learned and (learned & judged or "all" in learned | judged):
         yield "synthesis.real_split", "of another split than eval.split, whose images are for evaluation"
 

@@ -112,7 +112,7 @@ def leaves(tree: Any) -> dict[Place, Any]:
 
 
 def formed(like: Any, tree: Any) -> Any:
-    """`tree`, but with a tuple wherever `like` has one. If its leaves are not those of `like`, it is returned as it is."""
+    """`tree`, but with a tuple wherever `like` has one. If `tree` has no leaves, or others than `like`, it stays as it is."""
     found = leaves(tree)
     if not found or found.keys() != leaves(like).keys():
         return tree
