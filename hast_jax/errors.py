@@ -1,6 +1,7 @@
 """The exceptions and warnings whose messages are for the user, and the messages for errors of the disk."""
 
 import errno
+import importlib.metadata
 
 CAUSES = {
     errno.ENOSPC: "the disk is full: make room and run the same command again; a run then resumes",
@@ -43,6 +44,16 @@ class Stopped(BaseException):
 def sentence(error: Exception) -> str:
     """One line that says what the error is. Unless it is a `UserError`, the line begins with the name of its type."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".split("\n")[0]
+
+
+def pip_install(extra: str) -> str:
+    """The command that installs the packages of an optional dependency of hast_jax, such as "onnx"."""
+    try:
+        wanted = importlib.metadata.requires("hast_jax") or []
+    except importlib.metadata.PackageNotFoundError:  # the package is used from its folder, without an installation
+        return f"install hast_jax with its extra {extra!r}"
+    packages = [each.partition(";")[0].strip() for each in wanted if f'extra == "{extra}"' in each]
+    return "pip install " + " ".join(f"'{each}'" for each in packages)
 
 
 def refused_by_disk(error: OSError) -> UserError | None:

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hast_jax import config as config_lib
 from hast_jax import from_config
 from hast_jax.cross_checks import MAX_BATCH_VALUES
-from hast_jax.data.datasets import as_array, check_pair, whole_labels
+from hast_jax.data.datasets import as_array, check_pair, doubt_pixels, whole_labels
 from hast_jax.errors import InputError
 from hast_jax.fields import FIELDS, GIVEN
 from hast_jax.method.pyramid import PIXEL_MEAN, PIXEL_STD
@@ -55,7 +55,9 @@ class Setting:
         """
         chosen = _dotted(fields)
         self.image = _numbers("image", image, 3)
-        channels = self.image[-1]
+        first, width, channels = self.image
+        if first in (1, 3) and first < width == channels:
+            raise InputError(f"image is {self.image}: give (height, width, channels), such as {(width, channels, first)}.")
         if (mean is None) != (std is None):
             raise InputError("mean and std belong together: give both, or neither.")
         self.mean = _numbers("mean", mean, channels) if mean is not None else defaults[:1] * channels
@@ -143,7 +145,8 @@ def _numbers(name: str, values: Any, count: int) -> tuple[Any, ...]:
         array = np.repeat(array, count)
     found = tuple(array.tolist()) if array.ndim == 1 else ()
     if len(found) != count or not all(isinstance(value, int | float) for value in found):
-        each = "one number" if count == 1 else f"one number, or {count} numbers, one for each channel of the image"
+        one = "one number, because the image has one channel"
+        each = one if count == 1 else f"one number, or {count} numbers, because the image has {count} channels"
         wanted = "(height, width, channels)" if name == "image" else each
         raise InputError(f"{name} is {values!r}: it must be {wanted}.")
     if wanted := FIELDS[f"teacher.{name}"].fault(found):
@@ -174,13 +177,14 @@ def normalised_images(images: Any) -> np.ndarray:
     return array.astype(np.float32, copy=False)
 
 
-def given_images(given: tuple[Any, Any], image: tuple[int, ...], classes: int) -> tuple[np.ndarray, np.ndarray]:
+def given_images(given: tuple[Any, Any], setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     """Normalised images float32 [n, *image] and labels int32 [n] to learn from. Raises InputError if they are anything else."""
     check_pair("images", given)
     images = normalised_images(given[0])
-    if images.shape[1:] != tuple(image):
-        raise InputError(f"the images have the shape {images.shape[1:]}: the network takes {tuple(image)}.")
-    return images, whole_labels(given[1], len(images), classes)
+    if images.shape[1:] != setting.image:
+        raise InputError(f"the images have the shape {images.shape[1:]}: the network takes {setting.image}.")
+    doubt_pixels(images, setting.mean, setting.std)
+    return images, whole_labels(given[1], len(images), setting.classes)
 
 
 def check_batch(field: str, batch: int, images: int) -> None:

@@ -1,7 +1,7 @@
 """The library: quantize a network in Python, in one call or stage by stage, on plain arrays and pytrees.
 
-No function ends the process, changes environment variables or holds a lock after it returns. Nothing is printed, except a
-progress bar in a notebook or with progress=True. Without `workdir` nothing is written. All functions but `evaluate` and
+No function ends the process, changes environment variables or holds a lock after it returns. Nothing is printed, except the
+progress of a call, which progress=False hides. Without `workdir` nothing is written. All functions but `evaluate` and
 `read_weights` take `fields`: values of config fields that replace the defaults, such as {"finetune.lam": 0.0}.
 """
 
@@ -78,7 +78,7 @@ def quantize(
     call: Mapping[str, Any] | None = None,
     images: tuple[Any, Any] | None = None,
     test: tuple[Any, Any] | None = None,
-    progress: Progress | bool | None = None,
+    progress: Progress | bool = True,
     fields: Mapping[str, Any] | None = None,
 ) -> Student:
     """Quantize a trained network without its data.
@@ -100,8 +100,8 @@ def quantize(
       call: keyword arguments of the model's call. The default selects inference, for example with train=False.
       images: a pair to learn from instead of making images: normalised images float32 [n, *image] and labels [n].
       test: a pair to report accuracies on: real images uint8 [n, *image] and labels [n]. They do not influence the student.
-      progress: True shows a progress bar, False shows nothing. By default only a notebook shows the bar. A function is called
-        with each `Update` instead.
+      progress: True shows a progress bar on a terminal or in a notebook, and elsewhere a line for each stage, on the standard
+        error output. False shows nothing. A function is called with each `Update` instead.
       fields: values of config fields, by path, that replace those of the recipe and the budget.
 
     Returns the student. Raises UserError, with one sentence, for an impossible argument, before any long work.
@@ -112,7 +112,7 @@ def quantize(
     changes = {**RECIPES[recipe], **BUDGETS[budget], **config_lib.VARIANTS.get(f"{recipe},{budget}", {})}
     changes |= {"synthesis.source": GIVEN} if images is not None else {}
     setting = Setting(model, variables, image, mean, std, bits, seed, call, changes, fields)
-    given = given_images(images, setting.image, setting.classes) if images is not None else None
+    given = given_images(images, setting) if images is not None else None
     dataset = real_images(test, setting.image, setting.classes) if test is not None else None
     own = pipeline.GivenNetwork(setting.model, setting.variables, dataset, given)
     if workdir == "":
@@ -133,7 +133,7 @@ def synthesize(
     iterations: int = 200,
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
-    progress: Progress | bool | None = None,
+    progress: Progress | bool = True,
     fields: Mapping[str, Any] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Stage 1: `count` images float32 [count, *image] in the network's normalised space, and their labels int32 [count].
@@ -164,7 +164,7 @@ def calibrate(
     bits: Any = "w4a4",
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
-    progress: Progress | bool | None = None,
+    progress: Progress | bool = True,
     fields: Mapping[str, Any] | None = None,
 ) -> Variables:
     """Stage 2: the `ranges` of the quantized activations, from normalised images float32 [n, height, width, channels].
@@ -194,7 +194,7 @@ def finetune(
     epochs: int = 12,
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
-    progress: Progress | bool | None = None,
+    progress: Progress | bool = True,
     fields: Mapping[str, Any] | None = None,
 ) -> Variables:
     """Stage 3: the student's variables after `epochs` epochs of 200 steps: `params`, `batch_stats` and the learned `ranges`.
@@ -225,7 +225,7 @@ def evaluate(
     std: tuple[float, ...] | None = None,
     bits: Any = None,
     call: Mapping[str, Any] | None = None,
-    progress: Progress | bool | None = None,
+    progress: Progress | bool = True,
 ) -> Accuracy:
     """Stage 4: top-1 and top-5 accuracy in per cent on images uint8 [n, height, width, channels] with labels [n].
 
@@ -299,8 +299,8 @@ def _best(stage: str) -> dict[str, Any]:
     return {name: value for name, value in config_lib.BEST.items() if name.startswith(f"{stage}.")}
 
 
-def _shown(progress: Progress | bool | None) -> contextlib.AbstractContextManager[Progress]:
-    if progress is None or isinstance(progress, bool):
+def _shown(progress: Progress | bool) -> contextlib.AbstractContextManager[Progress]:
+    if isinstance(progress, bool):
         return library_bar(progress)
     if not callable(progress):
         raise InputError(f"progress is {progress!r}: give True, False or a function of one `Update`.")

@@ -17,7 +17,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hast_jax import networks, paths
-from hast_jax.data.datasets import as_array, normalise
+from hast_jax.data.datasets import as_array, doubt_pixels, normalise
 from hast_jax.errors import InputError, Notice, UserError
 from hast_jax.kinds import parse_json
 from hast_jax.method.quantizer import RANGE_RULES
@@ -59,7 +59,7 @@ class Student:
         """Logits float32 [n, classes] of images [n, height, width, channels].
 
         images: uint8 images of 0 ... 255, which are normalised by `mean` and `std`; or floating point images that are
-        normalised already. Raises InputError for other images.
+        normalised already. Raises InputError for other images. Warns if floating point images look like pixels.
         """
         images = as_array("images", images) if not isinstance(images, jax.Array) else images
         if images.ndim != 4 or images.shape[1:] != self.image:
@@ -70,6 +70,8 @@ class Student:
             images = normalise(jnp.asarray(images), self.mean, self.std)
         elif not jnp.issubdtype(images.dtype, jnp.floating):
             raise InputError(f"the images are {images.dtype}: give uint8 images, or floating point ones that are normalised.")
+        elif not isinstance(images, jax.core.Tracer):
+            doubt_pixels(images, self.mean, self.std)
         return self._logits(self.variables, jnp.asarray(images, jnp.float32))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -193,7 +195,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             **{name: tuple(said[name]) for name in ("image", "mean", "std")},
         }
     except OSError as error:
-        raise UserError(f"{path} holds no student ({error}): give what Student.save wrote, or a run folder.") from error
+        words = f"{path} holds no student ({error.strerror or error})"
+        raise UserError(f"{words}: give what Student.save wrote, or a run folder.") from error
     except Exception as error:  # the readers raise many kinds of errors on damaged files
         words = f"{path} is damaged ({type(error).__name__}: {error})"
         raise UserError(f"{words}: save the student again, or repeat the command that made its run.") from error

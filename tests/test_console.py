@@ -29,10 +29,26 @@ def test_where_there_is_no_terminal_each_stage_is_one_line() -> None:
     plain = io.StringIO()
     with Bar(Console(file=plain, width=100)) as progress:
         progress(Update("teacher", 1, 1, 0.0, {"top1": 67.62, "images": 10_000}, finished=True))
+        progress(Update("synthesis", 0, 60, 0.0, {}))
         progress(Update("synthesis", 20, 60, 1.0, {}))
         progress(Update("synthesis", 60, 60, 3.2, {}, finished=True))
         progress(Update("evaluate", 7, 7, 0.0, {}, finished=True))
     assert plain.getvalue() == "teacher: top-1 67.62 % of 10,000 images\nsynthesis: 60 steps in 3.2 s\n"
+
+
+def test_a_resumed_stage_says_where_it_goes_on() -> None:
+    plain = io.StringIO()
+    with Bar(Console(file=plain, width=100)) as progress:
+        progress(Update("synthesis", 60, 60, 3.2, {}))
+        progress(Update("synthesis", 60, 60, 3.2, {}, finished=True))
+        progress(Update("finetune", 1100, 2400, 5.0, {}))
+        progress(Update("finetune", 2400, 2400, 9.0, {}, finished=True))
+    assert plain.getvalue().splitlines() == [
+        "synthesis: resumed after its last step",
+        "synthesis: 60 steps in 3.2 s",
+        "fine-tuning: resumed after step 1,100 of 2,400",
+        "fine-tuning: 2,400 steps in 9.0 s",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import tiny
 import yaml
 
 import hast_jax
-from hast_jax import cli
+from hast_jax import cli, results
+from hast_jax.paper import tables
 
 PAGES = sorted([*tiny.ROOT.glob("*.md"), *(tiny.ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
@@ -52,6 +53,41 @@ def test_the_readmes_results_are_those_of_the_full_table() -> None:
     for data, bits, _, teacher, student, drop, _ in shown:
         assert (f"resnet20, {data.lower().replace('-', '')}", bits, teacher, student, drop) in known, (data, bits, student)
         assert float(teacher) - float(student) == pytest.approx(float(drop), abs=0.006)
+
+
+def test_the_results_that_are_kept_as_files_are_rows_of_the_full_table() -> None:
+    def numbers(row: list[str]) -> list[str]:  # without the settings and the images' origin, which are written by hand
+        return [*row[:2], *row[3:9], *row[10:]]
+
+    shown = [numbers(row) for row in rows((tiny.ROOT / "docs" / "results.md").read_text(), 12)]
+    kept = sorted((tiny.ROOT / "docs" / "results").iterdir())
+    assert len(kept) >= 13
+    for folder in kept:
+        (row,) = rows(results.row("", results.result_of(folder)), 12)
+        assert numbers(row) in shown, folder.name
+
+
+def test_the_recipes_table_of_seeds_is_that_of_the_full_table() -> None:
+    full = rows((tiny.ROOT / "docs" / "results.md").read_text(), 12)
+    best = {(r[0], r[1], r[8]): r[5] for r in full if r[2] == f"`{r[1].lower()},best,small`"}
+    shown = rows((tiny.ROOT / "docs" / "recipe.md").read_text(), 8)
+    assert len(shown) == 6
+    for data, bits, *seeds, mean, drop, _ in shown:
+        network = f"resnet20, {data.lower().replace('-', '')}"
+        values = [best[network, bits, str(seed)] for seed in range(3) if (network, bits, str(seed)) in best]
+        assert [seed for seed in seeds if seed] == values
+        assert not mean or float(mean) == pytest.approx(statistics.mean(map(float, values)), abs=0.006)
+        teacher = 67.62 if data == "CIFAR-100" else 90.09
+        assert float(drop) == pytest.approx(teacher - float(mean or values[0]), abs=0.006)
+
+
+@pytest.mark.parametrize("page, folder", [("reproduction.md", "digits"), ("recipe/reproduction.md", "recipe")])
+def test_the_tables_of_the_experiments_are_those_of_their_files(page: str, folder: str) -> None:
+    text = (tiny.ROOT / "docs" / page).read_text()
+    known = [path for name in ("table?", "figure1", "baselines") for path in (tiny.ROOT / "docs" / folder).glob(f"{name}.json")]
+    assert len(known) >= 5
+    for path in known:
+        assert tables.markdown(json.loads(path.read_text())["rows"]) in text, path.name
 
 
 def test_the_recipes_table_of_resolutions_is_that_of_its_file() -> None:

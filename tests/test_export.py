@@ -167,6 +167,35 @@ def test_a_file_may_differ_where_rounding_alone_changes_the_student(monkeypatch)
         comparison.refuse_difference([many], {})
 
 
+@pytest.mark.parametrize("factor, shift, refused", [(1.0, 0.0, False), (1.02, 0.0, False), (2.0, 0.0, True), (1.0, 5.0, True)])
+def test_a_file_with_other_logits_is_refused_though_it_gives_the_same_classes(factor, shift, refused) -> None:
+    its = student("vgg")
+    images = random_images(its, 64)
+    wanted = np.asarray(its(images))
+    shift = shift * wanted.std()
+    found = comparison.compare(
+        its, lambda given: factor * np.asarray(its(given)) + shift, [comparison.Judged("images", images)]
+    )
+    assert found[0].different == 0 and found[0].spread == pytest.approx(wanted.std())
+    assert found[0].moved == pytest.approx(np.median(np.abs((factor - 1) * wanted + shift), 0).max(), rel=1e-3, abs=1e-9)
+    if not refused:
+        comparison.refuse_difference(found, {})
+        return
+    with pytest.raises(
+        UserError, match=r"for half of 64 images a logit differs by \S+ or more \(rounding alone: \S+\): the file"
+    ):
+        comparison.refuse_difference(found, {})
+
+
+def test_logits_may_move_as_far_as_rounding_moves_the_students(monkeypatch) -> None:
+    its = student("vgg")
+    images = random_images(its, 64)
+    wanted = np.asarray(its(images))
+    monkeypatch.setattr(comparison, "_in_double_precision", lambda *_: 1.4 * wanted)
+    found = comparison.compare(its, lambda given: 2 * np.asarray(its(given)), [comparison.Judged("images", images)])
+    comparison.refuse_difference(found, {})
+
+
 def test_the_ending_of_another_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"must end in .onnx, or choose the format safetensors\."):
         hast_jax.export(student("vgg"), tmp_path / "student.safetensors")
@@ -201,8 +230,11 @@ def test_an_impossible_export_ends_in_one_sentence(format: str, options: dict, w
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda images, labels: (images, labels[:, None]), "the labels must be one whole number"),
-        (lambda images, labels: (images, labels[:-1]), "the labels must be one whole number"),
+        (
+            lambda images, labels: (images, labels[:, None]),
+            r"the labels are \S+ of shape \(\d+, 1\): they must be one",
+        ),
+        (lambda images, labels: (images, labels[:-1]), r"the labels are \S+ of shape \(\d+,\): they must be one"),
         (lambda images, labels: (images / 255, labels), "give uint8 images"),
     ],
     ids=["a column of labels", "a label too few", "floats"],

@@ -149,9 +149,12 @@ def test_without_a_workdir_nothing_is_written_printed_or_changed(
     assert all(0 <= update.done <= update.total for update in updates)
 
 
-def test_a_call_shows_its_progress_if_asked(network: tuple, capfd: pytest.CaptureFixture) -> None:
-    quantize(network, progress=True)
-    assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines()] == ["synthesis", "calibration", "fine-tuning"]
+def test_a_call_shows_its_progress_unless_told_otherwise(network: tuple, capfd: pytest.CaptureFixture) -> None:
+    quantize(network)
+    shown = capfd.readouterr()
+    assert [line.split(":")[0] for line in shown.err.splitlines()] == ["synthesis", "calibration", "fine-tuning"]
+    quantize(network, progress=False)
+    assert not shown.out and capfd.readouterr() == ("", "")
     with pytest.raises(hast_jax.InputError, match="progress is 'bar': give True, False or a function"):
         quantize(network, progress="bar")
 
@@ -273,9 +276,10 @@ def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
         ({"recipe": "bst"}, "recipe is 'bst': choose one of best, paper"),
         ({"image": (8, 8)}, r"image is \(8, 8\): it must be \(height, width, channels\)"),
         ({"image": (0, 8, 1)}, r"image is \(0, 8, 1\): it must be \(height, width, channels\), all positive"),
-        ({"image": (1, 8, 8)}, "one number, or 8 numbers, one for each channel of the image"),
+        ({"image": (1, 8, 8)}, r"image is \(1, 8, 8\): give \(height, width, channels\), such as \(8, 8, 1\)"),
+        ({"image": (8, 8, 3)}, "one number, or 3 numbers, because the image has 3 channels"),
         ({"image": (8, 8, 2), "mean": None, "std": None}, r"do not fit the network on images of \(8, 8, 2\): params/"),
-        ({"mean": (0.5, 0.5)}, r"it must be one number\."),
+        ({"mean": (0.5, 0.5)}, "it must be one number, because the image has one channel"),
         ({"std": None}, "mean and std belong together: give both, or neither"),
         ({"mean": (4.9,)}, r"^mean is \(4.9,\): it must be between 0 and 1 for each channel, as pixels are here: divide it"),
         ({"fields": {"finetune.epss": 1}}, "did you mean finetune.eps"),
@@ -284,8 +288,8 @@ def test_images_that_are_there_already_are_learned_from(network: tuple) -> None:
         ({"fields": {"eval.dataset": "digits"}}, "use the arguments of the function"),
         ({"fields": 5}, "give a dict such as"),
         ({"image": 8}, r"must be \(height, width, channels\)"),
-        ({"mean": ((0.5, 0.5), 0.5)}, r"it must be one number\."),
-        ({"std": "0.5"}, r"it must be one number\."),
+        ({"mean": ((0.5, 0.5), 0.5)}, "it must be one number, because the image has one channel"),
+        ({"std": "0.5"}, "it must be one number, because the image has one channel"),
         ({"std": (0.0,)}, "positive for each channel"),
         ({"call": {"train": np.False_}}, "must be numbers, texts"),
         ({"test": (np.zeros((3, 8, 8, 1)), np.zeros(3))}, "give uint8 images"),
@@ -399,8 +403,12 @@ def test_a_train_state_is_taken_and_no_variables_are_refused(network: tuple) -> 
     state = SimpleNamespace(step=3, **variables)
     images, labels = hast_jax.synthesize(model, state, image=(8, 8, 1), count=67, iterations=20, fields=FEW_STEPS)
     assert images.shape == (67, 8, 8, 1) and labels.shape == (67,)
-    with pytest.raises(ValueError, match="the variables hold no params"):
+    with pytest.raises(ValueError, match="the variables are missing: give"):
         hast_jax.synthesize(model, None, image=(8, 8, 1), count=8, iterations=1)
+    with pytest.raises(ValueError, match="the variables hold no params"):
+        hast_jax.synthesize(model, {}, image=(8, 8, 1), count=8, iterations=1)
+    with pytest.raises(ValueError, match=r"the network is the class ResNet: give an instance, such as ResNet\(...\)"):
+        hast_jax.synthesize(type(model), variables, image=(8, 8, 1), count=8, iterations=1)
     with pytest.raises(ValueError, match="the variables hold no batch_stats, the statistics of batch norms: give"):
         hast_jax.synthesize(model, {"params": variables["params"]}, image=(8, 8, 1), count=8, iterations=1)
 

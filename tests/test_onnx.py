@@ -257,7 +257,6 @@ OPERATIONS = {
     "pad with the edge": lambda x: jnp.pad(x, ((0, 0), (1, 1), (2, 0), (0, 0)), mode="edge"),
     "pad with a mirror": lambda x: jnp.pad(x, ((0, 0), (1, 1), (2, 0), (0, 0)), mode="reflect"),
     "join rows": lambda x: jnp.concatenate([jnp.broadcast_to(ROWS, (*x.shape[:3], 1)), x, jnp.zeros_like(x[..., :2])], -1),
-    "multiply by ones": lambda x: x @ jnp.ones((x.shape[-1], 2)),
     "convolve with ones": lambda x: lax.conv(x.transpose(0, 3, 1, 2), jnp.ones((3, x.shape[-1], 3, 3)), (1, 1), "VALID"),
 }
 ROWS = jnp.linspace(-1, 1, 8)[:, None, None]

@@ -1,6 +1,9 @@
 """What cannot be quantized without data is refused in one sentence that says why, before any work."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 import hast_jax
@@ -403,3 +407,34 @@ def test_the_library_refuses_an_impossible_network_before_any_work(module: Any, 
             progress=updates.append,
         )
     assert not updates and not (tmp_path / "run").exists()
+
+
+class Sums(Base):
+    def middle(self, x):
+        return x @ (jnp.ones((4, 4)) / 4)
+
+
+class Ramp(Base):
+    def middle(self, x):
+        return x @ jnp.linspace(0, 1, 16).reshape((4, 4))
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_products_that_this_jaxlib_gets_wrong_are_refused(right: bool, monkeypatch) -> None:
+    networks.structure.forget()
+    monkeypatch.setattr(networks.refusals, "_sums_are_right", lambda: right)
+    if not right:
+        with pytest.raises(
+            hast_jax.InputError, match=r"Sums multiplies .* equal numbers, .* XLA_FLAGS=--xla_\S+"
+        ):
+            networks.create(Sums(), IMAGE)
+        networks.create(Ramp(), IMAGE)
+    else:
+        networks.create(Sums(), IMAGE)
+    networks.structure.forget()
+
+
+def test_the_flag_that_the_refusal_names_makes_such_sums_right() -> None:
+    code = "from hast_jax.networks import refusals; raise SystemExit(not refusals._sums_are_right())"
+    environment = {**os.environ, "XLA_FLAGS": networks.refusals.OWN_REDUCTIONS, "JAX_PLATFORMS": "cpu"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=tiny.ROOT).returncode == 0

@@ -5,6 +5,7 @@ The method itself uses no real images.
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from hast_jax import paths
 from hast_jax.data import image_files
 from hast_jax.data.image_files import ImageFiles
-from hast_jax.errors import InputError, UserError
+from hast_jax.errors import InputError, Notice, UserError, pip_install
 
 Array = jax.Array
 
@@ -101,6 +102,22 @@ def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
     return (scaled - channel(mean)) / channel(std)
 
 
+def doubt_pixels(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Warn if floating point images, which should be normalised by `mean` and `std`, hold pixels of 0 ... 1 or 0 ... 255."""
+    if not images.size:
+        return
+    lowest, highest = float(images.min()), float(images.max())
+    black, white = float(np.min(-np.asarray(mean) / std)), float(np.max((1 - np.asarray(mean)) / std))
+    of_one = 0.5 < highest <= 1 and (black < -0.1 or white > 2)
+    if lowest >= 0 and (of_one or highest > white + (white - black)):
+        warnings.warn(
+            f"the images hold values from {lowest:.3g} to {highest:.3g}, but normalised images would hold {black:.3g} to "
+            f"{white:.3g}: give uint8 images where they are taken, or normalise them by mean and std.",
+            Notice,
+            stacklevel=3,
+        )
+
+
 def sample(config: ConfigDict, count: int) -> tuple[np.ndarray, np.ndarray]:
     """`count` random images of the split `config.synthesis.real_split`, normalised, and their labels.
 
@@ -151,7 +168,9 @@ def whole_labels(values: Any, images: int, classes: int) -> np.ndarray:
     labels = as_array("labels", values)
     whole = labels.shape == (images,) and np.issubdtype(labels.dtype, np.integer)
     if not whole or labels.min() < 0 or labels.max() >= classes:
-        raise InputError(f"the labels must be one whole number from 0 to {classes - 1} for each of the {images} images.")
+        found = f"go from {labels.min()} to {labels.max()}" if whole else f"are {labels.dtype} of shape {labels.shape}"
+        words = f"they must be one whole number from 0 to {classes - 1} for each of the {images} images"
+        raise InputError(f"the labels {found}: {words}.")
     return labels.astype(np.int32)
 
 
@@ -208,7 +227,7 @@ def _tfds(name: str, split: str, data_dir: str, decode: bool = True) -> Any:
         place = f" --data_dir={data_dir}" if data_dir else ""
         raise UserError(
             f"the {split} split of {name} is not in {folder}, or is not stored as array_record: prepare it once with "
-            f"pip install -e '.[prepare]' && tfds build {name} --file_format=array_record{place}; a run also works without "
+            f"{pip_install('prepare')} && tfds build {name} --file_format=array_record{place}; a run also works without "
             "evaluation, with eval.dataset none."
         ) from error
     except Exception as error:  # TFDS raises many kinds of errors: others are shown as they are

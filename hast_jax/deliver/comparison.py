@@ -1,4 +1,4 @@
-"""Compare an exported file with its student: the classes that both give to the same images, and how long they take."""
+"""Compare an exported file with its student: the classes and logits that both give to the same images, and their times."""
 
 import dataclasses
 import time
@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from hast_jax import networks
-from hast_jax.data.datasets import as_array, normalise
+from hast_jax.data.datasets import as_array, doubt_pixels, normalise
 from hast_jax.errors import InputError, UserError
 from hast_jax.student import Student
 
 MOST_DIFFERENT = 1 / 1000  # share of a set's images for which a good file may give another class than the student
-ROUNDED_MORE = 3  # times the images that double precision changes: so many a file may change too (docs/export.md)
+MOST_MOVED = 0.1  # of the standard deviation of the student's logits: the typical difference between a good file's and its
+ROUNDED_MORE = 3  # times the effect of double precision on the student: so much a file may change too (docs/export.md)
 BATCH = 256
 MOST_ONE_BY_ONE = 1000
 
@@ -32,16 +33,22 @@ class Judged(NamedTuple):
 class Comparison(NamedTuple):
     """How file and student differ on the images of one set.
 
-    different: number of images for which file and student give different classes. rounded: number of images for which the
-    student itself gives another class in double precision. It is counted only if file and student differ on more images than
-    `MOST_DIFFERENT` allows; else it is None. largest_difference: of a logit. top1, student_top1: in per cent; None without
-    labels.
+    different: number of images for which file and student give different classes.
+    moved: typical difference of the logit that differs most: for each class the median over images, and the largest of these.
+    spread: standard deviation of the student's logits.
+    rounded, rounded_moved: as `different` and `moved`, between the student and the student in double precision. They are None
+      if the file keeps to `MOST_DIFFERENT` and `MOST_MOVED` without them.
+    largest_difference: of a logit.
+    top1, student_top1: in per cent; None without labels.
     """
 
     name: str
     images: int
     different: int
+    moved: float
+    spread: float
     rounded: int | None
+    rounded_moved: float | None
     largest_difference: float
     top1: float | None
     student_top1: float | None
@@ -65,25 +72,31 @@ def judged(student: Student, images: Any) -> Judged:
     if not floating or not np.isfinite(images).all():
         found = "not all finite" if floating else str(images.dtype)
         raise InputError(f"the images are {found}: give uint8 images, or finite floating point ones that are normalised.")
+    doubt_pixels(images, student.mean, student.std)
     return Judged("images", to_pixels(images, student.mean, student.std))
 
 
 def refuse_difference(comparisons: Sequence[Comparison], layers: Mapping[str, float]) -> None:
-    """Raise UserError if the file gives another class than the student for too many images.
+    """Raise UserError if the file gives another class than the student for too many images, or other logits for most images.
 
     A good file differs from the student on a few images: it adds up its sums in another order, and rounding decides the class.
     The share `MOST_DIFFERENT` of the images may differ, and `ROUNDED_MORE` * (`rounded` + 1) more, but at most half of all.
+    The typical difference of logits may be `MOST_MOVED` * `spread`, or `ROUNDED_MORE` * `rounded_moved` if that is more.
     layers: as in `Exported`. The error message names the first layer that differs, if `layers` has any.
     """
+    first = next((f"; the first layer that differs is {name}" for name, share in layers.items() if share > 0), "")
     for each in comparisons:
-        if each.rounded is None:
+        if each.rounded is None or each.rounded_moved is None:
             continue
         if each.different > min(_tolerated(each.images) + ROUNDED_MORE * (each.rounded + 1), each.images / 2):
-            first = next((f"; the first layer that differs is {name}" for name, share in layers.items() if share > 0), "")
-            share = f"{each.different} of {each.images} {each.name}"
             raise UserError(
-                f"the file gives another class than the student for {share} "
+                f"the file gives another class than the student for {each.different} of {each.images} {each.name} "
                 f"(rounding alone changes the class of {each.rounded}){first}: the file is not written."
+            )
+        if each.moved > max(MOST_MOVED * each.spread, ROUNDED_MORE * each.rounded_moved):
+            raise UserError(
+                f"the file gives other logits than the student: for half of {each.images} {each.name} a logit differs by "
+                f"{each.moved:.2g} or more (rounding alone: {each.rounded_moved:.2g}){first}: the file is not written."
             )
 
 
@@ -98,12 +111,20 @@ def compare(student: Student, run: Callable[[np.ndarray], np.ndarray], sets: Seq
         logits = np.concatenate([run(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
         wanted = np.concatenate([np.asarray(student(images[i : i + BATCH])) for i in range(0, len(images), BATCH)])
         file_classes, student_classes = logits.argmax(-1), wanted.argmax(-1)
-        different, largest, rounded = int(np.sum(file_classes != student_classes)), float(np.abs(logits - wanted).max()), None
-        if different > _tolerated(len(images)):
-            rounded = int(np.sum(_in_double_precision(student, images).argmax(-1) != student_classes))
+        different, moved = int(np.sum(file_classes != student_classes)), _moved(logits, wanted)
+        spread, rounded, rounded_moved = float(wanted.std(dtype=np.float64)), None, None
+        if different > _tolerated(len(images)) or moved > MOST_MOVED * spread:
+            precise = _in_double_precision(student, images)
+            rounded, rounded_moved = int(np.sum(precise.argmax(-1) != student_classes)), _moved(precise, wanted)
+        largest = float(np.abs(logits - wanted).max())
         accuracies = (_accuracy(file_classes, labels), _accuracy(student_classes, labels))
-        found.append(Comparison(name, len(images), different, rounded, largest, *accuracies))
+        found.append(Comparison(name, len(images), different, moved, spread, rounded, rounded_moved, largest, *accuracies))
     return tuple(found)
+
+
+def _moved(logits: np.ndarray, wanted: np.ndarray) -> float:
+    """For each class the median over images of the difference of logits [n, classes], and the largest of these."""
+    return float(np.median(np.abs(logits - wanted), 0).max())
 
 
 def _in_double_precision(student: Student, images: np.ndarray) -> np.ndarray:

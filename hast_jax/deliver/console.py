@@ -1,7 +1,6 @@
 """What the commands show: a progress bar, the table at the end of a run, and the forms of its cells."""
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -28,10 +27,15 @@ class Bar:
         self._bar: Progress | None = None
         self._tasks: dict[str, TaskID] = {}  # of the running stage, and of an evaluation within it
         self._previous: dict[str, Update] = {}
+        self._begun: set[str] = set()  # stages
 
     def __call__(self, update: Update) -> None:
         """Show an update."""
         live = self.console.is_terminal or self.console.is_jupyter
+        if update.done and update.stage in STAGE_NAMES.keys() - self._begun:
+            where = f"after step {update.done:,} of {update.total:,}" if update.done < update.total else "after its last step"
+            self.console.print(f"{STAGE_NAMES[update.stage]}: resumed {where}", highlight=False)
+        self._begun.add(update.stage)
         if update.finished:
             self._finish(update, live)
         elif live:
@@ -91,11 +95,9 @@ class Bar:
         self._stop()
 
 
-def library_bar(visible: bool | None) -> contextlib.AbstractContextManager[Callable[[Update], None]]:
-    """The progress bar of a library call. visible: None means only in a notebook."""
-    if visible is None:
-        visible = "ipykernel" in sys.modules
-    return Bar(Console()) if visible else contextlib.nullcontext(silent)
+def library_bar(visible: bool) -> contextlib.AbstractContextManager[Callable[[Update], None]]:
+    """The progress bar of a library call, on the standard error output or in a notebook."""
+    return Bar(Console(stderr=True)) if visible else contextlib.nullcontext(silent)
 
 
 def format_seconds(seconds: float) -> str:

@@ -16,7 +16,7 @@ from hast_jax import networks, paths
 from hast_jax.data.datasets import normalise, real_images
 from hast_jax.deliver import comparison, integers
 from hast_jax.deliver.comparison import Comparison, Judged
-from hast_jax.errors import InputError, UserError, sentence
+from hast_jax.errors import InputError, UserError, pip_install, sentence
 from hast_jax.networks.marks import activation_grid
 from hast_jax.runs.files import write_bytes
 from hast_jax.student import DESCRIPTION, WEIGHTS, Student
@@ -95,7 +95,7 @@ def export(
 
     Raises InputError for impossible arguments, for a path without the format's ending, and for a network that cannot be written
     as ONNX or StableHLO. Raises UserError if LiteRT cannot convert or run the network, if a package is missing, if `path`
-    cannot be written, or if the file gives another class than the student for too many images (`comparison.refuse_difference`).
+    cannot be written, or if classes or logits of the file differ too much from the student's (`comparison.refuse_difference`).
     """
     if not isinstance(format, str) or format not in FORMATS:
         raise InputError(f"the format {format!r} is unknown: choose from {', '.join(FORMATS)}.")
@@ -272,7 +272,7 @@ def _safetensors(student: Student, options: Options, _: Sequence[Judged]) -> tup
 def _need(*packages: str, extra: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"this format needs {' and '.join(missing)}: pip install 'hast_jax[{extra}]'.")
+        raise UserError(f"this format needs {' and '.join(missing)}: {pip_install(extra)}.")
 
 
 FORMATS = {

@@ -6,6 +6,7 @@ from inspect import Parameter, signature
 from typing import Any
 
 import flax.linen as nn
+from flax import nnx
 
 from hast_jax.errors import InputError
 from hast_jax.networks.from_nnx import FromNnx
@@ -22,6 +23,8 @@ def arguments(module: nn.Module, given: Mapping[str, Any] = {}) -> dict[str, Any
     An argument whose default is already its value in inference is left out, because `nn.jit` would trace its value.
     Raises UserError if the call needs another argument besides the images.
     """
+    if isinstance(module, type) and issubclass(module, nn.Module | nnx.Module):
+        raise InputError(f"the network is the class {module.__name__}: give an instance, such as {module.__name__}(...).")
     if not isinstance(module, nn.Module):
         raise InputError(f"the network is a {name_of(module)}: give an instance of a flax.linen.Module or a flax.nnx.Module.")
     if not isinstance(given, Mapping):

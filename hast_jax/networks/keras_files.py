@@ -33,7 +33,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hast_jax.errors import UserError
+from hast_jax.errors import UserError, pip_install
 from hast_jax.networks.packed import check_archive, check_size
 
 Shape = tuple[int, ...]
@@ -130,7 +130,7 @@ def _read(file: Any, size: int, path: Path, config: Mapping[str, Any]) -> dict[s
     try:
         import h5py
     except ImportError as error:
-        raise UserError(f"reading {path} needs h5py: pip install 'hast_jax[keras]'.") from error
+        raise UserError(f"reading {path} needs h5py: {pip_install('keras')}.") from error
     state: dict[str, np.ndarray] = {}
     with h5py.File(file, "r") as opened:
         config = config or json.loads(opened.attrs.get("model_config", "{}"))

@@ -65,6 +65,22 @@ def has_constant_factors(traced: Graph, variables: Collection[int]) -> bool:
     return any(any(value in activations for value in reads) and any(map(is_constant, reads)) for reads in products)
 
 
+def has_uniform_factors(traced: Graph) -> bool:
+    """Whether a matrix product multiplies activations with an array of equal numbers, such as `jnp.ones((12, 2))`."""
+    activations = traced.descendants(traced.inputs[-1:])
+    uniform: set[int] = set()  # arrays of equal numbers
+    for operation in traced.operations:
+        if operation.name == "dot_general":
+            reads = set(operation.reads)
+            if reads & activations and reads & uniform:
+                return True
+        elif operation.name in (*SAME_NUMBERS, *SCALING, *ELEMENTWISE):
+            pairs = zip(operation.reads, operation.shapes)
+            if all(value is None or value in uniform or math.prod(shape) == 1 for value, shape in pairs):
+                uniform.update(operation.makes)
+    return False
+
+
 def _is_matrix(shape: tuple[int, ...]) -> bool:
     """Whether it has more than the axis of channels, which is the last one."""
     return math.prod(shape[:-1]) > 1

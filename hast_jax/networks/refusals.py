@@ -1,16 +1,20 @@
 """Networks that cannot be quantized, each with the reason."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jaxlib
 from flax import nnx
 
 from hast_jax.errors import InputError
 from hast_jax.networks.from_nnx import REFUSED
 from hast_jax.networks.graph import PRODUCTS, Graph
 from hast_jax.networks.linear import name_of, place
-from hast_jax.networks.matrices import SAME_NUMBERS
+from hast_jax.networks.matrices import SAME_NUMBERS, has_uniform_factors
 
 Path = tuple[str, ...]
 
@@ -24,6 +28,11 @@ KINDS: dict[type, str] = {
     nn.WeightNorm: REFUSED[nnx.WeightNorm],
     nn.SpectralNorm: REFUSED[nnx.SpectralNorm],
 }
+
+
+# jaxlib 0.10.2 and later versions compute some sums by YNNPACK on a CPU, which gets a sum wrong if the summed numbers come from
+# a product with an array of equal numbers (https://github.com/jax-ml/jax/issues/39103). This flag turns that off.
+OWN_REDUCTIONS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 
 
 class Kernel(NamedTuple):
@@ -74,6 +83,26 @@ def refuse_kernel(module: nn.Module, traced: Graph, kernel: Kernel) -> None:
         )
     if products > kernel.calls:
         raise InputError(f"{name_of(module)} uses the kernel of {layer} outside of this layer too: call the layer instead.")
+
+
+def refuse_miscompiled(module: nn.Module, traced: Graph) -> None:
+    """Refuse a network whose logits this version of jaxlib would silently compute wrong on a CPU."""
+    if has_uniform_factors(traced) and jax.default_backend() == "cpu" and not _sums_are_right():
+        raise InputError(
+            f"{name_of(module)} multiplies activations with an array of equal numbers, which jaxlib {jaxlib.__version__} gets "
+            f"wrong on a CPU: set the environment variable XLA_FLAGS={OWN_REDUCTIONS} before Python starts."
+        )
+
+
+@functools.cache
+def _sums_are_right() -> bool:
+    """Whether this process correctly sums the products with an array of equal numbers."""
+
+    def total(x: jax.Array) -> jax.Array:
+        return (x @ jnp.ones((12, 2), jnp.float32)).sum((1, 2))  # float32 [64, 2]
+
+    found = jax.jit(total)(jnp.ones((64, 8, 8, 12), jnp.float32))
+    return bool((found == 8 * 8 * 12).all())
 
 
 def _products(traced: Graph, number: int | None) -> int:

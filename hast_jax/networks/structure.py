@@ -127,6 +127,7 @@ def _inspect(module: nn.Module, image: tuple[int, ...], call: Mapping[str, Any])
         raise InputError(f"{name_of(module)} has no nn.Conv or nn.Dense: there is nothing to quantize.")
     refusals.refuse_collections(module, variables)
     refusals.refuse_products_of_activations(module, traced)
+    refusals.refuse_miscompiled(module, traced)
     if not seen.norms:
         raise InputError(
             f"{name_of(module)} has no nn.BatchNorm: images are made from the statistics of batch norms, so a network "

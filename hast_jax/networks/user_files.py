@@ -33,7 +33,7 @@ def load(name: str) -> Any:
     if not is_own(name):
         raise InputError(f"{name!r} is not known: give FILE.py:NAME.")
     if not path.is_file():
-        raise InputError(f"there is no file {file!r}, of which {name!r} speaks: give another path.")
+        raise InputError(f"there is no file {file!r}, which {name!r} names: give another path.")
     spec: Any = importlib.util.spec_from_file_location(f"{path.stem} of hast_jax", path)  # no import can have this name
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look annotations up there

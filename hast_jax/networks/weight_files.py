@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from hast_jax.errors import Notice, UserError
+from hast_jax.errors import Notice, UserError, pip_install
 from hast_jax.kinds import shown
 from hast_jax.networks import flax_trees, keras_files
 from hast_jax.networks.packed import check_archive
@@ -120,7 +120,7 @@ def _read_torch(path: Path) -> StateDict:
         import torch
     except ImportError as error:
         raise UserError(
-            f"reading {path} needs PyTorch: pip install -e '.[torch]', or save the weights as .safetensors."
+            f"reading {path} needs PyTorch: {pip_install('torch')}, or save the weights as .safetensors."
         ) from error
     if zipfile.is_zipfile(path):
         check_archive(path)

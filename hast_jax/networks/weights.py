@@ -200,6 +200,8 @@ def from_variables(
     and `batch_stats`, or a state dict: flat, with the names that a file would have. image, call, errors: as in
     `from_state_dict`.
     """
+    if variables is None:
+        raise InputError(f"the variables are missing: {GIVE_BOTH}.")
     if isinstance(variables, str | os.PathLike):
         raise InputError(
             f"the variables are the path {str(variables)!r}: read the file, and give hast_jax.read_weights({str(variables)!r})."

@@ -20,6 +20,11 @@ from hast_jax.runs.progress import Update
 from hast_jax.stages.evaluate import evaluator
 from hast_jax.stages.job import Job
 
+MOST_COMPARED = 64  # real images
+# Between real images and those of the training, in the teacher's first batch norm: the ratio of variances, and the distance of
+# means in standard deviations. Pixels of 0 ... 1 in place of normalised images have a twentieth of the variance.
+MOST_VARIANCE, MOST_AWAY = 4.0, 1.0
+
 
 def check_logits(teacher: networks.Network, variables: weights.Variables, config: ConfigDict) -> None:
     """Look at the teacher on noise, from which synthesis starts. config: the whole config.
@@ -56,6 +61,33 @@ def check_logits(teacher: networks.Network, variables: weights.Variables, config
         )
 
 
+def check_normalisation(
+    teacher: networks.Network, variables: weights.Variables, dataset: datasets.Dataset, config: ConfigDict
+) -> None:
+    """Warn if real images reach the teacher's first batch norm with other moments than its training images did.
+
+    This shows a wrong `mean` or `std`, even where the teacher still guesses better than chance. Channels are compared one by
+    one, and their median counts. config: the whole config.
+    """
+
+    @jax.jit
+    def first_moments(variables: weights.Variables, images: jax.Array) -> losses.Moments:
+        images = datasets.normalise(images, config.teacher.mean, config.teacher.std)
+        return losses.bn_moments(networks.apply(teacher, variables, images)[1].batch_norms[:1])[0]
+
+    rows = np.linspace(0, len(dataset.labels) - 1, min(MOST_COMPARED, len(dataset.labels))).astype(int)
+    found = jax.device_get(first_moments(variables, dataset.read(rows)))
+    shift, running = found.mean - found.running_mean, found.running_var + 1e-5
+    variance, away = np.median((found.spread - shift**2) / running), np.median(np.abs(shift) / np.sqrt(running))
+    if not 1 / MOST_VARIANCE < variance < MOST_VARIANCE or away > MOST_AWAY:
+        warnings.warn(
+            f"the real images reach the teacher's first batch norm with {variance:.2g} times the variance of its training "
+            f"images, and with a mean that is {away:.2g} standard deviations away: check mean and std.",
+            Notice,
+            stacklevel=3,
+        )
+
+
 def measure(job: Job, dataset: datasets.Dataset | None) -> Callable[[Any], float] | None:
     """Measure the teacher's top-1 once in a run, before any long work, and report it.
 
@@ -83,5 +115,6 @@ def measure(job: Job, dataset: datasets.Dataset | None) -> Callable[[Any], float
             AccuracyWarning,
             stacklevel=2,
         )
+    check_normalisation(job.teacher, job.variables, dataset, job.config)
     evaluate = judge(job.student)
     return lambda variables: evaluate(variables).top1
