@@ -26,6 +26,8 @@ def read(path):
     return arrays, said
 
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 ARRAYS, SAID = read(sys.argv[1])
 
 
@@ -66,7 +68,12 @@ def activation(x, name):
     return rounded(np.maximum(x, 0), name)
 
 
-x = ((np.load(sys.argv[2]) / 255 - SAID["mean"]) / SAID["std"]).astype(np.float32)
+images = np.load(sys.argv[2])
+if images.dtype != np.uint8 or list(images.shape[1:]) != list(SAID["image"]):
+    sys.exit(f"{sys.argv[2]} holds {images.dtype} {images.shape}: give uint8 images [n, {', '.join(map(str, SAID['image']))}].")
+if "init_block/conv/kernel" not in ARRAYS:
+    sys.exit(f"{sys.argv[1]} holds a {SAID['network']}: this program runs resnet8 and resnet20.")
+x = ((images / 255 - SAID["mean"]) / SAID["std"]).astype(np.float32)
 x = activation(convolution(x, "init_block", 1), "init_activ")
 for stage in range(1, 4):
     for unit in range(1, 1 + sum(name.endswith("conv1/conv/kernel") for name in ARRAYS if f"stage{stage}_" in name)):

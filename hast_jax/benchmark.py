@@ -112,7 +112,8 @@ def synthesis(config: ConfigDict, devices: int) -> Part:
     # A run stacks no more batches than it has, and repeats a batch where they do not fill all devices.
     used, batches = parallel.device_total(devices), math.ceil(settings.images / settings.batch)
     stack = min(parallel.stack(settings.stack, size), math.ceil(batches / used))
-    steps = settings.iterations * math.ceil(batches / (used * stack))
+    together = [len(group) for group, _ in synthesize.plan(list(range(batches)), {}, used * stack)]
+    made = sum(used * math.ceil(count / used) for count in together)  # batches of a run, with those that are repeated
 
     def build() -> tuple[synthesize.State, Any]:
         def start(batch):
@@ -122,7 +123,7 @@ def synthesis(config: ConfigDict, devices: int) -> Part:
 
     step = synthesize.on_each(lambda state, variables: synthesize.step(state, variables, teacher, key, settings))
     images = used * stack * settings.batch
-    return Part(step, build, settings.batch, stack, images, steps * images)
+    return Part(step, build, settings.batch, stack, images, settings.iterations * made * settings.batch)
 
 
 def fine_tuning(config: ConfigDict, devices: int) -> Part:
@@ -272,6 +273,8 @@ def main(_: list[str]) -> None:
         given = flags.FLAGS
         config = given.config
         config_lib.validate(config)
+        if given.compile_only and given.operations:
+            raise UserError("--compile_only runs nothing, so that no operation can be timed: leave out --operations.")
         if given.compile_only and given.processes:
             raise UserError(cli.ONE_PROCESS)
         cli.join()

@@ -327,4 +327,5 @@ def _fail(message: str) -> None:
     print(f"hast_jax: {message}", file=sys.stderr)
     # What libraries say of the same fault while the process ends, such as TensorBoard's writers on a full disk, would hide it.
     sys.unraisablehook, threading.excepthook = _say_nothing, _say_nothing
+    processes.leave_if_alone()
     sys.exit(1)

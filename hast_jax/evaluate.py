@@ -20,6 +20,7 @@ from hast_jax.data import datasets
 from hast_jax.deliver.console import Bar, format_bits
 from hast_jax.errors import UserError
 from hast_jax.runs import parallel, processes, run_folder
+from hast_jax.runs.files import crc32
 from hast_jax.runs.progress import Progress, silent
 from hast_jax.stages.evaluate import Accuracy, evaluator
 
@@ -59,21 +60,31 @@ def run(
     weights. network, names: FILE.py:NAME and FILE.py:FUNCTION of the user, if the run has them. They must be given, because
     code that only a run folder names may be a stranger's and is never run.
     """
-    folder, config = run_folder.open_for_reading(workdir)
-    from_config.trust(config, workdir, network, names, weights)
-    teacher, variables = from_config.teacher(config)
-    student = from_config.student(config)
-    if checkpoint == "best" and config.eval.dataset == "none":
-        raise UserError(f"{workdir} has no best student, because its run had no real images: use --checkpoint=latest.")
-    config.eval.update(real)
-    config.synthesis.real_split = ""  # the student may also be judged on the images that it learned from
-    config_lib.validate(config)
-    images = datasets.load(config, config.eval.split)
-    if images is None:
-        whose = "--dataset=none names none" if "dataset" in real else f"{workdir} was run without any"
-        raise UserError(f"there are no real images, because {whose}: name a data set with --dataset.")
-    folder.check_teacher(variables, teacher.structure.program, remember=False)
+    with processes.failing_as_one():
+        folder, config = run_folder.open_for_reading(workdir)
+        from_config.trust(config, workdir, network, names, weights)
+        teacher, variables = from_config.teacher(config)
+        student = from_config.student(config)
+        if checkpoint == "best" and config.eval.dataset == "none":
+            raise UserError(f"{workdir} has no best student, because its run had no real images: use --checkpoint=latest.")
+        config.eval.update(real)
+        config.synthesis.real_split = ""  # the student may also be judged on the images that it learned from
+        config_lib.validate(config)
+        images = datasets.load(config, config.eval.split)
+        if images is None:
+            whose = "--dataset=none names none" if "dataset" in real else f"{workdir} was run without any"
+            raise UserError(f"there are no real images, because {whose}: name a data set with --dataset.")
+        folder.check_teacher(variables, teacher.structure.program, remember=False)
+    processes.require_same(
+        {
+            "config": config_lib.checksum(config),
+            "weights": crc32(variables),
+            "number of devices": devices,
+            "real images": pipeline.checksum(images) or 0,
+        }
+    )
     student_variables, steps = pipeline.restore_student(folder, variables, config, checkpoint, student)
+    processes.require_same({"student": crc32(student_variables)})
 
     def judge(network):
         return evaluator(partial(networks.logits, network), images, config, devices, progress)

@@ -18,6 +18,7 @@ from hast_jax.errors import Notice, UserError, sentence
 from hast_jax.fields import GIVEN
 from hast_jax.networks import weights
 from hast_jax.runs import parallel, processes, run_folder, synthetic_set
+from hast_jax.runs.checkpoint import DamagedError
 from hast_jax.runs.files import crc32
 from hast_jax.runs.memory import MemoryRun
 from hast_jax.runs.progress import Progress, Recorder, silent
@@ -189,6 +190,7 @@ def _prepare(
                 "number of devices": devices,
                 "held-out images": held_out_images,
                 "images to learn from": crc32(given) if given else 0,
+                "real images": checksum(dataset) or 0,
                 "run folder (on one file system?)": known,
             }
         )
@@ -287,7 +289,10 @@ def restore_student(
         with folder.open_checkpoints(checkpoint, keep=2, writing=False) as checkpoints:
             try:
                 state = checkpoints.restore(finetune.init(variables["params"], ranges, config.finetune))
-            except UserError:
+            except DamagedError as error:
+                if checkpoint == "best":
+                    words = f"the best student of {folder} is damaged, and cannot be restored"
+                    raise UserError(f"{words}: take the last one, with --checkpoint=latest.") from error
                 if not finished:
                     raise
     if state is None and finished:

@@ -4,6 +4,7 @@ python -m hast_jax.results runs/c100-w3a3 runs/c100-w4a4
 python -m hast_jax.results runs/c100-w3a3 --over_time=over_time      # top-1 over the time of the whole job, and a figure
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from hast_jax.deliver.console import format_bits, format_images, format_seconds,
 from hast_jax.errors import UserError
 from hast_jax.kinds import parse_json
 from hast_jax.runs.progress import read_metrics
+from hast_jax.runs.run_folder import CELLS
 
 HEADER = (
     "| network, data | bits | settings | teacher | no fine-tuning | last epoch | drop | best epoch* "
@@ -67,12 +69,16 @@ def result_of(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder.")
     path = folder / "result.json"
+    if not path.exists() and (folder / CELLS).is_dir():
+        raise UserError(f"{folder} is the folder of a sweep: give {folder / CELLS}/*.")
     if not path.exists():
         raise UserError(f"{folder} has no result.json: let its run finish.")
     try:
         result = parse_json(path.read_text())
         if result["teacher"] is not None:
             row("", result)  # raises if a field is missing
+            if not all(math.isfinite(result[name]) for name in ("teacher", "no_finetuning", "last", "best")):
+                raise ValueError("an accuracy is not a finite number")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is left out, because it is damaged ({type(error).__name__}: {error}).") from error
     if result["teacher"] is None:
@@ -94,7 +100,10 @@ def over_time(folder: Path) -> list[tuple[float, float]]:
                 at.setdefault(line["step"], line["seconds"])
         for stage, seconds in result_of(folder)["seconds"].items():
             before += seconds if stage != "finetune" else 0.0
-        return [(before + at[epoch * settings["steps_per_epoch"]], top1) for epoch, top1 in sorted(evaluations.items())]
+        curve = [(before + at[epoch * settings["steps_per_epoch"]], top1) for epoch, top1 in sorted(evaluations.items())]
+        if not curve or not all(math.isfinite(seconds) and math.isfinite(top1) for seconds, top1 in curve):
+            raise ValueError("its evaluations are missing, or are no finite numbers")
+        return curve
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is left out, because its log is not complete ({type(error).__name__}: {error}).") from error
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from filelock import FileLock
 
 import hast_jax.evaluate
 from hast_jax import paths, report
 from hast_jax.errors import CheckpointWarning, Notice, UserError, refused_by_disk
-from hast_jax.runs import run_folder, synthetic_set
+from hast_jax.runs import checkpoint, run_folder, synthetic_set
 from hast_jax.runs.checkpoint import Checkpoints
 from hast_jax.runs.progress import read_metrics
 
@@ -282,6 +283,52 @@ def test_when_every_checkpoint_is_damaged_the_run_says_what_to_delete(unfinished
         truncate_checkpoint(path)
     with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(.*\): delete this folder"):
         tiny.run(unfinished)
+
+
+def test_a_damaged_best_student_cannot_be_made_again(copy: Path) -> None:
+    for path in (copy / "checkpoints" / "best").iterdir():
+        truncate_checkpoint(path)
+    with (
+        pytest.warns(CheckpointWarning),
+        pytest.raises(UserError, match="the best student .* is damaged, .* --checkpoint=latest"),
+    ):
+        hast_jax.evaluate.run(copy, "best")
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a file")
+
+
+def test_files_that_may_not_be_read_are_not_called_damaged(unfinished: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot be read now \(.*Permission denied.*\): run"):
+        patch.setattr(checkpoint, "_open_each", refuse)
+        tiny.run(unfinished)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="a file: no permission: change the permissions"):
+        patch.setattr(np.lib.format, "open_memmap", refuse)
+        tiny.run(unfinished)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="a file: no permission: change the permissions"):
+        patch.setattr(FileLock, "acquire", refuse)
+        tiny.run(unfinished)
+
+
+def test_every_file_of_a_checkpoint_is_opened_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "state" / "d").mkdir(parents=True)
+    (tmp_path / "state" / "d" / "array").write_bytes(b"")
+    checkpoint._open_each(tmp_path)
+    (tmp_path / "state" / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="gone"):
+        checkpoint._open_each(tmp_path)
+
+
+def test_a_quota_that_a_checkpoint_exceeds_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: Failed writing: Disk quota exceeded [os_error_code='122']")
+
+    words = "the disk is full: no room for a checkpoint in"
+    with pytest.raises(UserError, match=words), Checkpoints(tmp_path, 1) as checkpoints:
+        monkeypatch.setattr(checkpoints._checkpointer, "save", fail)
+        monkeypatch.setattr(checkpoints._checkpointer, "close", fail)
+        checkpoints.save(1, {"a": np.zeros(3)})
 
 
 def test_of_a_finished_run_the_saved_student_is_evaluated_when_every_checkpoint_is_damaged(finished: Path, copy: Path) -> None:

@@ -33,6 +33,11 @@ def test_what_the_compiler_says_of_a_step_is_printed_without_running_it() -> Non
     assert line["flops"] > 1e9 and line["intermediate_gib"] > 0 and "per_second" not in line
 
 
+def test_operations_cannot_be_timed_without_running_them() -> None:
+    done = tiny.call([*tiny.module("benchmark"), DIGITS, "--compile_only", "--operations"])
+    assert done.returncode == 1 and "leave out --operations" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_one_table_is_printed_for_a_kind_of_device_over_each_arithmetic() -> None:
     done = tiny.call([*tiny.module("benchmark"), DIGITS, "--device=cpu", "--part=synthesize", "--steps=1"])

@@ -347,3 +347,6 @@ def test_a_program_of_numpy_alone_runs_the_network_from_its_integers(bits: Any, 
     command = [sys.executable, program, tmp_path / "student.safetensors", tmp_path / "images.npy", tmp_path / "logits.npy"]
     subprocess.run(command, check=True, env=tiny.environment())
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), its(images), atol=1e-3)
+    np.save(tmp_path / "images.npy", images.astype(np.float32))
+    done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and "give uint8 images" in done.stderr and "Traceback" not in done.stderr

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import tiny
 from jax.flatten_util import ravel_pytree
+from PIL import Image
 
 from hast_jax import from_config, pipeline
+from hast_jax.data import datasets
 from hast_jax.errors import InputError, UserError
 from hast_jax.networks import weights
 from hast_jax.runs import processes, run_folder
@@ -255,6 +257,34 @@ processes.leave_broken("Connection closed by peer")
     assert done.returncode == 1 and done.stderr.strip() == words
 
 
+@pytest.mark.parametrize("row", [0, -1], ids=["process 0", "process 1"])
+def test_when_a_process_fails_alone_the_others_say_why_and_end_with_it(row: int, tmp_path: Path) -> None:
+    digits = datasets.load(tiny.config(), "test")
+    for i, (image, label) in enumerate(zip(digits.images[:64], digits.labels[:64])):
+        place = tmp_path / "images" / "val" / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(place / f"{i:03}.png")
+    cut = sorted((tmp_path / "images" / "val").rglob("*.png"))[row]  # the processes take turns with batches
+    cut.write_bytes(cut.read_bytes()[:60])
+    fields = {"dataset": "folder", "data_dir": tmp_path / "images", "split": "val", "crop": 1, "batch": 32}
+    command = tiny.command(tmp_path / "run", *CALM, *(f"--config.eval.{name}={value}" for name, value in fields.items()))
+    ends = end(twice(command))
+    assert [status for status, _, _ in ends] == [1, 1], ends
+    assert all(f"{cut.name} cannot be decoded" in errors and "Traceback" not in errors for _, _, errors in ends), ends
+    assert sum("another process of this run has ended, process" in errors for _, _, errors in ends) == 1
+
+
+@pytest.mark.slow
+def test_an_evaluation_by_processes_with_other_images_is_refused(finished: Path) -> None:
+    command = tiny.evaluate(finished, "--devices=1", "--dataset=digits")
+    ends = end(twice(command, ["--split=train"]))
+    assert [status for status, _, _ in ends] == [1, 1], ends
+    assert all("do not have the same config, real images:" in errors for _, _, errors in ends), ends
+    ends = end(twice(command, ["--dataset=folder", "--data_dir=/nowhere"]))
+    assert [status for status, _, _ in ends] == [1, 1], ends
+    assert all("there are no images in /nowhere" in errors for _, _, errors in ends), ends
+
+
 @pytest.mark.slow
 def test_processes_on_file_systems_of_their_own_are_refused(tmp_path: Path) -> None:
     """Two folders stand for two file systems: the same names, another place."""
@@ -281,7 +311,11 @@ def test_the_benchmark_times_a_step_that_two_processes_take_together() -> None:
 
 @pytest.mark.parametrize(
     ("processes", "words"),
-    [("two", "it must be auto, or HOST:PORT"), ("127.0.0.1:1,2,x", "it must be auto, or HOST:PORT"), ("auto", "did not come")],
+    [
+        *((text, "it must be auto, or HOST:PORT") for text in ("two", "127.0.0.1:1,2,x", "localhost,1,0", "localhost:abc,1,0")),
+        ("127.0.0.1:1,2,2", "an INDEX from 0 to NUMBER - 1"),
+        ("auto", "did not come"),
+    ],
 )
 def test_processes_that_cannot_come_together_are_refused(tmp_path: Path, processes: str, words: str) -> None:
     done = tiny.call_anew(tiny.command(tmp_path / "run", f"--processes={processes}"))

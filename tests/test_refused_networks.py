@@ -424,9 +424,7 @@ def test_products_that_this_jaxlib_gets_wrong_are_refused(right: bool, monkeypat
     networks.structure.forget()
     monkeypatch.setattr(networks.refusals, "_sums_are_right", lambda: right)
     if not right:
-        with pytest.raises(
-            hast_jax.InputError, match=r"Sums multiplies .* equal numbers, .* XLA_FLAGS=--xla_\S+"
-        ):
+        with pytest.raises(hast_jax.InputError, match=r"Sums multiplies .* equal numbers, .* XLA_FLAGS=--xla_\S+"):
             networks.create(Sums(), IMAGE)
         networks.create(Ramp(), IMAGE)
     else:

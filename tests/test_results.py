@@ -69,7 +69,16 @@ def test_a_damaged_result_is_named(tmp_path) -> None:
         results.table([tmp_path])
 
 
-@pytest.mark.parametrize("content", ['{"half": ', "[]", json.dumps({**RESULT, "hardware": None, "seconds": None}), "{}"])
+def test_the_folder_of_a_sweep_is_not_taken_for_an_unfinished_run(tmp_path) -> None:
+    (tmp_path / "cells").mkdir()
+    with pytest.raises(UserError, match=r"is the folder of a sweep: give \S+/cells/\*\.$"):
+        results.table([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"half": ', "[]", json.dumps({**RESULT, "hardware": None, "seconds": None}), "{}", json.dumps({**RESULT, "last": 1e999})],
+)
 def test_a_damaged_result_does_not_hide_the_others(content: str, tmp_path) -> None:
     for name, text in (("good", json.dumps(RESULT)), ("bad", content)):
         (tmp_path / name).mkdir()
@@ -87,14 +96,18 @@ def test_a_rule_with_a_bar_does_not_break_the_table(tmp_path) -> None:
 
 
 def test_runs_of_two_teachers_are_not_drawn_together_and_an_incomplete_log_is_named(finished, tmp_path) -> None:
-    for name in ("other", "cut"):
+    for name in ("other", "cut", "empty", "words"):
         shutil.copytree(finished, tmp_path / name)
+    (tmp_path / "empty" / "evaluations.json").write_text("{}")
+    (tmp_path / "words" / "evaluations.json").write_text('{"0": "x"}')
     result = json.loads((finished / "result.json").read_text())
     (tmp_path / "other" / "result.json").write_text(json.dumps({**result, "teacher": result["teacher"] - 40}))
     (tmp_path / "cut" / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="draw runs of one teacher"):
         results.over_time_table([finished, tmp_path / "other"], tmp_path / "picture")
-    text = results.over_time_table([finished, tmp_path / "cut"], tmp_path / "picture")
+    bad = [tmp_path / name for name in ("empty", "words", "cut")]
+    text = results.over_time_table([finished, *bad], tmp_path / "picture")
+    assert all(f"{folder} is left out, because its log is not complete" in text for folder in bad)
     assert re.search(r"cut is left out, because its log is not complete \(KeyError: \d+\)\.$", text)
     assert (tmp_path / "picture.png").exists()
 

@@ -3,6 +3,7 @@
 Baselines are cells too. Published numbers: HAST, supplement, Tables 1 to 4 and Figure 1; top-1 in per cent.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -102,10 +103,15 @@ def table3(config: ConfigDict) -> Experiment:
     return Experiment(title, cells, _by_label(cells, paper))
 
 
+def _whole_batches(images: float, config: ConfigDict) -> int:
+    """This number of images, rounded up to whole batches of synthesis, and to a batch of each later stage."""
+    least = max(images, config.calibration.batch, config.finetune.batch)
+    return math.ceil(least / config.synthesis.batch) * config.synthesis.batch
+
+
 def table4(config: ConfigDict) -> Experiment:
     """Number of images: a twentieth, a quarter, half and all of the config's images, rounded up to whole batches."""
-    images, batch = config.synthesis.images, config.synthesis.batch
-    counts = sorted({-(-images // (share * batch)) * batch for share in (20, 4, 2, 1)})
+    counts = sorted({_whole_batches(config.synthesis.images / share, config) for share in (20, 4, 2, 1)})
     cells = [Cell(f"{count} images", {"synthesis.images": count}) for count in counts]
     paper = {("imagenet2012", "W3A3"): {"256 images": 49.17, "1280 images": 49.95, "2560 images": 50.23, "5120 images": 51.15}}
     note = "The paper, ResNet-18 on ImageNet, W3A3: IntraQ with 5,120 images 45.51."
@@ -160,6 +166,7 @@ def figure1(config: ConfigDict) -> Experiment:
 def recipe(config: ConfigDict) -> Experiment:
     """One change at a time to a config of the recipe `best`, which shows what each part of the recipe gives."""
     finetune, synthesis = config.finetune, config.synthesis
+    counts = sorted({_whole_batches(synthesis.images / 2, config), _whole_batches(2 * synthesis.images, config)})
     sgd = {"finetune.optimizer": "sgd", "finetune.lr": 1e-5, "finetune.temperature": 20.0, "finetune.alpha": 20.0}
     cells = [
         Cell("the config as it is", {}),
@@ -185,7 +192,7 @@ def recipe(config: ConfigDict) -> Experiment:
         *(Cell(f"first rate of the images {rate:g}", {"synthesis.lr": rate}) for rate in (0.1, 0.2, 0.5)),
         Cell("plateau instead of cosine", {"synthesis.schedule": "plateau"}),
         *(Cell(f"{n} iterations", {"synthesis.iterations": n}) for n in (synthesis.iterations // 2, 2 * synthesis.iterations)),
-        *(Cell(f"{n} images", {"synthesis.images": n}) for n in (synthesis.images // 2, 2 * synthesis.images)),
+        *(Cell(f"{n} images", {"synthesis.images": n}) for n in counts if n != synthesis.images),
         Cell("noise images", {"synthesis.iterations": 0}),
         Cell(f"{synthesis.images} real images", {"synthesis.real_split": "train"}),
         *_all_real_images("all real images", config),

@@ -1,5 +1,6 @@
 """Checkpoints, by Orbax: a tree of arrays is saved for a step, and the newest undamaged tree is restored."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -19,6 +20,12 @@ from hast_jax.runs.files import crc32
 
 NOT_DAMAGED = (errno.EACCES, errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)  # the file system fails for now
 DISK_MARGIN = 2**20  # bytes of a checkpoint besides its arrays
+
+NO_ROOM = ("No space left on device", "Disk quota exceeded")
+
+
+class DamagedError(UserError):
+    """No checkpoint of a kind can be read."""
 
 
 class Checkpoints:
@@ -49,18 +56,20 @@ class Checkpoints:
         if needed > resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(self._folder))
         if shutil.disk_usage(self._folder).free < needed:
-            raise UserError(
-                f"the disk is full: no room for a checkpoint in {self._folder}; make room and run the same command "
-                "again to resume."
-            )
-        self._checkpointer.save(step, tree, force=True, overwrite=True, custom_metadata=metadata)
+            raise _no_room(self._folder)
+        try:
+            self._checkpointer.save(step, tree, force=True, overwrite=True, custom_metadata=metadata)
+        except Exception as error:  # TensorStore's errors have no errno. A quota, or others' files, can leave no room either
+            if not any(words in str(_cause(error)) for words in NO_ROOM):
+                raise
+            raise _no_room(self._folder) from None  # a cause of TensorStore's has hundreds of lines
 
     def restore(self, like: Any, rows: int | None = None) -> Any | None:
         """The newest undamaged tree with the structure and shapes of `like`, as NumPy arrays; None if there are no checkpoints.
 
         rows: if given, the arrays' leading axis may have any length up to `rows`, instead of that of `like`.
         A checkpoint that cannot be read, or differs from what was saved, gives a warning and is passed over.
-        Raises UserError if all checkpoints are damaged, or if the file system fails for now.
+        Raises DamagedError if all checkpoints are damaged. Raises UserError if the file system fails for now.
         """
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
         for step in steps:
@@ -78,7 +87,7 @@ class Checkpoints:
                     stacklevel=2,
                 )
         if steps:
-            raise UserError(
+            raise DamagedError(
                 f"no checkpoint in {self._folder} can be read ({words}): delete this folder to start this stage anew."
             )
         return None
@@ -95,7 +104,10 @@ class Checkpoints:
                 raise UserError(words) from error
 
     def _restore(self, step: int, like: Any, rows: int | None) -> Any:
+        _open_each(self._folder / str(step))
         metadata = self._checkpointer.metadata(step)
+        if metadata.metadata is None:
+            raise ValueError("its description is damaged")
 
         def tail(leaf):
             return leaf.shape[0 if rows is None else 1 :]
@@ -117,7 +129,26 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._checkpointer.close()
+        # After an error of `save`, closing raises it once more, and would hide the sentence that says what to do.
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+            self._checkpointer.close()
+
+
+def _open_each(folder: Path) -> None:
+    """Open every file below `folder`. Raises the OSError of one that cannot be opened, which Orbax would hide."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            open(Path(place) / name, "rb").close()
+
+
+def _no_room(folder: Path) -> UserError:
+    return UserError(
+        f"the disk is full: no room for a checkpoint in {folder}; make room and run the same command again to resume."
+    )
 
 
 def _first_line(error: BaseException) -> str:

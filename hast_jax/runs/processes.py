@@ -3,7 +3,10 @@
 import contextlib
 import faulthandler
 import os
+import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,12 @@ from hast_jax.runs.files import write_text
 
 HEARTBEAT_SECONDS = 30  # JAX ends this process if another one gives no sign of life for so long
 MAX_MESSAGE = 4096  # bytes of an error message that one process sends to the others
+LOOK_SECONDS = 1  # between two looks at whether another process has failed
 FAILURE = "failure.txt"  # in the run folder: why one of several processes ended
 
 _failure: Path | None = None
+_fails = False  # whether this process ends with an error
+_all_fail = False  # whether the other processes raise the same error as this one
 
 
 def join(processes: str) -> None:
@@ -30,11 +36,12 @@ def join(processes: str) -> None:
     """
     options: dict[str, Any] = {}
     if processes != "auto":
-        try:
-            address, number, index = processes.split(",")
-            options = {"coordinator_address": address, "num_processes": int(number), "process_id": int(index)}
-        except ValueError as error:
-            raise UserError(f"--processes is {processes!r}: it must be auto, or HOST:PORT,NUMBER,INDEX.") from error
+        said = re.fullmatch(r"(.+:(\d{1,5})),(\d{1,5}),(\d{1,5})", processes)
+        port, number, index = map(int, said.groups()[1:]) if said else (0, 0, 0)
+        if said is None or not 0 < port < 2**16 or not index < number:
+            wanted = "auto, or HOST:PORT,NUMBER,INDEX with an INDEX from 0 to NUMBER - 1, another one in each process"
+            raise UserError(f"--processes is {processes!r}: it must be {wanted}.")
+        options = {"coordinator_address": said[1], "num_processes": number, "process_id": index}
     faulthandler.disable()  # its pages of tracebacks would bury JAX's message that another process has died
     jax.config.update("jax_enable_preemption_service", False)  # it sometimes misses SIGTERM
     try:
@@ -72,6 +79,7 @@ def on_main(action: Callable[[], Any]) -> None:
     if jax.process_count() > 1:
         message = _text(multihost_utils.broadcast_one_to_all(_bytes(str(told or ""))))
         told = told or (UserError(message) if message else None)
+        _note_common_failure(told)
     if told is not None:
         raise told
 
@@ -86,10 +94,10 @@ def failing_as_one() -> Iterator[None]:
         error = raised
     if jax.process_count() > 1:
         messages = map(_text, multihost_utils.process_allgather(_bytes(str(error or ""))))
-        if error is None:
-            for index, message in enumerate(messages):
-                if message:
-                    raise UserError(f"process {index} of this run cannot start: {message}")
+        for index, message in enumerate(messages):
+            if message and error is None:
+                error = UserError(f"process {index} of this run cannot start: {message}")
+        _note_common_failure(error)
     if error is not None:
         raise error
 
@@ -124,10 +132,12 @@ def require_same(values: dict[str, int]) -> None:
     found = multihost_utils.process_allgather(np.asarray(list(values.values()), np.uint32))
     differing = [name for name, column in zip(values, found.T) if len(set(column.tolist())) > 1]
     if differing:
-        raise UserError(
+        error = UserError(
             f"the processes of this run do not have the same {', '.join(differing)}: give all the same command and files, "
             "on one file system, and start them again."
         )
+        _note_common_failure(error)
+        raise error
 
 
 def gather(tree: Any) -> Any:
@@ -147,13 +157,42 @@ def share_failures(folder: Path) -> None:
     _failure = folder / FAILURE if jax.process_count() > 1 else None
     if _failure is not None:
         on_main(lambda: (folder / FAILURE).unlink(missing_ok=True))
+        threading.Thread(target=_watch, args=(_failure,), daemon=True).start()
+
+
+def _watch(failure: Path) -> None:
+    """End this process when another one has told why it failed. This process may be waiting for it, in vain."""
+    while _failure == failure:
+        time.sleep(LOOK_SECONDS)
+        if failure.exists() and not _fails:
+            leave_broken("")
 
 
 def tell_failure(message: str) -> None:
     """Leave the error message of this process for the other processes, if there are any (`share_failures`)."""
+    global _fails
+    _fails = True
     if _failure is not None:
         with contextlib.suppress(OSError):
             write_text(_failure, f"process {jax.process_index()}: {message}")
+
+
+def leave_if_alone() -> None:
+    """End this process at once if it fails alone in a shared run: JAX's shutdown would wait for the others, and they for it.
+
+    Process 0 leaves last, because JAX aborts the others when process 0 is gone, before they can say why.
+    """
+    if not jax.distributed.is_initialized() or _all_fail:
+        return
+    sys.stderr.flush()
+    if is_main():
+        time.sleep(3 * LOOK_SECONDS)
+    os._exit(1)
+
+
+def _note_common_failure(error: UserError | None) -> None:
+    global _all_fail
+    _all_fail = error is not None
 
 
 def leave_broken(words: str) -> None:

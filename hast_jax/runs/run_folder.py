@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from hast_jax import config as config_lib
 from hast_jax import paths
-from hast_jax.errors import CAUSES, Notice, UserError
+from hast_jax.errors import CAUSES, Notice, UserError, refused_by_disk
 from hast_jax.kinds import parse_json
 from hast_jax.runs import synthetic_set
 from hast_jax.runs.checkpoint import Checkpoints
@@ -305,7 +305,7 @@ def _hold(lock: Path) -> None:
         raise UserError(f"another run is using {path}: wait until it ends, or use another workdir.") from error
     except OSError as error:
         words = f"{path} cannot be locked ({error.strerror}): mount its file system with flock, or use another workdir."
-        raise UserError(words) from error
+        raise refused_by_disk(error) or UserError(words) from error
 
 
 def open_for_reading(path: Path) -> tuple[RunFolder, ConfigDict]:

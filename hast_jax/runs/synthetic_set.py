@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from hast_jax.errors import UserError
+from hast_jax.errors import UserError, refused_by_disk
 from hast_jax.kinds import parse_json
 from hast_jax.runs.files import crc32, write_json
 
@@ -152,7 +152,8 @@ def _open(path: Path, shape: tuple[int, ...], dtype: np.dtype, new: bool) -> np.
         np.lib.format.open_memmap(path, "r")  # fails if the file is shorter than its header says; "r+" would extend it
         array = np.lib.format.open_memmap(path, "r+")
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again.") from error
+        refused = refused_by_disk(error) if isinstance(error, OSError) else None
+        raise refused or UserError(f"{path} is damaged ({error}): delete the folder {path.parent} and run again.") from error
     if array.shape != shape or array.dtype != dtype:
         raise UserError(f"{path} holds {array.dtype} {array.shape}, not {dtype} {shape}: use another folder.")
     return array
