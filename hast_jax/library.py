@@ -114,7 +114,8 @@ def quantize(
     setting = Setting(model, variables, image, mean, std, bits, seed, call, changes, fields)
     given = given_images(images, setting) if images is not None else None
     dataset = real_images(test, setting.image, setting.classes) if test is not None else None
-    own = pipeline.GivenNetwork(setting.model, setting.variables, dataset, given)
+    words = f"hast_jax.quantize(..., budget={budget!r}, recipe={recipe!r})"
+    own = pipeline.GivenNetwork(setting.model, setting.variables, dataset, given, words)
     if workdir == "":
         raise InputError("workdir is empty: name a folder, or give None.")
     path = None if workdir is None else paths.local(workdir)

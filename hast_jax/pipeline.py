@@ -38,6 +38,7 @@ class GivenNetwork(NamedTuple):
     variables: weights.Variables
     dataset: datasets.Dataset | None = None  # real images, for evaluation
     images: Given | None = None  # to learn from, instead of making some
+    call: str | None = None  # the call in Python, for the record
 
 
 def run(config: ConfigDict, workdir: Path, progress: Progress = silent) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def quantize(config: ConfigDict, workdir: Path | None, progress: Progress = sile
         student = _finished(job, given)
         if student is not None:
             return student
-        segment = record.begin_segment(job)
+        segment = record.begin_segment(job, own.call if own else None)
         images, labels = _training_images(job, given)
         ranges = _activation_ranges(job, images)
         state, evaluations = finetune.run(job, images, labels, ranges, evaluate)

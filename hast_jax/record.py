@@ -20,14 +20,17 @@ SCRIPT = "hast-jax"  # the installed command
 STAGES = ("synthesis", "calibrate", "finetune")
 
 
-def begin_segment(job: Job) -> dict[str, Any] | None:
-    """Record a start of this run as a new segment; None if the run is finished already."""
+def begin_segment(job: Job, call: str | None = None) -> dict[str, Any] | None:
+    """Record a start of this run as a new segment; None if the run is finished already.
+
+    call: the call in Python that started the run, if it was no command.
+    """
     if job.storage.read_result() is not None:
         return None
     segment = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": _hardware(job),
-        "command": _command(),
+        "command": call or _command(),
         "hast_jax": __version__,
         "jax": jax.__version__,
         "spent_before": {name: round(job.recorder.seconds(name), 1) for name in STAGES},

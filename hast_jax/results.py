@@ -6,6 +6,7 @@ python -m hast_jax.results runs/c100-w3a3 --over_time=over_time      # top-1 ove
 
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ HEADER = (
     "| seed | synthesis | steps x batch | time, hardware |"
 )
 TAKES_WORDS = True
+# Fields that do not change the student, or have a column of their own.
+NO_SETTINGS = ("config.eval.", "config.seed", "config.devices", "config.report", "config.log_every", "config.steps_per_call")
 SAME_TEACHER = 0.05  # points of top-1 by which devices may differ
 
 
@@ -52,12 +55,28 @@ def table(folders: list[Path]) -> str:
     rows, notes = [], []
     for folder, name in zip(folders, _labels(folders)):
         try:
-            rows.append(row(name, result_of(folder)))
+            result = result_of(folder)
+            rows.append(row(f"{name}: {settings}" if (settings := settings_of(result)) else name, result))
         except UserError as error:
             notes.append(str(error))
     if not rows:
         raise UserError(_one_sentence(notes))
     return "\n".join([HEADER, "|" + "---|" * (HEADER.count("|") - 1), *rows, "", "\\* selected on test data.", *notes])
+
+
+def settings_of(result: dict[str, Any]) -> str:
+    """The variants and fields that the run's command named, or the words of its call in Python; "" if no command is known."""
+    command = next((each["command"] for each in reversed(result.get("segments", [])) if each.get("command")), "")
+    if command.startswith("hast_jax."):
+        return command.partition("..., ")[2].rstrip(")")
+    words = []
+    for word in shlex.split(command):
+        name, _, value = word.removeprefix("--").partition("=")
+        if name == "config" and ":" in value:
+            words.append(value.rpartition(":")[2])
+        elif name.startswith("config.") and not name.startswith(NO_SETTINGS):
+            words.append(f"{name.removeprefix('config.')}={value}")
+    return "; ".join(words)
 
 
 def _one_sentence(notes: list[str]) -> str:

@@ -290,7 +290,7 @@ def test_a_damaged_best_student_cannot_be_made_again(copy: Path) -> None:
         truncate_checkpoint(path)
     with (
         pytest.warns(CheckpointWarning),
-        pytest.raises(UserError, match="the best student .* is damaged, .* --checkpoint=latest"),
+        pytest.raises(UserError, match=r"the best student .* is damaged, .* --checkpoint=latest"),
     ):
         hast_jax.evaluate.run(copy, "best")
 

@@ -71,6 +71,7 @@ def student(network: tuple, digits: datasets.Arrays) -> hast_jax.Student:
 
 def test_a_network_becomes_a_student_that_reports_its_accuracy(student: hast_jax.Student, digits: datasets.Arrays) -> None:
     record = student.record
+    assert record["segments"][-1]["command"] == "hast_jax.quantize(..., budget='small', recipe='best')"
     assert record["teacher"] > 99 and record["last"] > 50 and record["bits"]["weights"] == 3
     found = hast_jax.evaluate(student, images=digits.images, labels=digits.labels)
     assert found.top1 == pytest.approx(record["last"], abs=0.2)

@@ -63,6 +63,21 @@ def test_runs_with_the_same_name_are_told_apart(tmp_path) -> None:
     assert all(f"| {name} |" in text for name in ("a", "a/run", "run"))
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("python -m hast_jax.main --config=configs/cifar100.py:w3a3,best --workdir=a --config.seed=1", "w3a3,best"),
+        ("hast-jax quantize --config=c.py:w3a3 --config.finetune.lr=1e-3 --config.eval.every=1", "w3a3; finetune.lr=1e-3"),
+        ("hast_jax.quantize(..., budget='trial', recipe='best')", "budget='trial', recipe='best'"),
+        (None, ""),
+    ],
+)
+def test_the_settings_of_a_run_are_those_that_its_command_named(command: str | None, words: str, tmp_path) -> None:
+    (tmp_path / "result.json").write_text(json.dumps({**RESULT, "segments": [{"command": command}, {}]}))
+    label = f"{tmp_path.name}: {words}" if words else tmp_path.name
+    assert f"| {label} |" in results.table([tmp_path])
+
+
 def test_a_damaged_result_is_named(tmp_path) -> None:
     (tmp_path / "result.json").write_text('{"half": ')
     with pytest.raises(UserError, match=r"result\.json is left out, because it is damaged"):

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from hast_jax import __version__, networks
 from hast_jax import config as config_lib
-from hast_jax.deliver import charts, measure
+from hast_jax.deliver import charts, integers, measure
 from hast_jax.deliver.console import STAGE_NAMES, format_images, format_seconds, held_out_words, short_bits
 from hast_jax.deliver.measure import Cost, Sensitivity
 from hast_jax.deliver.pictures import grid
@@ -126,11 +126,11 @@ def _tiles(
         tiles.append((f"{held_out['agreement']:.1f} %", "agree with the teacher", note))
     else:
         tiles.append((f"{agreed:.1f} %", "agree with the teacher", "of its training images; there were no test images"))
-    before, after = _sizes(costs, student)
-    tiles.append((f"{before / after:.1f} x", "smaller", f"{_bytes(before)} to {_bytes(after)}"))
+    before, after = _size(student, packed=True)
+    tiles.append((f"{before / after:.1f} x", "smaller", f"{_bytes(before)} to {_bytes(after)}, in the smallest file"))
     everything = sum(each.products * FULL_PRECISION**2 for each in costs)
     operations = everything / sum(each.bit_operations for each in costs)
-    tiles.append((f"{operations:.0f} x", "fewer bit operations", "multiplications times the bits of both factors"))
+    tiles.append((f"{operations:.0f} x", "fewer bit operations", "a measure for hardware, not the speed of a file"))
     return tiles
 
 
@@ -145,8 +145,9 @@ def _cost_rows(
 
         rows.append(("top-1 in per cent, last epoch", words(record["teacher"]), words(record["last"])))
         rows.append(("top-1 in per cent, without fine-tuning", "", f"{record['no_finetuning']:.2f}"))
-    before, after = _sizes(costs, student)
-    rows.append(("parameters, packed", _bytes(before), _bytes(after)))
+    for name, packed in (("safetensors file, packed", True), ("safetensors file", False)):
+        before, after = _size(student, packed)
+        rows.append((name, _bytes(before), _bytes(after)))
     products = sum(each.products for each in costs)
     rows.append(("multiplications for one image", _large(products), "the same"))
     full, quantized = products * FULL_PRECISION * FULL_PRECISION, sum(each.bit_operations for each in costs)
@@ -177,23 +178,19 @@ def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few
         words = f"The student agrees with the teacher on {agreed:.1f} % of {few} images that it was trained on"
         notes.append(f"{words}. This is a weak sign, because the student has seen these images.")
     notes.append(
-        "Packed: each quantized weight takes its own bits, the grid of each output channel takes 8 bytes, and every other "
-        "parameter takes 32 bits. A packed file adds a header. In other files an integer takes 8 bits, or 4 in an int4 file if "
-        "it needs no more. student/ keeps all parameters in 32 bits. Bit operations: each multiplication counts as the product "
-        "of the bits of both factors. A factor that is not quantized has 32 bits."
+        "In a packed file each quantized weight takes its own bits, in other files 8 bits, or 4 in an int4 ONNX file if it "
+        "needs no more. Every other parameter takes 32 bits. The folder student/ keeps all parameters in 32 bits. Bit "
+        "operations: each multiplication counts as the product of the bits of both factors. A factor that is not quantized has "
+        "32 bits. Fewer bit operations need less energy and time on hardware that computes with few bits. On other hardware a "
+        "file need not be faster than the network was."
     )
     return notes
 
 
-def _sizes(costs: Sequence[Cost], student: Student) -> tuple[float, float]:
-    """Bytes of all parameters and statistics, before and after quantization.
-
-    The size after it includes a grid for each output channel of a kernel: its step and its lowest integer, 4 bytes each.
-    """
+def _size(student: Student, packed: bool) -> tuple[int, int]:
+    """Bytes of all parameters and statistics in float32, and of a safetensors file with the integers of the kernels."""
     trees = {name: tree for name, tree in student.variables.items() if name != "ranges"}
-    everything = 4 * sum(leaf.size for leaf in jax.tree.leaves(trees))
-    grids = 8 * sum(codes.step.size for codes in student.codes().values())
-    return everything, everything - sum(each.parameters * (FULL_PRECISION - each.weights) / 8 for each in costs) + grids
+    return 4 * sum(leaf.size for leaf in jax.tree.leaves(trees)), len(integers.build(student, packed=packed))
 
 
 def _average(costs: Sequence[Cost]) -> float:
@@ -326,7 +323,7 @@ def _made(record: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
         ("seed", str(record["seed"]), False),
         ("images", format_images(record), False),
         ("fine-tuning", f"{record['steps']:,} steps of {record['batch']} images", False),
-        ("time", f"{format_seconds(sum(seconds.values()))} ({times})", False),
+        ("time, without evaluation and report", f"{format_seconds(sum(seconds.values()))} ({times})", False),
         ("hardware", record["hardware"], False),
         ("started", ", then ".join(each["started"] for each in segments), False),
         ("versions", ", then ".join(versions), False),
