@@ -45,7 +45,7 @@ def trust(
     if config.teacher.network.endswith(GIVEN):
         raise UserError(
             f"the network of {workdir} was given in Python, so no command can make it: load the student in Python, with "
-            "hast_jax.load."
+            f"student = hast_jax.load('{workdir}', model), for hast_jax.evaluate and hast_jax.export."
         )
     if weights_path is not None:
         config.teacher.weights = weights_path

@@ -1,6 +1,7 @@
 """Every link of the pages leads somewhere, every number of the README's table is that of the full results, commands exist."""
 
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -131,6 +132,19 @@ def test_every_command_that_a_page_names_exists() -> None:
     known = {f"hast_jax.{module}" for module in cli.COMMANDS.values()} | {"hast_jax.fields"}
     named = {name for page in PAGES for name in re.findall(r"python -m (hast_jax\.\w+)", page.read_text())}
     assert named <= known, named - known
+
+
+def test_the_calls_in_the_table_of_the_library_take_the_arguments_that_it_names() -> None:
+    page = (tiny.ROOT / "docs" / "api.md").read_text()
+    calls = re.findall(r"`(\w+)\((.*?)\)`", page.partition("|---|---|")[2].partition(":::")[0])
+    found = 0
+    for name, arguments in calls:
+        if name not in hast_jax.__all__:
+            continue
+        known = inspect.signature(getattr(hast_jax, name)).parameters
+        assert set(re.findall(r"(\w+)=", arguments)) <= known.keys(), name
+        found += 1
+    assert found >= 9
 
 
 def test_every_message_that_the_page_explains_exists() -> None:
