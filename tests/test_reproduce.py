@@ -46,7 +46,7 @@ def test_every_cell_of_every_experiment_is_a_valid_config(name: str, file: str, 
         config_lib.validate(changed)
     labels = {cell.label for cell in experiment.cells}
     assert len(labels) == len(experiment.cells)
-    if argument == "w4a4" and file != "digits":  # the small budget makes fewer images than Table 4 of the paper
+    if argument == "w4a4" and file.startswith("cifar"):  # the small budget makes fewer images than Table 4 of the paper
         assert all(row.keys() <= labels for row in experiment.paper.values())
 
 

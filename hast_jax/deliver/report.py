@@ -145,7 +145,7 @@ def _cost_rows(
 
         rows.append(("top-1 in per cent, last epoch", words(record["teacher"]), words(record["last"])))
         rows.append(("top-1 in per cent, without fine-tuning", "", f"{record['no_finetuning']:.2f}"))
-    for name, packed in (("safetensors file, packed", True), ("safetensors file", False)):
+    for name, packed in (("size as a packed safetensors file", True), ("size as a safetensors file", False)):
         before, after = _size(student, packed)
         rows.append((name, _bytes(before), _bytes(after)))
     products = sum(each.products for each in costs)

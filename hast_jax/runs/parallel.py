@@ -48,10 +48,11 @@ def setup(devices: int, batch: int | None = None) -> int:
         jax.config.update("jax_num_cpu_devices", max(on_cpu, asked_for))
     cache = Path(os.environ.get("HAST_JAX_CACHE") or COMPILATION_CACHE).expanduser().absolute()
     jax.config.update("jax_compilation_cache_dir", str(cache))
+    used = choose(devices, batch)
     if jax.process_count() > 1:
         # The first time that processes wait for each other, they may be 30 seconds apart on a CPU, later for longer.
         multihost_utils.sync_global_devices("setup")
-    return choose(devices, batch)
+    return used
 
 
 def choose(devices: int, batch: int | None = None) -> int:

@@ -100,6 +100,7 @@ def measure(job: Job, dataset: datasets.Dataset | None) -> Callable[[Any], float
     def judge(network):
         return evaluator(partial(networks.logits, network), dataset, job.config, job.devices, progress)
 
+    check_normalisation(job.teacher, job.variables, dataset, job.config)
     accuracy = job.storage.teacher_accuracy()
     if accuracy is None:
         found = judge(job.teacher)(job.variables)
@@ -115,6 +116,5 @@ def measure(job: Job, dataset: datasets.Dataset | None) -> Callable[[Any], float
             AccuracyWarning,
             stacklevel=2,
         )
-    check_normalisation(job.teacher, job.variables, dataset, job.config)
     evaluate = judge(job.student)
     return lambda variables: evaluate(variables).top1
