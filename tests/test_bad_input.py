@@ -324,7 +324,7 @@ def test_a_quota_that_a_checkpoint_exceeds_is_one_sentence(tmp_path: Path, monke
     def fail(*_: object, **__: object) -> None:
         raise ValueError("RESOURCE_EXHAUSTED: Failed writing: Disk quota exceeded [os_error_code='122']")
 
-    words = "the disk is full: no room for a checkpoint in"
+    words = "the disk is full, or a quota is used up: there is no room for a checkpoint in"
     with pytest.raises(UserError, match=words), Checkpoints(tmp_path, 1) as checkpoints:
         monkeypatch.setattr(checkpoints._checkpointer, "save", fail)
         monkeypatch.setattr(checkpoints._checkpointer, "close", fail)

@@ -330,7 +330,7 @@ def refused(module: Any, words: str, bits: Any = "w4a4", **arguments: Any) -> st
         (Needs(), r"the call of Needs needs 'temperature': give it, as call={'temperature': ...}"),
         (TrainFirst(), "the call of TrainFirst takes 'train' first: let it take the images first"),
         (AlwaysTraining(), "as in training: let it call its nn.BatchNorm with use_running_average=True"),
-        (Base, "give an instance of a flax.linen.Module"),
+        (Base, r"the network is the class Base: give an instance, such as Base\(...\)"),
         (lambda x: x, "the network is a function: give an instance of a flax.linen.Module"),
     ],
     ids=lambda value: (getattr(value, "__name__", None) or type(value).__name__) if not isinstance(value, str) else "",

@@ -70,14 +70,15 @@ def has_uniform_factors(traced: Graph) -> bool:
     activations = traced.descendants(traced.inputs[-1:])
     uniform: set[int] = set()  # arrays of equal numbers
     for operation in traced.operations:
+        pairs = list(zip(operation.reads, operation.shapes))
         if operation.name == "dot_general":
-            reads = set(operation.reads)
-            if reads & activations and reads & uniform:
+            equal = [value for value, shape in pairs if value in uniform and math.prod(shape) > 1]
+            if equal and activations.intersection(operation.reads):
                 return True
-        elif operation.name in (*SAME_NUMBERS, *SCALING, *ELEMENTWISE):
-            pairs = zip(operation.reads, operation.shapes)
-            if all(value is None or value in uniform or math.prod(shape) == 1 for value, shape in pairs):
-                uniform.update(operation.makes)
+        elif operation.name in (*SAME_NUMBERS, *SCALING, *ELEMENTWISE) and all(
+            value is None or value in uniform or math.prod(shape) == 1 for value, shape in pairs
+        ):
+            uniform.update(operation.makes)
     return False
 
 

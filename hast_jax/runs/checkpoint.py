@@ -147,7 +147,8 @@ def _open_each(folder: Path) -> None:
 
 def _no_room(folder: Path) -> UserError:
     return UserError(
-        f"the disk is full: no room for a checkpoint in {folder}; make room and run the same command again to resume."
+        f"the disk is full, or a quota is used up: there is no room for a checkpoint in {folder}; make room and run the same "
+        "command again to resume."
     )
 
 

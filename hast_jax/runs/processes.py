@@ -164,8 +164,10 @@ def _watch(failure: Path) -> None:
     """End this process when another one has told why it failed. This process may be waiting for it, in vain."""
     while _failure == failure:
         time.sleep(LOOK_SECONDS)
-        if failure.exists() and not _fails:
-            leave_broken("")
+        if failure.exists():
+            time.sleep(LOOK_SECONDS)  # if all fail together, this process is about to say so itself
+            if not _fails:
+                leave_broken("")
 
 
 def tell_failure(message: str) -> None:
