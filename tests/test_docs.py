@@ -128,6 +128,15 @@ def test_the_recipes_table_of_gamma_and_eps_is_that_of_its_file() -> None:
         assert [name, *cifar, f"{statistics.mean(row['digits_kl']):.4f}"] in full_length
 
 
+def test_the_tables_of_single_changes_are_those_of_their_files() -> None:
+    text = (tiny.ROOT / "docs" / "trials.md").read_text()
+    files = tiny.ROOT / "docs" / "recipe"
+    assert tables.markdown(json.loads((files / "parts.json").read_text())["rows"]) in text
+    shown = rows(text, 4)
+    for name, row in json.loads((files / "full_length.json").read_text())["rows"].items():
+        assert [name, f"{row['agreement']:.1f}", f"{row['kl']:.3f}", f"{row['top1']:.2f}"] in shown, name
+
+
 def test_every_command_that_a_page_names_exists() -> None:
     known = {f"hast_jax.{module}" for module in cli.COMMANDS.values()} | {"hast_jax.fields"}
     named = {name for page in PAGES for name in re.findall(r"python -m (hast_jax\.\w+)", page.read_text())}
