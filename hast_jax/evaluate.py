@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -67,13 +68,7 @@ def run(
         student = from_config.student(config)
         if checkpoint == "best" and config.eval.dataset == "none":
             raise UserError(f"{workdir} has no best student, because its run had no real images: use --checkpoint=latest.")
-        config.eval.update(real)
-        config.synthesis.real_split = ""  # the student may also be judged on the images that it learned from
-        config_lib.validate(config)
-        images = datasets.load(config, config.eval.split)
-        if images is None:
-            whose = "--dataset=none names none" if "dataset" in real else f"{workdir} was run without any"
-            raise UserError(f"there are no real images, because {whose}: name a data set with --dataset.")
+        images = _real_images(config, real, workdir)
         folder.check_teacher(variables, teacher.structure.program, remember=False)
     processes.require_same(
         {
@@ -96,6 +91,18 @@ def run(
     name = f"{format_bits(config.bits)} student, {checkpoint}, after {steps} steps"
     table.add_row(escape(name), f"{quantized.top1:.2f}", f"{full.top1 - quantized.top1:.2f}", f"{quantized.top5:.2f}")
     return Found(full, quantized, table)
+
+
+def _real_images(config: ConfigDict, real: Mapping[str, Any], workdir: Path) -> datasets.Dataset:
+    """The images of `config.eval`, in which `real` takes the place of the run's values. Raises UserError if there are none."""
+    config.eval.update(real)
+    config.synthesis.real_split = ""  # the student may also be judged on the images that it learned from
+    config_lib.validate(config)
+    images = datasets.load(config, config.eval.split)
+    if images is None:
+        whose = "--dataset=none names none" if "dataset" in real else f"{workdir} was run without any"
+        raise UserError(f"there are no real images, because {whose}: name a data set with --dataset.")
+    return images
 
 
 def main(_: list[str]) -> None:
