@@ -112,8 +112,7 @@ def synthesis(config: ConfigDict, devices: int) -> Part:
     # A run stacks no more batches than it has, and repeats a batch where they do not fill all devices.
     used, batches = parallel.device_total(devices), math.ceil(settings.images / settings.batch)
     stack = min(parallel.stack(settings.stack, size), math.ceil(batches / used))
-    together = [len(group) for group, _ in synthesize.plan(list(range(batches)), {}, used * stack)]
-    made = sum(used * math.ceil(count / used) for count in together)  # batches of a run, with those that are repeated
+    made = used * math.ceil(batches / used)
 
     def build() -> tuple[synthesize.State, Any]:
         def start(batch):

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hast_jax import config as config_lib
 from hast_jax import from_config
 from hast_jax.cross_checks import MAX_BATCH_VALUES
-from hast_jax.data.datasets import as_array, check_pair, doubt_pixels, whole_labels
+from hast_jax.data.datasets import as_array, check_pair, warn_of_pixels, whole_labels
 from hast_jax.errors import InputError
 from hast_jax.fields import FIELDS, GIVEN
 from hast_jax.method.pyramid import PIXEL_MEAN, PIXEL_STD
@@ -183,7 +183,7 @@ def given_images(given: tuple[Any, Any], setting: Setting) -> tuple[np.ndarray, 
     images = normalised_images(given[0])
     if images.shape[1:] != setting.image:
         raise InputError(f"the images have the shape {images.shape[1:]}: the network takes {setting.image}.")
-    doubt_pixels(images, setting.mean, setting.std)
+    warn_of_pixels(images, setting.mean, setting.std)
     return images, whole_labels(given[1], len(images), setting.classes)
 
 

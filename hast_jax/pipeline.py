@@ -290,8 +290,8 @@ def restore_student(
         with folder.open_checkpoints(checkpoint, keep=2, writing=False) as checkpoints:
             try:
                 state = checkpoints.restore(finetune.init(variables["params"], ranges, config.finetune))
-            except DamagedError as error:
-                if checkpoint == "best":
+            except UserError as error:
+                if checkpoint == "best" and isinstance(error, DamagedError):
                     words = f"the best student of {folder} is damaged, and cannot be restored"
                     raise UserError(f"{words}: take the last one, with --checkpoint=latest.") from error
                 if not finished:

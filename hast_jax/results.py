@@ -31,12 +31,13 @@ SAME_TEACHER = 0.05  # points of top-1 by which devices may differ
 
 
 def row(name: str, result: dict[str, Any]) -> str:
-    """One line of the table. Accuracies are top-1 in per cent."""
+    """One line of the table. name: of the run, before its settings. Accuracies are top-1 in per cent."""
+    settings = settings_of(result)
     drop = result["teacher"] - result["last"]
     cells = [
         f"{result['network']}, {result['dataset']}",
         format_bits(result["bits"]),
-        name,
+        f"{name}: {settings}" if settings else name,
         f"{result['teacher']:.2f}",
         f"{result['no_finetuning']:.2f}",
         f"{result['last']:.2f}",
@@ -55,8 +56,7 @@ def table(folders: list[Path]) -> str:
     rows, notes = [], []
     for folder, name in zip(folders, _labels(folders)):
         try:
-            result = result_of(folder)
-            rows.append(row(f"{name}: {settings}" if (settings := settings_of(result)) else name, result))
+            rows.append(row(name, result_of(folder)))
         except UserError as error:
             notes.append(str(error))
     if not rows:
@@ -95,7 +95,7 @@ def result_of(folder: Path) -> dict[str, Any]:
     try:
         result = parse_json(path.read_text())
         if result["teacher"] is not None:
-            row("", result)  # raises if a field is missing
+            row("", result)  # raises if a field is missing or damaged
             if not all(math.isfinite(result[name]) for name in ("teacher", "no_finetuning", "last", "best")):
                 raise ValueError("an accuracy is not a finite number")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

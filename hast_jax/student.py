@@ -17,7 +17,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hast_jax import networks, paths
-from hast_jax.data.datasets import as_array, doubt_pixels, normalise
+from hast_jax.data.datasets import as_array, normalise, warn_of_pixels
 from hast_jax.errors import InputError, Notice, UserError
 from hast_jax.kinds import parse_json
 from hast_jax.method.quantizer import RANGE_RULES
@@ -71,7 +71,7 @@ class Student:
         elif not jnp.issubdtype(images.dtype, jnp.floating):
             raise InputError(f"the images are {images.dtype}: give uint8 images, or floating point ones that are normalised.")
         elif not isinstance(images, jax.core.Tracer):
-            doubt_pixels(images, self.mean, self.std)
+            warn_of_pixels(images, self.mean, self.std)
         return self._logits(self.variables, jnp.asarray(images, jnp.float32))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -311,6 +311,14 @@ def test_files_that_may_not_be_read_are_not_called_damaged(unfinished: Path, mon
         tiny.run(unfinished)
 
 
+def test_of_a_finished_run_the_saved_student_is_evaluated_when_no_checkpoint_may_be_read(copy: Path, monkeypatch) -> None:
+    expected = hast_jax.evaluate.run(copy).student
+    monkeypatch.setattr(checkpoint, "_open_each", refuse)
+    assert hast_jax.evaluate.run(copy).student == expected
+    with pytest.raises(UserError, match="cannot be read now"):
+        hast_jax.evaluate.run(copy, "best")
+
+
 def test_every_file_of_a_checkpoint_is_opened_before_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "state" / "d").mkdir(parents=True)
     (tmp_path / "state" / "d" / "array").write_bytes(b"")

@@ -20,7 +20,7 @@ CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201))
 def looks_like_pixels(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> bool:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        datasets.doubt_pixels(images, mean, std)
+        datasets.warn_of_pixels(images, mean, std)
     return bool(caught)
 
 
@@ -45,7 +45,7 @@ def student(finished) -> Student:
     return hast_jax.load(finished)
 
 
-def test_a_student_and_an_export_doubt_pixels_that_are_floats(student: Student) -> None:
+def test_a_student_and_an_export_warn_of_pixels_that_are_floats(student: Student) -> None:
     images = datasets.load(tiny.config(), "test").images[:8]
     student(images)
     student(np.asarray(datasets.normalise(images, student.mean, student.std)))

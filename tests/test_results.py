@@ -84,6 +84,9 @@ def test_a_damaged_result_is_named(tmp_path) -> None:
         results.table([tmp_path])
 
 
+SEGMENTS = json.dumps({**RESULT, "segments": [{"command": "python -m 'hast_jax.main"}]})  # a quotation without its end
+
+
 def test_the_folder_of_a_sweep_is_not_taken_for_an_unfinished_run(tmp_path) -> None:
     (tmp_path / "cells").mkdir()
     with pytest.raises(UserError, match=r"is the folder of a sweep: give \S+/cells/\*\.$"):
@@ -92,7 +95,14 @@ def test_the_folder_of_a_sweep_is_not_taken_for_an_unfinished_run(tmp_path) -> N
 
 @pytest.mark.parametrize(
     "content",
-    ['{"half": ', "[]", json.dumps({**RESULT, "hardware": None, "seconds": None}), "{}", json.dumps({**RESULT, "last": 1e999})],
+    [
+        '{"half": ',
+        "[]",
+        json.dumps({**RESULT, "hardware": None, "seconds": None}),
+        "{}",
+        json.dumps({**RESULT, "last": 1e999}),
+        SEGMENTS,
+    ],
 )
 def test_a_damaged_result_does_not_hide_the_others(content: str, tmp_path) -> None:
     for name, text in (("good", json.dumps(RESULT)), ("bad", content)):

@@ -102,7 +102,7 @@ def normalise(images: Array, mean: tuple[float, ...], std: tuple[float, ...]) ->
     return (scaled - channel(mean)) / channel(std)
 
 
-def doubt_pixels(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def warn_of_pixels(images: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     """Warn if floating point images, which should be normalised by `mean` and `std`, hold pixels of 0 ... 1 or 0 ... 255."""
     if not images.size:
         return

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hast_jax import networks
-from hast_jax.data.datasets import as_array, doubt_pixels, normalise
+from hast_jax.data.datasets import as_array, normalise, warn_of_pixels
 from hast_jax.errors import InputError, UserError
 from hast_jax.student import Student
 
@@ -72,7 +72,7 @@ def judged(student: Student, images: Any) -> Judged:
     if not floating or not np.isfinite(images).all():
         found = "not all finite" if floating else str(images.dtype)
         raise InputError(f"the images are {found}: give uint8 images, or finite floating point ones that are normalised.")
-    doubt_pixels(images, student.mean, student.std)
+    warn_of_pixels(images, student.mean, student.std)
     return Judged("images", to_pixels(images, student.mean, student.std))
 
 

@@ -100,9 +100,9 @@ def measure(job: Job, dataset: datasets.Dataset | None) -> Callable[[Any], float
     def judge(network):
         return evaluator(partial(networks.logits, network), dataset, job.config, job.devices, progress)
 
-    check_normalisation(job.teacher, job.variables, dataset, job.config)
     accuracy = job.storage.teacher_accuracy()
     if accuracy is None:
+        check_normalisation(job.teacher, job.variables, dataset, job.config)
         found = judge(job.teacher)(job.variables)
         accuracy = {"top1": found.top1, "top5": found.top5, "images": len(dataset.labels)}
         processes.on_main(lambda: job.storage.remember_teacher_accuracy(accuracy))
