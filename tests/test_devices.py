@@ -205,12 +205,15 @@ def test_of_accelerators_as_many_are_used_by_default_as_share_the_batch(monkeypa
         parallel.choose(4, 6)
 
 
-def test_more_cpu_devices_that_the_user_asked_for_exist_and_are_not_used() -> None:
-    code = "import jax; from hast_jax.runs import parallel; print(parallel.setup(2), jax.local_device_count())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=tiny.environment() | {"JAX_NUM_CPU_DEVICES": "3"}, capture_output=True, text=True
+def test_a_command_has_a_thread_for_each_core_and_device_and_may_leave_cpu_devices_unused() -> None:
+    code = (
+        "import os, jax; from hast_jax.runs import parallel;"
+        "print(parallel.setup(2), jax.local_device_count(), int(os.environ['PJRT_NPROC']) - len(os.sched_getaffinity(0)))"
     )
-    assert done.stdout.split() == ["2", "3"], done.stderr
+    environment = tiny.environment() | {"JAX_NUM_CPU_DEVICES": "3"}
+    del environment["PJRT_NPROC"]
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "3", "2"], done.stderr
 
 
 def test_devices_that_are_not_there_are_refused() -> None:

@@ -24,13 +24,15 @@ class Grid:
     """Integers behind a value: x = scale * (integers - zero point).
 
     integers: the name of an activation's uint8 tensor, or an array of a weight's whole numbers. scale: float32, one number for
-    an activation, or one for each output channel of a weight, along `axis`. zero_point: of an activation; 0 for a weight.
+    an activation, or one for each output channel of a weight, along `axis`. zero_point, largest: of an activation; a weight has
+    the zero point 0. No integer of the activation is larger than `largest`.
     """
 
     integers: Any
     scale: Array
     zero_point: int = 0
     axis: int = 0
+    largest: int = 255
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +66,14 @@ def constant(array: Any, shape: Sequence[Any] | None = None) -> Value:
 class Graph:
     """The nodes of a model and their constants, in the order in which they were written.
 
-    operators, int4: see `onnx_export.build`. activations: see `onnx_export.Onnx`.
+    operators, int4: see `onnx_export.build`. activations: see `onnx_export.Onnx`. saturating: the results of convolutions that
+    onnxruntime must not compute with integers (`onnx_layers.may_saturate`).
     """
 
     operators: str = "float"
     int4: bool = False
     activations: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    saturating: set[str] = field(default_factory=set)
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     _names: dict[tuple[Any, ...], str] = field(default_factory=dict)

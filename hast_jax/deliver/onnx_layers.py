@@ -14,6 +14,9 @@ from hast_jax.deliver.onnx_graph import Graph, Grid, Value, as_stored, cannot_wr
 
 Operator = Callable[[Graph, dict[str, Any], list[Value], tuple[Any, ...]], Value]
 
+LARGEST_INT16 = 2**15 - 1
+JOINED = ("Add", "Clip", "Max", "Min", "Relu")  # onnxruntime joins a convolution with them and with the QuantizeLinear behind
+
 
 def both_ends(pairs: Sequence[tuple[int, int]]) -> list[int]:
     """Padding (before, after) of each axis, as ONNX lists it: all before, then all after. Raises InputError if negative."""
@@ -75,7 +78,11 @@ def convolution(graph: Graph, given: dict[str, Any], operands: list[Value], shap
     axes = tuple(numbers.rhs_spec)
     integers = _integers(graph, x, kernel, order, axes, axes[0])
     if integers is None:
-        return out(graph.node("Conv", *_operands(graph, x, kernel, order, axes), **named))
+        inputs = _operands(graph, x, kernel, order, axes)
+        name = graph.node("Conv", *inputs, **named)
+        if may_saturate(x, kernel) and inputs[1] not in graph.constants:
+            graph.saturating.add(name)
+        return out(name)
     *inputs, scale = integers
     if graph.operators == "integer":
         name = graph.node("Cast", graph.node("ConvInteger", *inputs, **named), to=TensorProto.FLOAT)
@@ -96,17 +103,21 @@ def product(graph: Graph, given: dict[str, Any], operands: list[Value], shape: t
     integers = _integers(graph, x, kernel, order, axes, axes[1])
     if integers is None:
         left_name, right_name = _operands(graph, x, kernel, order, axes)
-        if x.grid is None and kernel.grid is not None and right_name not in graph.constants:
-            # Of a product of floats with dequantized integers, onnxruntime makes a MatMulNBits, which rounds the floats to 8
-            # bits. A multiplication after DequantizeLinear prevents this.
-            scale = kernel.grid.scale.reshape([-1 if axis == kernel.grid.axis else 1 for axis in axes])
-            right_name = graph.node("Mul", _kernel(graph, _unscaled(kernel), axes), graph.constant(scale))
+        # Of a product of floats with dequantized integers, onnxruntime makes a MatMulNBits, which rounds the floats to 8 bits.
+        if right_name not in graph.constants and (x.grid is None or may_saturate(x, kernel)):
+            right_name = _apart(graph, kernel, axes)
         return Value(shape, graph.node("MatMul", left_name, right_name), plain)
-    *inputs, scale = integers
-    if graph.operators == "integer":
-        name = graph.node("Cast", graph.node("MatMulInteger", *inputs), to=TensorProto.FLOAT)
+    u, n, *zero_points, scale = integers
+    if graph.operators == "exact":
+        if may_saturate(x, kernel) and n not in graph.constants:
+            n = _apart(graph, _unscaled(kernel), axes)
+        name = graph.node("MatMul", u, n)
     else:
-        name = graph.node("MatMul", *inputs)
+        if may_saturate(x, kernel):
+            assert kernel.grid is not None
+            n = graph.constant((kernel.grid.integers.transpose(axes) + 128).astype(np.uint8))
+            zero_points.append(graph.constant(np.uint8(128)))
+        name = graph.node("Cast", graph.node("MatMulInteger", u, n, *zero_points), to=TensorProto.FLOAT)
     return Value(shape, name, plain, scale=scale.reshape([1] * (len(shape) - 1) + [-1]))
 
 
@@ -157,6 +168,32 @@ def _integers(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axe
     if np.abs(kernel.grid.integers).max() > 127:
         return None
     return u, graph.constant(kernel.grid.integers.transpose(axes).astype(np.int8)), zero_point, scale
+
+
+def may_saturate(x: Value, kernel: Value) -> bool:
+    """Whether two products of integers of `x` and `kernel` may have a sum that does not fit into 16 bits.
+
+    On x86 CPUs without VNNI, onnxruntime adds pairs of products of uint8 and int8 in 16 bits, and so changes such sums. It
+    computes with integers where a file asks for it, and also where a DequantizeLinear node precedes each operand of a product,
+    or of a convolution that a QuantizeLinear node follows. A kernel of uint8 is safe.
+    """
+    if x.grid is None or kernel.grid is None:
+        return False
+    return 2 * x.grid.largest * int(np.abs(kernel.grid.integers).max()) > LARGEST_INT16
+
+
+def _apart(graph: Graph, kernel: Value, axes: tuple[int, ...]) -> str:
+    """The name of a quantized kernel in floats, for a product that onnxruntime is to compute in float32.
+
+    A multiplication that is not by one, after the DequantizeLinear node, keeps the product apart from this node.
+    """
+    assert kernel.grid is not None
+    half, grid = np.float32(0.5), kernel.grid
+    halves = replace(kernel, array=grid.integers * half, grid=replace(grid, scale=half))
+    double = 2 * grid.scale
+    if double.ndim:  # one for each output channel
+        double = double.reshape([-1 if axis == grid.axis else 1 for axis in axes])
+    return graph.node("Mul", _kernel(graph, halves, axes), graph.constant(double))
 
 
 def _operands(graph: Graph, x: Value, kernel: Value, order: tuple[int, ...], axes: tuple[int, ...]) -> tuple[str, str]:
@@ -226,9 +263,21 @@ def quantized(graph: Graph, given: dict[str, Any], operands: list[Value], shape:
         rounded = graph.node("Round", graph.node("Div", x.name, step))
         limits = (graph.constant(np.float32(limit)) for limit in (lowest, highest))
         return Value(shape, graph.node("Mul", graph.node("Clip", rounded, *limits), step), x.order)
-    u = graph.node("QuantizeLinear", x.name, step, graph.constant(np.uint8(zero_point)))
+    name = x.name
+    if _from_saturating(graph, name):
+        # A multiplication before QuantizeLinear keeps the convolution in float32. Two is a power of two, so the integers stay.
+        name, step = graph.node("Mul", name, graph.constant(np.float32(2))), graph.constant(np.float32(2 * given["step"]))
+    u = graph.node("QuantizeLinear", name, step, graph.constant(np.uint8(zero_point)))
     low, high = lowest + zero_point, highest + zero_point
     if (low, high) != (0, 255):
         u = graph.node("Clip", u, graph.constant(np.uint8(low)), graph.constant(np.uint8(high)))
     graph.activations.setdefault(given["name"], (u, x.order))
-    return Value(shape, order=x.order, grid=Grid(u, np.float32(given["step"]), zero_point))
+    return Value(shape, order=x.order, grid=Grid(u, np.float32(given["step"]), zero_point, largest=high))
+
+
+def _from_saturating(graph: Graph, name: str) -> bool:
+    """Whether a tensor is the result of one of `graph.saturating`, but for operations that onnxruntime joins with it."""
+    nodes = {node.output[0]: node for node in graph.nodes}
+    while name in nodes and nodes[name].op_type in JOINED:
+        name = nodes[name].input[0]
+    return name in graph.saturating
