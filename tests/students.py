@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,8 +15,15 @@ from hast_jax.student import Student
 
 
 def student(name: str, bits="w4a4", learned: bool = True) -> Student:
-    """A network with random weights, quantized, with ranges of random images."""
+    """A network with random weights, quantized, with ranges of random images. Each one is made once."""
     its = given(name)
+    which = repr(bits), learned
+    if which not in its.students:
+        its.students[which] = _student(its, bits, learned)
+    return its.students[which]
+
+
+def _student(its: Any, bits: Any, learned: bool) -> Student:
     rules = rules_lib.normalise(bits)
     network = networks.create(its.module, its.image, rules=rules, learned_ranges=learned)
     images = jax.random.uniform(jax.random.key(0), (32, *its.image), minval=-2, maxval=2)

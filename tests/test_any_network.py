@@ -56,7 +56,7 @@ def given(name: str) -> SimpleNamespace:
     def apply(variables, images):
         return module.apply(variables, images, **call)
 
-    return SimpleNamespace(module=module, image=image, call=call, variables=variables, images=images, apply=apply)
+    return SimpleNamespace(module=module, image=image, call=call, variables=variables, images=images, apply=apply, students={})
 
 
 def random_variables(module: nn.Module, image: tuple[int, ...], call: dict) -> dict:

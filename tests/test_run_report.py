@@ -216,18 +216,19 @@ def test_the_tiles_show_a_gain_as_a_gain_and_prefer_images_that_the_student_has_
     folder, its = run_folder.open_for_reading(learned_run)[0], hast_jax.load(learned_run / "student")
     costs = measure.costs(its.network, its.variables, its.image)
     better = its.record | {"last": its.record["teacher"] + 0.14}
-    assert ("0.14", "points gained") in [tile[:2] for tile in report._tiles(folder, better, costs, its, 100.0)]
+    assert ("0.14", "points gained") in [tile[:2] for tile in report._tiles(folder, better, costs, report._sizes(its), 100.0)]
     unseen = its.record | {"teacher": None, "held_out": {"agreement": 88.3, "images": 1024, "kl": 0.1}}
-    value, label, note = report._tiles(folder, unseen, costs, its, 100.0)[0]
+    value, label, note = report._tiles(folder, unseen, costs, report._sizes(its), 100.0)[0]
     assert (value, label) == ("88.3 %", "agree with the teacher") and "1,024 synthetic images that it was not trained" in note
 
 
 @pytest.mark.parametrize("weights", ["packed", "int8"])
 def test_the_sizes_in_the_report_are_those_of_files(learned_run: Path, weights: str, tmp_path: Path) -> None:
     its = hast_jax.load(learned_run / "student")
-    before, after = report._size(its, weights == "packed")
+    sizes = report._sizes(its)
     found = hast_jax.export(its, tmp_path / "student.safetensors", "safetensors", weights=weights)
-    assert (before, after) == (found.float_bytes, found.path.stat().st_size)
+    after = sizes.packed if weights == "packed" else sizes.bytewise
+    assert (sizes.full, after) == (found.float_bytes, found.path.stat().st_size)
 
 
 def test_a_long_list_of_rules_stands_in_one_place_and_is_whole(learned_run: Path) -> None:

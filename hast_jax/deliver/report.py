@@ -7,7 +7,7 @@ import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jinja2
@@ -34,6 +34,17 @@ Teacher = tuple[Network, Mapping[str, Any]]
 IMAGES, SMALL = 128, 64 * 64  # images to measure on; fewer if they have more than SMALL pixels, to keep the memory small
 UNNAMED = ("none", GIVEN)  # in place of the name of a data set
 ESCAPES = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class Sizes(NamedTuple):
+    """Bytes of all parameters and statistics in float32, and of the safetensors files with the integers of the kernels.
+
+    packed: each integer takes its own bits. bytewise: each takes 8.
+    """
+
+    full: int
+    packed: int
+    bytewise: int
 
 
 def write(folder: RunFolder, student: Student, teacher: Teacher, images: np.ndarray, average: float | None = None) -> None:
@@ -67,6 +78,7 @@ def _facts(folder: RunFolder, student: Student, teacher: Teacher, images: np.nda
     pixels = math.prod(student.image[:2])
     few = np.asarray(images[: max(1, min(IMAGES, IMAGES * SMALL // pixels))])
     costs = measure.costs(student.network, student.variables, student.image)
+    sizes = _sizes(student)
     parts = measure.sensitivities(*teacher, student.network, student.variables, few)
     network, variables = teacher
     agreed, divergence = networks.agreement(network, student.network, (variables, student.variables), few, len(few))
@@ -76,8 +88,8 @@ def _facts(folder: RunFolder, student: Student, teacher: Teacher, images: np.nda
     return {
         "title": f"{record['network']}{where}, quantized to {bits}",
         "summary": _summary(record, bits),
-        "tiles": _tiles(folder, record, costs, student, agreed),
-        "cost_rows": _cost_rows(folder, record, costs, student),
+        "tiles": _tiles(folder, record, costs, sizes, agreed),
+        "cost_rows": _cost_rows(folder, record, costs, sizes),
         "cost_notes": _cost_notes(folder, record, agreed, len(few)),
         "images_words": _images_words(record),
         "picture": _picture(images, student),
@@ -111,7 +123,7 @@ def _tested(folder: RunFolder, record: Mapping[str, Any]) -> int | None:
 
 
 def _tiles(
-    folder: RunFolder, record: Mapping[str, Any], costs: Sequence[Cost], student: Student, agreed: float
+    folder: RunFolder, record: Mapping[str, Any], costs: Sequence[Cost], sizes: Sizes, agreed: float
 ) -> list[tuple[str, str, str]]:
     """Value, label and note of the numbers that a reader looks for first."""
     tested, tiles = _tested(folder, record), []
@@ -126,17 +138,15 @@ def _tiles(
         tiles.append((f"{held_out['agreement']:.1f} %", "agree with the teacher", note))
     else:
         tiles.append((f"{agreed:.1f} %", "agree with the teacher", "of its training images; there were no test images"))
-    before, after = _size(student, packed=True)
-    tiles.append((f"{before / after:.1f} x", "smaller", f"{_bytes(before)} to {_bytes(after)}, in the smallest file"))
+    words = f"{_bytes(sizes.full)} to {_bytes(sizes.packed)}, in the smallest file"
+    tiles.append((f"{sizes.full / sizes.packed:.1f} x", "smaller", words))
     everything = sum(each.products * FULL_PRECISION**2 for each in costs)
     operations = everything / sum(each.bit_operations for each in costs)
     tiles.append((f"{operations:.0f} x", "fewer bit operations", "a measure for hardware, not the speed of a file"))
     return tiles
 
 
-def _cost_rows(
-    folder: RunFolder, record: Mapping[str, Any], costs: Sequence[Cost], student: Student
-) -> list[tuple[str, str, str]]:
+def _cost_rows(folder: RunFolder, record: Mapping[str, Any], costs: Sequence[Cost], sizes: Sizes) -> list[tuple[str, str, str]]:
     tested, rows = _tested(folder, record), []
     if tested:
 
@@ -145,9 +155,8 @@ def _cost_rows(
 
         rows.append(("top-1 in per cent, last epoch", words(record["teacher"]), words(record["last"])))
         rows.append(("top-1 in per cent, without fine-tuning", "", f"{record['no_finetuning']:.2f}"))
-    for name, packed in (("size as a packed safetensors file", True), ("size as a safetensors file", False)):
-        before, after = _size(student, packed)
-        rows.append((name, _bytes(before), _bytes(after)))
+    rows.append(("size as a packed safetensors file", _bytes(sizes.full), _bytes(sizes.packed)))
+    rows.append(("size as a safetensors file", _bytes(sizes.full), _bytes(sizes.bytewise)))
     products = sum(each.products for each in costs)
     rows.append(("multiplications for one image", _large(products), "the same"))
     full, quantized = products * FULL_PRECISION * FULL_PRECISION, sum(each.bit_operations for each in costs)
@@ -187,10 +196,10 @@ def _cost_notes(folder: RunFolder, record: Mapping[str, Any], agreed: float, few
     return notes
 
 
-def _size(student: Student, packed: bool) -> tuple[int, int]:
-    """Bytes of all parameters and statistics in float32, and of a safetensors file with the integers of the kernels."""
+def _sizes(student: Student) -> Sizes:
     trees = {name: tree for name, tree in student.variables.items() if name != "ranges"}
-    return 4 * sum(leaf.size for leaf in jax.tree.leaves(trees)), len(integers.build(student, packed=packed))
+    full = 4 * sum(leaf.size for leaf in jax.tree.leaves(trees))
+    return Sizes(full, *(len(integers.build(student, packed=packed)) for packed in (True, False)))
 
 
 def _average(costs: Sequence[Cost]) -> float:

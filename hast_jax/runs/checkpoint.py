@@ -5,6 +5,7 @@ import errno
 import os
 import resource
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +75,8 @@ class Checkpoints:
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
         for step in steps:
             try:
-                return self._restore(step, like, rows)
+                with _without_late_answers():
+                    return self._restore(step, like, rows)
             except Exception as error:  # Orbax and TensorStore raise many kinds of errors on damaged files
                 words, cause = _first_line(error), _cause(error)
                 if isinstance(cause, MemoryError) or getattr(cause, "errno", None) in NOT_DAMAGED:
@@ -143,6 +145,22 @@ def _open_each(folder: Path) -> None:
     for place, _, names in os.walk(folder, onerror=refuse):
         for name in names:
             open(Path(place) / name, "rb").close()
+
+
+@contextlib.contextmanager
+def _without_late_answers() -> Iterator[None]:
+    """Hide the tracebacks of reads that end after Orbax has given a damaged checkpoint up and closed its event loop."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
 
 
 def _no_room(folder: Path) -> UserError:
