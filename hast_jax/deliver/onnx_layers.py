@@ -104,6 +104,7 @@ def product(graph: Graph, given: dict[str, Any], operands: list[Value], shape: t
     if integers is None:
         left_name, right_name = _operands(graph, x, kernel, order, axes)
         # Of a product of floats with dequantized integers, onnxruntime makes a MatMulNBits, which rounds the floats to 8 bits.
+        # Of two dequantized operands it makes a product of integers.
         if right_name not in graph.constants and (x.grid is None or may_saturate(x, kernel)):
             right_name = _apart(graph, kernel, axes)
         return Value(shape, graph.node("MatMul", left_name, right_name), plain)

@@ -25,6 +25,22 @@ DISK_MARGIN = 2**20  # bytes of a checkpoint besides its arrays
 NO_ROOM = ("No space left on device", "Disk quota exceeded")
 
 
+@contextlib.contextmanager
+def _without_late_answers() -> Iterator[None]:
+    """Hide the tracebacks of reads that end after Orbax has given a damaged checkpoint up and closed its event loop."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
+
+
 class DamagedError(UserError):
     """No checkpoint of a kind can be read."""
 
@@ -75,8 +91,7 @@ class Checkpoints:
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
         for step in steps:
             try:
-                with _without_late_answers():
-                    return self._restore(step, like, rows)
+                return self._restore(step, like, rows)
             except Exception as error:  # Orbax and TensorStore raise many kinds of errors on damaged files
                 words, cause = _first_line(error), _cause(error)
                 if isinstance(cause, MemoryError) or getattr(cause, "errno", None) in NOT_DAMAGED:
@@ -105,6 +120,7 @@ class Checkpoints:
                 )
                 raise UserError(words) from error
 
+    @_without_late_answers()
     def _restore(self, step: int, like: Any, rows: int | None) -> Any:
         _open_each(self._folder / str(step))
         metadata = self._checkpointer.metadata(step)
@@ -145,22 +161,6 @@ def _open_each(folder: Path) -> None:
     for place, _, names in os.walk(folder, onerror=refuse):
         for name in names:
             open(Path(place) / name, "rb").close()
-
-
-@contextlib.contextmanager
-def _without_late_answers() -> Iterator[None]:
-    """Hide the tracebacks of reads that end after Orbax has given a damaged checkpoint up and closed its event loop."""
-    usual = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            usual(unraisable)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = usual
 
 
 def _no_room(folder: Path) -> UserError:
