@@ -125,7 +125,7 @@ def compare(student: Student, run: Callable[[np.ndarray], np.ndarray], sets: Seq
 
 
 def _moved(logits: np.ndarray, wanted: np.ndarray) -> float:
-    """For each class the quantile over images of the difference of logits [n, classes], and the largest of these."""
+    """The difference of logits [n, classes], as `Comparison.moved` has it."""
     return float(np.quantile(np.abs(logits - wanted), MOST_IMAGES, axis=0, method="lower").max())
 
 
